@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Runs every check: setup, lint, format, and all tests (simulator and multi-process ones too).
+#
+#     bash tests/all.sh
+#
+# All of them run even if one fails; the exit status says whether all passed. The fast tests alone: pytest
+set -u
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+source setup.sh || exit 1
+
+failed=()
+ruff check . || failed+=("ruff check")
+ruff format --check . || failed+=("ruff format")
+python -m pytest -m '' --durations=15 || failed+=("pytest")
+
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "tests/all.sh: failed: $(IFS=,; echo "${failed[*]}")" >&2
+    exit 1
+fi
