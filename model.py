@@ -1,0 +1,614 @@
+"""SmolVLA in plain PyTorch: SigLIP tower, llama trunk, flow-matching action expert, room for memory.
+
+The prefix (images, language, state) runs once a decision and leaves keys and values; the expert then turns
+noise into a chunk of actions, attending to them in every layer. Nothing in the prefix can see the actions,
+so training and cached inference are one code path: `prefix(...)`, then `velocity(...)`. Memory of imagined
+futures enters through `fusion.py`.
+
+    python tests/golden.py tests/golden      # every intermediate tensor against lerobot's
+    python model.py                          # sizes of the presets
+
+Shapes: B batch, P prefix tokens, C actions in a chunk, A action width, W hidden width, H query heads, G
+key/value heads, d head width. Sources: lerobot 0.6.1 (policies/smolvla), SmolVLA (arXiv 2506.01844), SigLIP,
+SmolVLM2.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusion import Fusion, MemoryCache
+
+ROPE_BASE = 10_000.0  # fixed: SmolVLA ignores the language model's own rope_theta
+
+
+@dataclass(frozen=True)
+class SmolVLAConfig:
+    """Sizes and constants of one policy; the defaults are the published base model's.
+
+    Everything here is read from a checkpoint's `config.json` and its language model's (checkpoint.py), never
+    assumed.
+    """
+
+    cameras: tuple[str, ...] = ("observation.images.image", "observation.images.image2")
+    state_dim: int = 8
+    action_dim: int = 7
+    max_state_dim: int = 32
+    max_action_dim: int = 32
+    chunk_size: int = 50
+    n_action_steps: int = 50
+    num_steps: int = 10
+    prefix_length: int = -1
+    tokenizer_max_length: int = 48
+    min_period: float = 4e-3
+    max_period: float = 4.0
+    empty_cameras: int = 0
+
+    vision_width: int = 768
+    vision_mlp: int = 3072
+    vision_layers: int = 12
+    vision_heads: int = 12
+    vision_eps: float = 1e-6
+    image_size: int = 512
+    patch_size: int = 16
+    scale_factor: int = 4
+
+    width: int = 960
+    mlp: int = 2560
+    layers: int = 16
+    heads: int = 15
+    kv_heads: int = 5
+    head_dim: int = 64
+    vocab_size: int = 49280
+    eps: float = 1e-5
+
+    expert_layers: int = 16
+    expert_width: int = 720
+    attention_mode: str = "cross_attn"
+    self_attn_every_n_layers: int = 2
+
+    def __post_init__(self) -> None:
+        if self.layers % self.expert_layers:
+            raise ValueError(
+                f"{self.expert_layers} expert layers cannot be spread over {self.layers} text layers: "
+                "the second must be a multiple of the first"
+            )
+        if self.image_size % (self.patch_size * self.scale_factor):
+            raise ValueError(
+                f"image size {self.image_size} is not a multiple of patch size x scale factor "
+                f"({self.patch_size} x {self.scale_factor}): choose one that is"
+            )
+        if not 0 < self.n_action_steps <= self.chunk_size:
+            raise ValueError(
+                f"n_action_steps {self.n_action_steps} must lie in 1..{self.chunk_size}, the chunk"
+            )
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens a camera."""
+        return (self.image_size // self.patch_size // self.scale_factor) ** 2
+
+    @property
+    def expert_mlp(self) -> int:
+        """llama's rule: 4 x two thirds of the width, rounded up to a multiple of 256."""
+        return -(-int(2 * self.expert_width / 3) * 4 // 256) * 256
+
+    @property
+    def stride(self) -> int:
+        """Text layers an expert layer: text layer i meets expert layer i // stride where stride divides i."""
+        return self.layers // self.expert_layers
+
+    def is_self_layer(self, text_layer: int) -> bool:
+        """Whether actions attend to one another (and the prefix) there; elsewhere they only cross-attend."""
+        every = self.self_attn_every_n_layers
+        return "cross" not in self.attention_mode or (every > 0 and text_layer % every == 0)
+
+
+PRESETS: dict[str, SmolVLAConfig] = {
+    # Every part of SmolVLA at a size that learns a LIBERO task on two CPU cores in minutes.
+    "tiny": SmolVLAConfig(
+        chunk_size=16, n_action_steps=8, tokenizer_max_length=32,
+        vision_width=96, vision_mlp=288, vision_layers=3, vision_heads=4,
+        image_size=64, patch_size=8, scale_factor=2,
+        width=128, mlp=384, layers=4, heads=4, kv_heads=2, head_dim=32, vocab_size=512,
+        expert_layers=4, expert_width=96,
+    ),
+    "base": SmolVLAConfig(),
+    "libero": SmolVLAConfig(
+        n_action_steps=1, layers=32, expert_layers=32, expert_width=480, self_attn_every_n_layers=0,
+    ),
+}  # fmt: skip
+
+
+def rope_table(position: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Give cos and sin, (B, 1, L, d/2) float32 each, of integer positions (B, L)."""
+    frequency = ROPE_BASE ** -(torch.arange(head_dim // 2, device=position.device) * 2.0 / head_dim)
+    angle = position[:, None, :, None].float() * frequency  # (B, L) -> (B, 1, L, d/2)
+    return angle.cos(), angle.sin()
+
+
+def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the two halves of each head, (B, H, L, d), in float32."""
+    cos, sin = table
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend with grouped heads: q (B, H, L, d), k, v (B, G, S, d), mask (B, 1, L, S) -> (B, L, H*d)."""
+    groups = q.shape[1] // k.shape[1]
+    # Heads are repeated, not passed with enable_gqa: with a mask, that form stays on fused kernels on ROCm.
+    k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))  # G -> H heads
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.transpose(1, 2).flatten(2)  # (B, H, L, d) -> (B, L, H*d)
+
+
+class VisionAttention(nn.Module):
+    """SigLIP's self-attention: biases everywhere, no mask."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(attend(q, k, v, None))
+
+
+class VisionMLP(nn.Module):
+    """Two layers with tanh-approximated GELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm transformer block of the tower."""
+
+    def __init__(self, config: SmolVLAConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.vision_width, config.vision_eps)
+        self.self_attn = VisionAttention(config.vision_width, config.vision_heads)
+        self.layer_norm2 = nn.LayerNorm(config.vision_width, config.vision_eps)
+        self.mlp = VisionMLP(config.vision_width, config.vision_mlp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class VisionTower(nn.Module):
+    """SigLIP without pooling: images (B, 3, S, S) in [-1, 1] -> patches (B, (S/p)^2, Wv), row-major."""
+
+    def __init__(self, config: SmolVLAConfig) -> None:
+        super().__init__()
+        width, patch = config.vision_width, config.patch_size
+        self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
+        self.position_embedding = nn.Embedding((config.image_size // patch) ** 2, width)
+        self.layers = nn.ModuleList(VisionBlock(config) for _ in range(config.vision_layers))
+        self.post_layernorm = nn.LayerNorm(width, config.vision_eps)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (B, 3, S, S) -> (B, patches, Wv)
+        x = x + self.position_embedding.weight
+        for layer in self.layers:
+            x = layer(x)
+        return self.post_layernorm(x)
+
+
+class Connector(nn.Module):
+    """Pixel shuffle, then one linear layer: r x r neighbouring patches become one text-width token."""
+
+    def __init__(self, config: SmolVLAConfig) -> None:
+        super().__init__()
+        self.r = config.scale_factor
+        self.proj = nn.Linear(config.vision_width * self.r**2, config.width, bias=False)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        batch, count, width = patches.shape
+        r, side = self.r, int(count**0.5)
+        x = patches.view(batch, side // r, r, side // r, r, width)
+        x = x.transpose(2, 3).reshape(
+            batch, count // r**2, r * r * width
+        )  # (B, patches, Wv) -> (B, tokens, r*r*Wv)
+        return self.proj(x)
+
+
+class Attention(nn.Module):
+    """The four projections of a llama attention; `kv_width` is what keys and values are made from."""
+
+    def __init__(self, width: int, kv_width: int, config: SmolVLAConfig) -> None:
+        super().__init__()
+        inner, kv_inner = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(width, inner, bias=False)
+        self.k_proj = nn.Linear(kv_width, kv_inner, bias=False)
+        self.v_proj = nn.Linear(kv_width, kv_inner, bias=False)
+        self.o_proj = nn.Linear(inner, width, bias=False)
+
+    def split(self, x: Tensor) -> Tensor:
+        """Split into heads: (B, L, heads*d) -> (B, heads, L, d)."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        return apply_rope(self.split(self.q_proj(x)), rope)
+
+    def keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return apply_rope(self.split(self.k_proj(x)), rope), self.split(self.v_proj(x))
+
+
+class MLP(nn.Module):
+    """llama's gated feed-forward layer."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """A llama block; `kv_width` other than `width` makes it one that only cross-attends."""
+
+    def __init__(self, width: int, mlp: int, config: SmolVLAConfig, kv_width: int | None = None) -> None:
+        super().__init__()
+        self.cross = kv_width is not None
+        self.input_layernorm = nn.RMSNorm(width, config.eps)
+        self.self_attn = Attention(width, kv_width or width, config)
+        self.post_attention_layernorm = nn.RMSNorm(width, config.eps)
+        self.mlp = MLP(width, mlp)
+
+    def project(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Project the text layer's rotated keys and its values, (B, G, P, d) each; no further rope."""
+        attention = self.self_attn
+        flat = (x.transpose(1, 2).flatten(2) for x in (k, v))  # (B, G, P, d) -> (B, P, G*d)
+        return tuple(
+            attention.split(proj(x))
+            for proj, x in zip((attention.k_proj, attention.v_proj), flat, strict=True)
+        )
+
+    def keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return self.self_attn.keys_values(self.input_layernorm(x), rope)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, past: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Give the block's output and the keys and values it attended to; `past` comes before its own."""
+        h = self.input_layernorm(x)
+        q = self.self_attn.queries(h, rope)
+        if self.cross:
+            k, v = past
+        else:
+            k, v = self.self_attn.keys_values(h, rope)
+            if past is not None:
+                k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        x = x + self.self_attn.o_proj(attend(q, k, v, mask))
+        return x + self.mlp(self.post_attention_layernorm(x)), (k, v)
+
+
+class TextModel(nn.Module):
+    """The language trunk: embeddings, llama blocks and a final norm that SmolVLA never reads."""
+
+    def __init__(self, config: SmolVLAConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(Block(config.width, config.mlp, config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, config.eps)
+
+
+class Expert(nn.Module):
+    """The action expert: narrower llama blocks beside the trunk's, self- or cross-attending."""
+
+    def __init__(self, config: SmolVLAConfig) -> None:
+        super().__init__()
+        kv_width = config.kv_heads * config.head_dim
+        width, mlp = config.expert_width, config.expert_mlp
+        kinds = [config.is_self_layer(i * config.stride) for i in range(config.expert_layers)]
+        self.layers = nn.ModuleList(Block(width, mlp, config, None if own else kv_width) for own in kinds)
+        self.norm = nn.RMSNorm(width, config.eps)
+
+
+class Prefix(NamedTuple):
+    """What a decision keeps of its prefix: computed once, read at every denoising step."""
+
+    kv: list[
+        tuple[Tensor, Tensor]
+    ]  # per expert layer, (B, G, P, d) each, projected where the layer cross-attends
+    mask: Tensor  # (B, P) bool, false at padding
+    offset: Tensor  # (B,) number of unpadded tokens: where the actions' positions start
+
+    def repeat(self, times: int) -> Prefix:
+        """Repeat each sample `times` times in a row: several flow draws then share one prefix pass."""
+        if times == 1:
+            return self
+        each = lambda x: x.repeat_interleave(times, dim=0)  # noqa: E731
+        return Prefix([(each(k), each(v)) for k, v in self.kv], each(self.mask), each(self.offset))
+
+
+class SmolVLA(nn.Module):
+    """The policy, on what `checkpoint.Processor` makes: images in [0, 1], normalised states, tokens."""
+
+    def __init__(self, config: SmolVLAConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, expert_width = config.width, config.expert_width
+        self.vision = VisionTower(config)
+        self.connector = Connector(config)
+        self.text = TextModel(config)
+        self.lm_head = nn.Linear(
+            width, config.vocab_size, bias=False
+        )  # never used; kept to hand the checkpoint back
+        self.expert = Expert(config)
+        self.state_proj = nn.Linear(config.max_state_dim, width)
+        self.action_in_proj = nn.Linear(config.max_action_dim, expert_width)
+        self.action_time_mlp_in = nn.Linear(2 * expert_width, expert_width)
+        self.action_time_mlp_out = nn.Linear(expert_width, expert_width)
+        self.action_out_proj = nn.Linear(expert_width, config.max_action_dim)
+        self.fusion: Fusion | None = None  # where memory enters; attached by arm.py
+
+    def initialise(self) -> SmolVLA:
+        """Draw fresh weights to train from scratch: torch's own linear layers, unit-scale embeddings."""
+        nn.init.normal_(
+            self.text.embed_tokens.weight, std=self.config.width**-0.5
+        )  # tokens are scaled by sqrt(W)
+        nn.init.normal_(self.vision.position_embedding.weight, std=0.02)
+        return self
+
+    def freeze(self, what: str, train_state_proj: bool = True) -> None:
+        """Freeze as lerobot does: `expert` trains expert and projections, `vision` the trunk too, `none` all.
+
+        The language head, the trunk's final norm and its last layer (the last two where expert layers are
+        fewer) stay frozen always: lerobot's rule, which keeps parameters without a gradient out of
+        distributed training.
+        """
+        if what not in ("expert", "vision", "none"):
+            raise ValueError(f"--freeze {what!r} is unknown: choose expert, vision or none")
+        self.requires_grad_(True)
+        self.lm_head.requires_grad_(False)
+        self.text.norm.requires_grad_(False)
+        for layer in self.text.layers[-1 if self.config.stride == 1 else -2 :]:
+            layer.requires_grad_(False)
+        if what in ("expert", "vision"):
+            self.vision.requires_grad_(False)
+        if what == "expert":
+            self.connector.requires_grad_(False)
+            self.text.requires_grad_(False)
+        self.state_proj.requires_grad_(train_state_proj)
+
+    # ---- prefix ---------------------------------------------------------------------------------------
+
+    def prepare_image(self, image: Tensor) -> Tensor:
+        """Resize and pad (B, 3, h, w) in [0, 1] to (B, 3, S, S) in [-1, 1]."""
+        return resize_with_pad(image, self.config.image_size) * 2 - 1
+
+    def embed_images(self, images: list[Tensor]) -> list[Tensor]:
+        """Embed each camera's prepared images, (b, 3, S, S) -> (b, n, W), all in one pass of the tower."""
+        tokens = self.connector(self.vision(torch.cat(images))) * self.config.width**0.5
+        return list(tokens.split([len(x) for x in images]))
+
+    def embed_language(self, tokens: Tensor) -> Tensor:
+        return self.text.embed_tokens(tokens) * self.config.width**0.5  # (B, n) -> (B, n, W)
+
+    def embed_state(self, state: Tensor) -> Tensor:
+        padded = F.pad(state, (0, self.config.max_state_dim - state.shape[-1]))
+        return self.state_proj(padded)[:, None]  # (B, S) -> (B, 1, W)
+
+    def embed_prefix(
+        self,
+        images: list[Tensor],
+        image_masks: list[Tensor | None],
+        tokens: Tensor,
+        token_mask: Tensor,
+        state: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Concatenate image, language and state tokens.
+
+        Args: images per camera (B or 1, 3, h, w) float in [0, 1] (a batch of one is shared by all samples);
+        masks (B,) bool per camera, None for present in all; tokens and token_mask (B, n); state (B, S)
+        normalised.
+        Returns: embeddings (B, P, W), mask (B, P) bool, block flags (P,) with 1 where a new causal block
+        starts.
+        """
+        batch, device = len(tokens), tokens.device
+        present = torch.ones(batch, dtype=torch.bool, device=device)
+        parts, masks = [], []
+        for x, mask in zip(
+            self.embed_images([self.prepare_image(i) for i in images]), image_masks, strict=True
+        ):
+            parts.append(x.expand(batch, -1, -1))
+            masks.append((present if mask is None else mask)[:, None].expand(-1, x.shape[1]))
+        parts += [self.embed_language(tokens), self.embed_state(state)]
+        masks += [token_mask, present[:, None]]
+        embs, mask = torch.cat(parts, dim=1), torch.cat(masks, dim=1)
+        flags = torch.zeros(embs.shape[1], dtype=torch.long, device=device)
+        flags[-1] = 1  # images and language cannot see the state
+        short = max(0, self.config.prefix_length - embs.shape[1])
+        return F.pad(embs, (0, 0, 0, short)), F.pad(mask, (0, short)), F.pad(flags, (0, short))
+
+    def trunk(
+        self, embs: Tensor, mask: Tensor, flags: Tensor, depth: int
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Run the first `depth` text layers over (B, P, W).
+
+        Returns: the hidden states after them, and the keys and values of each and of the layer that comes
+        next.
+        """
+        rope = rope_table(
+            mask.cumsum(1) - 1, self.config.head_dim
+        )  # padded tokens do not advance the position
+        block = flags.cumsum(0)
+        # Padded queries attend like any other: a row masked whole has no softmax, and nobody reads theirs.
+        allowed = ((block[None, :] <= block[:, None]) & mask[:, None, :])[:, None]  # (B, 1, P, P)
+        x, kv = embs, []
+        for layer in self.text.layers[:depth]:
+            x, pair = layer(x, rope, allowed)
+            kv.append(pair)
+        kv += [layer.keys_values(x, rope) for layer in self.text.layers[depth : depth + 1]]
+        return x, kv
+
+    def prefix(self, embs: Tensor, mask: Tensor, flags: Tensor) -> Prefix:
+        """Run the trunk over (B, P, W) and keep each expert layer's keys and values.
+
+        The trunk stops where the last expert layer reads: of that text layer only keys and values are needed.
+        """
+        _, kv = self.trunk(embs, mask, flags, depth=(self.config.expert_layers - 1) * self.config.stride)
+        pairs = zip(self.expert.layers, kv[:: self.config.stride], strict=True)
+        return Prefix(
+            [layer.project(*pair) if layer.cross else pair for layer, pair in pairs], mask, mask.sum(1)
+        )
+
+    # ---- suffix ---------------------------------------------------------------------------------------
+
+    def embed_time(self, time: Tensor) -> Tensor:
+        """Encode flow times (B,) as sines and cosines (B, We), in float64: float32 moves actions by 3e-5."""
+        steps = torch.linspace(0, 1, self.config.expert_width // 2, dtype=torch.float64, device=time.device)
+        period = self.config.min_period * (self.config.max_period / self.config.min_period) ** steps
+        angle = 2 * torch.pi * time.double()[:, None] / period
+        return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+    def embed_suffix(self, x_t: Tensor, time: Tensor) -> Tensor:
+        """Embed noisy actions (B, C, A_max) at flow times (B,) -> (B, C, We)."""
+        action = self.action_in_proj(x_t)
+        clock = self.embed_time(time).to(action.dtype)[:, None].expand_as(action)
+        return self.action_time_mlp_out(F.silu(self.action_time_mlp_in(torch.cat([action, clock], dim=-1))))
+
+    def velocity(
+        self, x_t: Tensor, time: Tensor, prefix: Prefix, memory: MemoryCache | None = None
+    ) -> Tensor:
+        """Predict the flow's velocity (B, C, A_max) at noisy actions x_t (B, C, A_max) and times (B,)."""
+        h = self.embed_suffix(x_t, time)
+        batch, chunk = h.shape[:2]
+        own = torch.arange(chunk, device=h.device)
+        causal = (own[None, :] <= own[:, None]).expand(batch, -1, -1)
+        sees_prefix = prefix.mask[:, None, :].expand(-1, chunk, -1)  # (B, P) -> (B, C, P)
+        mask_self = torch.cat([sees_prefix, causal], dim=2)[:, None]  # (B, 1, C, P + C)
+        rope_self = rope_table(prefix.offset[:, None] + own, self.config.head_dim)
+        rope_cross = rope_table(own[None], self.config.head_dim)  # restarts at 0 in cross layers
+        for layer, past in zip(self.expert.layers, prefix.kv, strict=True):
+            if layer.cross:
+                h, _ = layer(h, rope_cross, sees_prefix[:, None], past)
+            else:
+                h, _ = layer(h, rope_self, mask_self, past)
+        h = self.expert.norm(h)
+        if self.fusion is not None:
+            h = self.fusion("late", h, memory)
+        return self.action_out_proj(h.float())
+
+    # ---- training and inference -----------------------------------------------------------------------
+
+    def forward(self, inputs: dict, noise: Tensor, time: Tensor, memory: Tensor | None = None) -> Tensor:
+        """Compute the flow-matching losses (B, R, C, A), real action dimensions only, before any reduction.
+
+        Args: inputs as `embed_prefix` takes them, with "action" (B, C, A) normalised; noise (B, R, C, A_max)
+        and time (B, R): R draws a sample share one prefix pass; memory (B, M, D).
+        """
+        batch, draws = time.shape
+        prefix = self.prefix(*self.embed_prefix(*prefix_inputs(inputs))).repeat(draws)
+        x_t, target = flow_target(inputs["action"], noise, time)
+        cache = None if self.fusion is None else self.fusion.prepare(memory, repeat=draws)
+        v = self.velocity(x_t.flatten(0, 1), time.flatten(), prefix, cache)  # (B*R, C, A_max)
+        loss = (target - v.unflatten(0, (batch, draws))) ** 2
+        return loss[..., : self.config.action_dim]
+
+    @torch.no_grad()
+    def denoise(
+        self, noise: Tensor, prefix: Prefix, memory: MemoryCache | None = None, trace: list | None = None
+    ) -> Tensor:
+        """Integrate the flow from noise (B, C, A_max) at t=1 to actions at t=0 in `num_steps` Euler steps."""
+        x, steps = noise, self.config.num_steps
+        for k in range(steps):
+            time = torch.full((len(x),), 1.0 - k / steps, dtype=torch.float32, device=x.device)
+            v = self.velocity(x, time, prefix, memory)
+            x = x - v / steps
+            if trace is not None:
+                trace.append((x, v))
+        return x
+
+    @torch.no_grad()
+    def predict_chunk(self, inputs: dict, noise: Tensor, memory: Tensor | None = None) -> Tensor:
+        """Predict chunks of normalised actions (B, C, A) from observations and noise (B, C, A_max)."""
+        cache = None if self.fusion is None else self.fusion.prepare(memory)
+        prefix = self.prefix(*self.embed_prefix(*prefix_inputs(inputs)))
+        return self.denoise(noise, prefix, cache)[..., : self.config.action_dim]
+
+
+class ActionQueue:
+    """lerobot's `select_action`: hand out a chunk's first n actions one by one, then ask for the next."""
+
+    def __init__(self, policy: SmolVLA) -> None:
+        self.policy = policy
+        self.queue: deque[Tensor] = deque()
+
+    def reset(self) -> None:
+        self.queue.clear()
+
+    def select(self, inputs: dict, noise: Tensor, memory: Tensor | None = None) -> Tensor:
+        """Give the next action (B, A), normalised; the inputs are ignored while the queue holds some."""
+        if not self.queue:
+            chunk = self.policy.predict_chunk(inputs, noise, memory)
+            self.queue.extend(chunk[:, : self.policy.config.n_action_steps].unbind(1))
+        return self.queue.popleft()
+
+
+def resize_with_pad(image: Tensor, size: int) -> Tensor:
+    """Fit (B, 3, h, w) into size x size keeping the aspect; the picture sits bottom right, the rest is 0."""
+    height, width = image.shape[-2:]
+    if (height, width) == (size, size):
+        return image
+    ratio = max(width / size, height / size)
+    fitted = (int(height / ratio), int(width / ratio))
+    image = F.interpolate(image, size=fitted, mode="bilinear", align_corners=False)
+    return F.pad(image, (size - fitted[1], 0, size - fitted[0], 0))
+
+
+def prefix_inputs(inputs: dict) -> tuple:
+    """Pick `embed_prefix`'s arguments out of a dictionary of inputs."""
+    return tuple(inputs[key] for key in ("images", "image_masks", "tokens", "token_mask", "state"))
+
+
+def flow_target(action: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+    """Mix actions (B, C, A) with noise (B, R, C, A_max) at times (B, R): x_t and the true velocity."""
+    padded = F.pad(action, (0, noise.shape[-1] - action.shape[-1]))[:, None]  # (B, C, A) -> (B, 1, C, A_max)
+    t = time[..., None, None]
+    return t * noise + (1 - t) * padded, noise - padded
+
+
+def masked_mean(loss: Tensor, is_pad: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sum losses (B, R, C, A) over unpadded steps; give the sum and its number of terms."""
+    if is_pad is None:
+        return loss.sum(), torch.tensor(loss.numel(), device=loss.device)
+    keep = ~is_pad[:, None, :, None]  # (B, C) -> (B, 1, C, 1)
+    return torch.where(keep, loss, 0).sum(), keep.sum() * loss.shape[1] * loss.shape[-1]
+
+
+def main() -> None:
+    """Print the presets' sizes."""
+    for name, config in PRESETS.items():
+        with torch.device("meta"):
+            policy = SmolVLA(config)
+        policy.freeze("expert")
+        total = sum(p.numel() for p in policy.parameters())
+        live = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+        print(f"{name:8s} {total:>13,} parameters, {live:>11,} trained with --freeze expert")
+
+
+if __name__ == "__main__":
+    main()

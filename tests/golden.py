@@ -1,0 +1,221 @@
+"""Recompute every tensor of a golden folder, recorded from lerobot, and print each one's largest error.
+
+    python tests/golden.py tests/golden/smolvla
+
+A folder holds `checkpoint/` (as lerobot saved it), `vlm/`, `inputs.safetensors`, `expected.safetensors` and
+`info.json`; any policy configuration, batch size and number of cameras will do. Tolerance: 1e-5 absolute
+plus 1e-5 relative (gradient norms: 1e-4 relative or 1e-5 absolute). Exit code 1 when anything is beyond it,
+or is expected and not recomputed here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from checkpoint import Processor, lerobot_key, load_policy
+from model import ActionQueue, SmolVLA, flow_target, masked_mean, prefix_inputs, resize_with_pad
+
+ATOL = RTOL = 1e-5
+
+
+def recompute(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Compute what `expected.safetensors` names; gives (computed, expected), padded positions blanked."""
+    policy, processor = load_policy(folder / "checkpoint")
+    info = json.loads((folder / "info.json").read_text())
+    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    raw = json.loads((folder / "checkpoint" / "config.json").read_text())
+    policy.freeze("expert", train_state_proj=raw["train_state_proj"])
+    batch = {"task": info["tasks"], "observation.state": given["raw_state"], "action": given["raw_action"]}
+    batch |= {name: given[f"{name}.uint8"] for name in policy.config.cameras if f"{name}.uint8" in given}
+    batch |= {name: value for name, value in given.items() if name.endswith("_padding_mask")}
+    batch["action_is_pad"] = given.get("action_is_pad")
+    inputs = processor(batch)
+
+    out = preprocessing(policy, inputs, given, info["cams"])
+    out |= prefix_tensors(policy, inputs)
+    out |= suffix_tensors(policy, inputs, given, out["prefix.pad_masks"], out["prefix.att_masks"])
+    out |= losses(policy, inputs, given, info)
+    out |= inference(policy, processor, inputs, given)
+    out |= five_steps(policy, inputs, given)
+    expected |= {f"grad_norm.{k}": torch.tensor(v) for k, v in info["grad_norms"].items()}
+    expected |= {"lang_tokens": given["lang_tokens"], "lang_mask": given["lang_mask"]}
+    blank_padding(out, expected)
+    return out, expected
+
+
+def preprocessing(policy: SmolVLA, inputs: dict, given: dict, cameras: list[str]) -> dict[str, Tensor]:
+    config, out = policy.config, {"pre.state": inputs["state"], "pre.action": inputs["action"]}
+    out["lang_tokens"], out["lang_mask"] = inputs["tokens"], inputs["token_mask"]
+    out["state_padded"] = F.pad(inputs["state"], (0, config.max_state_dim - config.state_dim))
+    out["actions_padded"] = F.pad(inputs["action"], (0, config.max_action_dim - config.action_dim))
+    for name in cameras:
+        image = given.get(f"observation.images.{name}.uint8")
+        if image is not None:
+            out[f"resize_with_pad.{name}"] = resize_with_pad(image[:1].float() / 255, config.image_size)
+    batch = len(inputs["state"])
+    for i, (image, mask) in enumerate(zip(inputs["images"], inputs["image_masks"], strict=True)):
+        out[f"image{i}.prepared"] = policy.prepare_image(image).expand(batch, -1, -1, -1)
+        out[f"image{i}.mask"] = torch.ones(batch, dtype=torch.bool) if mask is None else mask
+    patches = policy.vision(out["image0.prepared"])
+    return out | {"image0.vision_last_hidden": patches, "image0.connector_out": policy.connector(patches)}
+
+
+def prefix_tensors(policy: SmolVLA, inputs: dict) -> dict[str, Tensor]:
+    embs, mask, flags = policy.embed_prefix(*prefix_inputs(inputs))
+    hidden, kv = policy.trunk(embs, mask, flags, policy.config.layers)
+    block = flags.expand_as(mask)
+    out = {"prefix.embs": embs, "prefix.pad_masks": mask, "prefix.att_masks": block.bool()}
+    out |= {"prefix.position_ids": mask.cumsum(1) - 1, "prefix.att_2d_masks": visible(block, mask)}
+    out["prefix.hidden_final_normed"] = policy.text.norm(hidden)
+    for i, (k, v) in enumerate(kv):
+        out |= {f"kv.{i}.key": k.transpose(1, 2), f"kv.{i}.value": v.transpose(1, 2)}
+    return out
+
+
+def visible(flags: Tensor, mask: Tensor) -> Tensor:
+    """Which token (B, L) may attend to which, as lerobot's masks say it: (B, L, L) bool."""
+    block = flags.cumsum(1)
+    return (block[:, None, :] <= block[:, :, None]) & mask[:, None, :] & mask[:, :, None]
+
+
+def suffix_tensors(
+    policy: SmolVLA, inputs: dict, given: dict, mask: Tensor, flags: Tensor
+) -> dict[str, Tensor]:
+    batch, chunk = given["noise"].shape[:2]
+    x_t, u_t = (
+        x[:, 0] for x in flow_target(inputs["action"], given["noise"][:, None], given["time"][:, None])
+    )
+    ones = torch.ones(batch, chunk)
+    joint = torch.cat([mask, ones.bool()], 1)
+    return {
+        "x_t": x_t,
+        "u_t": u_t,
+        "suffix.embs": policy.embed_suffix(x_t, given["time"]),
+        "suffix.time_emb": policy.embed_time(given["time"]),
+        "suffix.pad_masks": ones.bool(),
+        "suffix.att_masks": ones,
+        "train.position_ids": joint.cumsum(1) - 1,
+        "train.att_2d_masks": visible(torch.cat([flags.long(), ones.long()], 1), joint),
+    }
+
+
+def losses(policy: SmolVLA, inputs: dict, given: dict, info: dict) -> dict[str, Tensor]:
+    noise, time = given["noise"][:, None], given["time"][:, None]
+    prefix = policy.prefix(*policy.embed_prefix(*prefix_inputs(inputs)))
+    x_t, target = (x[:, 0] for x in flow_target(inputs["action"], noise, time))
+    velocity = policy.velocity(x_t, given["time"], prefix)
+    loss = policy(inputs, noise, time)
+    total, count = masked_mean(loss, inputs["is_pad"])
+    mean = total / count
+    rows = zip(
+        loss.split(1),
+        [None] * len(loss) if inputs["is_pad"] is None else inputs["is_pad"].split(1),
+        strict=True,
+    )
+    policy.zero_grad()
+    mean.backward()
+    grads = {lerobot_key(n): p.grad for n, p in policy.named_parameters() if p.grad is not None}
+    out = {
+        "v_t.train": velocity,
+        "losses_elementwise_padded_dims": (target - velocity) ** 2,
+        "loss": mean[None],
+        "loss_without_is_pad": loss.mean()[None],
+        "loss_per_sample": torch.stack([torch.div(*masked_mean(*row)) for row in rows]),
+        "grad_total_norm": torch.stack([g.norm() for g in grads.values()]).norm()[None],
+    }
+    out |= {
+        f"grad_norm.{key}": grads[key].norm() if key in grads else torch.tensor(0.0)
+        for key in info["grad_norms"]
+    }
+    return out | {f"grad.{key}": grad for key, grad in grads.items()}
+
+
+def inference(policy: SmolVLA, processor: Processor, inputs: dict, given: dict) -> dict[str, Tensor]:
+    with torch.no_grad():
+        prefix = policy.prefix(*policy.embed_prefix(*prefix_inputs(inputs)))
+        x_t, _ = flow_target(inputs["action"], given["noise"][:, None], given["time"][:, None])
+        velocity = policy.velocity(x_t[:, 0], given["time"], prefix)
+    trace: list = []
+    final = policy.denoise(given["noise"], prefix, trace=trace)
+    chunk = policy.predict_chunk(inputs, given["noise"])
+    queue = ActionQueue(policy)
+    picked = [queue.select(inputs, given["noise"]) for _ in range(3)]
+    return {
+        "v_t.cached": velocity,
+        "euler.x": torch.stack([x for x, _ in trace]),
+        "euler.v": torch.stack([v for _, v in trace]),
+        "euler.final_padded": final,
+        "action_chunk": chunk,
+        "action_chunk_unnormalized": processor.unnormalise(chunk),
+        "select_action": torch.stack(picked),
+    }
+
+
+def five_steps(policy: SmolVLA, inputs: dict, given: dict) -> dict[str, Tensor]:
+    """Loss before and after 1..4 AdamW steps on one batch with fixed noise and times."""
+    live = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(live, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-10)
+    values = []
+    for _ in range(5):
+        total, count = masked_mean(
+            policy(inputs, given["noise"][:, None], given["time"][:, None]), inputs["is_pad"]
+        )
+        optimizer.zero_grad()
+        (total / count).backward()
+        torch.nn.utils.clip_grad_norm_(live, 10.0)
+        optimizer.step()
+        values.append((total / count).detach())
+    return {"train_5_losses_lr1e-3": torch.stack(values)}
+
+
+def blank_padding(out: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Zero hidden states, keys and values at padded prefix positions: nobody reads them."""
+    padded = ~expected["prefix.pad_masks"]
+    for name in [n for n in expected if n.startswith("kv.") or n == "prefix.hidden_final_normed"]:
+        for side in (out, expected):
+            side[name] = side[name].clone()
+            side[name][padded] = 0
+
+
+def error(name: str, got: Tensor, want: Tensor) -> tuple[float, bool]:
+    """Give the largest absolute error and whether it is within tolerance; another shape is infinite."""
+    if got.shape != want.shape:
+        return float("inf"), False
+    difference = (got.detach().double() - want.double()).abs()
+    largest = difference.max().item()
+    if name.startswith("grad_norm.") or name == "grad_total_norm":
+        return largest, bool(
+            (difference <= torch.maximum(1e-4 * want.double().abs(), torch.tensor(ATOL))).all()
+        )
+    return largest, bool((difference <= ATOL + RTOL * want.double().abs()).all())
+
+
+def compare(folder: Path) -> list[tuple[str, float, bool]]:
+    """Compare a folder's tensors: (name, largest error, within tolerance); one not recomputed is not."""
+    got, want = recompute(folder)
+    missing = [(name, float("nan"), False) for name in want if name not in got]
+    return missing + [(name, *error(name, got[name], want[name])) for name in want if name in got]
+
+
+def main() -> None:
+    if len(sys.argv) != 2 or not Path(sys.argv[1], "expected.safetensors").is_file():
+        sys.exit(f"usage: python tests/golden.py DIR, a folder with expected.safetensors; got {sys.argv[1:]}")
+    rows = compare(Path(sys.argv[1]))
+    for name, largest, within in rows:
+        print(f"{'ok  ' if within else 'FAIL'} {largest:9.2e}  {name}")
+    failed = sum(not within for _, _, within in rows)
+    print(f"{len(rows)} tensors, {failed} beyond {ATOL} absolute + {RTOL} relative")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
