@@ -1,0 +1,155 @@
+"""How memory is made: the prophet that imagines futures from past latents, its loss, and the memory modes.
+
+The prophet reads T world latents of the past and predicts the change to each of K future ones; the policy is
+handed absolute latents. Which memory it is handed is a mode: `pred`, or a control that takes the prophet's
+place (`zero`, `random`, `current`), or `off`. One pure function, `make_memory`, serves training and rollout;
+everything random comes in as a tensor, so results do not depend on what else is in the batch.
+
+    python train.py --fusion late --memory pred
+    pytest tests/test_prophet.py
+
+Shapes: B batch, T history frames, K future frames, N hypotheses, D latent width, h prophet width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+MemoryMode = Literal["off", "pred", "zero", "random", "current"]
+MODES: tuple[str, ...] = get_args(MemoryMode)
+NEEDS_PROPHET = ("pred",)
+NEEDS_HISTORY = ("pred", "current")
+NEEDS_NOISE = ("random",)
+STILL = 0.01  # a change shorter than this share of the usual one has no direction to learn
+
+
+class ProphetBlock(nn.Module):
+    """Pre-norm transformer block without dropout, feed-forward 4h."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # (B, L, 3h) -> 3 x (B, H, L, h/H)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class Prophet(nn.Module):
+    """Imagine K futures from T past latents: z_hist (B, T, D) -> changes or latents Y (B, N, K, D), N = 1."""
+
+    def __init__(self, latent: int, history: int, future: int, layers: int = 2, heads: int = 8) -> None:
+        super().__init__()
+        width = min(latent, 512)
+        if width % heads:
+            raise ValueError(
+                f"--prophet-heads {heads} does not divide the prophet's width {width}: choose a divisor"
+            )
+        self.history = history
+        self.proj_in = nn.Linear(latent, width)
+        # Codes make time order matter: without them a permuted history would give the same future.
+        self.time_code = nn.Parameter(torch.randn(history, width) * width**-0.5)
+        self.query = nn.Parameter(torch.randn(future, width) * width**-0.5)
+        self.blocks = nn.ModuleList(ProphetBlock(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.proj_out = nn.Linear(width, latent)
+
+    def forward(self, z_hist: Tensor) -> Tensor:
+        past = self.proj_in(z_hist) + self.time_code  # (B, T, D) -> (B, T, h)
+        x = torch.cat([past, self.query.expand(len(past), -1, -1)], dim=1)  # (B, T + K, h)
+        for block in self.blocks:
+            x = block(x)
+        return self.proj_out(self.norm(x[:, self.history :]))[:, None]  # (B, T + K, h) -> (B, 1, K, D)
+
+
+def absolute(change: Tensor, z_hist: Tensor, delta: bool) -> Tensor:
+    """Turn predictions (B, N, K, D) into latents: memory is always absolute."""
+    return change + z_hist[:, -1, None, None] if delta else change
+
+
+def make_memory(
+    mode: str,
+    steps: int,
+    *,
+    z_hist: Tensor | None = None,
+    futures: Tensor | None = None,
+    noise: Tensor | None = None,
+    dim_std: Tensor | None = None,
+    like: Tensor | None = None,
+    hypotheses: int = 1,
+) -> Tensor | None:
+    """Make the memory (B, N*K, D) of a mode; `off` gives None.
+
+    Args: steps K; z_hist (B, T, D) for `current`; futures (B, N, K, D), the prophet's absolute ones, for
+    `pred`; noise (B, N*K, D), unit Gaussian, and dim_std (D,), the data set's deviation per dimension, for
+    `random`; like (B, D), any tensor of the right batch, width and type, for `zero`. Raises ValueError for
+    an unknown mode, or `pred` without a prophet's futures.
+    """
+    if mode not in MODES:
+        raise ValueError(f"memory mode {mode!r} is unknown: choose from {', '.join(MODES)}")
+    if mode == "off":
+        return None
+    if mode == "pred":
+        if futures is None:
+            raise ValueError(
+                "memory mode 'pred' needs a prophet, which this arm lacks: choose off, zero, random, current"
+            )
+        return futures.flatten(1, 2)  # (B, N, K, D) -> (B, N*K, D)
+    if mode == "random":
+        return noise * dim_std
+    if mode == "current":
+        return z_hist[:, -1:].expand(-1, hypotheses * steps, -1)  # (B, T, D) -> (B, N*K, D)
+    return like.new_zeros(len(like), hypotheses * steps, like.shape[-1])
+
+
+def change_target(z_hist: Tensor, z_future: Tensor, delta: bool) -> Tensor:
+    """Give what the prophet predicts, (B, K, D): the change from the present latent, or the future one."""
+    return z_future - z_hist[:, -1:] if delta else z_future
+
+
+def counted_steps(target: Tensor, valid: Tensor, scale: Tensor) -> Tensor:
+    """Which steps (B, K) have a change to learn: valid, and longer than 1 % of scale (K,), the usual."""
+    return valid & (target.norm(dim=-1) > STILL * scale)
+
+
+def world_loss(
+    predicted: Tensor, target: Tensor, valid: Tensor, scale: Tensor, lambda_mag: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compare predicted changes (B, N, K, D) with true ones (B, K, D), in float32.
+
+    A future clamped at the episode's end has no direction, so only `counted_steps` count. l = mean over them
+    of (1 - cos) + lambda_mag * smooth L1 of the log lengths; scale (K,) is the data set's RMS length of each
+    change.
+    Returns: l (B, N), 0 where nothing counts; whether a sample counts (B,) bool; the mean cosine (B, N).
+    """
+    predicted, target = predicted.float(), target.float()
+    counted = counted_steps(target, valid, scale)
+    # Uncounted targets are replaced before the division, not multiplied away after it: 0 * NaN is NaN.
+    target = torch.where(counted[..., None], target, torch.ones_like(target))[:, None]
+    cosine = F.cosine_similarity(predicted, target, dim=-1)  # (B, N, K)
+    floor = 0.1 * scale
+    magnitude = F.smooth_l1_loss(
+        (safe_norm(predicted) + floor).log(),
+        (target.norm(dim=-1) + floor).log().expand_as(cosine),
+        reduction="none",
+    )
+    weight = counted / counted.sum(1, keepdim=True).clamp(min=1)  # (B, K), a sample's counted steps sum to 1
+    weight = weight[:, None]
+    losses = ((1 - cosine + lambda_mag * magnitude) * weight).sum(-1)  # (B, N, K) -> (B, N)
+    return losses, counted.any(1), (cosine * weight).sum(-1).detach()
+
+
+def safe_norm(x: Tensor) -> Tensor:
+    """Euclidean length over the last axis with a finite gradient at 0."""
+    return (x.square().sum(-1) + 1e-12).sqrt()
