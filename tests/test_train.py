@@ -1,0 +1,156 @@
+"""The real script at tiny sizes: resuming, accumulating and adding ranks change nothing; bad input is one line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_data import write_task
+
+from train import TrainConfig, lr_factor, shares
+
+ROOT = Path(__file__).parent.parent
+FLAGS = ["--freeze", "none", "--batch-size", "8", "--log-every", "1", "--threads", "1", "--lr", "1e-3", "--world-dim", "16"]
+MEMORY = ["--fusion", "late", "--memory", "pred", "--future", "3", "--world-resolution", "8"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two episodes shorter than a chunk plus one longer, so that padding and episode ends are in every batch."""
+    folder = tmp_path_factory.mktemp("data")
+    write_task(folder / "soup_demo.hdf5", lengths=(9, 24, 12), size=32)
+    return folder
+
+
+def train(data, out, *flags, launcher=(sys.executable,), check=True):
+    command = [*launcher, ROOT / "train.py", "--data", data, "--out", out, *FLAGS, *flags]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env, cwd=ROOT)
+    assert not check or done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+def weights(run) -> dict:
+    return {f"{name}.{k}": v for name in ("model", "world") for k, v in load_file(run / "last" / f"{name}.safetensors").items()}
+
+
+def metrics(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def largest_difference(a, b) -> float:
+    wa, wb = weights(a), weights(b)
+    assert wa.keys() == wb.keys()
+    return max((wa[k].double() - wb[k].double()).abs().max().item() for k in wa)
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+    """A run of 28 samples: three whole steps and one of four samples."""
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    train(data, out, *MEMORY, "--total-samples", "28")
+    return out
+
+
+def test_a_run_spends_its_budget_exactly_and_logs_what_it_did(straight):
+    lines = metrics(straight)
+    assert [line["samples"] for line in lines] == [8, 16, 24, 28]
+    assert all(math.isfinite(line[k]) for line in lines for k in ("loss", "action_loss", "world_loss", "world_cos", "world_gate"))
+    config = json.loads((straight / "config.json").read_text())
+    assert config["arm"] == "late-pred" and config["params_trainable"] < config["params_total"]
+    assert json.loads((straight / "last" / "state.json").read_text()) == {"samples": 28, "step": 4}
+    assert not list(straight.glob("*.part"))
+
+
+def test_training_moves_the_gate_and_the_loss(straight):
+    lines = metrics(straight)
+    assert lines[-1]["world_gate"] != 0.0
+    assert lines[-1]["action_loss"] < lines[0]["action_loss"]
+
+
+def test_a_run_killed_after_two_steps_resumes_to_the_same_bits(data, straight, tmp_path):
+    from arm import load_arm  # noqa: F401, the checkpoint below is read by the resumed process
+
+    # --save-every 8 leaves a checkpoint after each step; removing the later ones is what a kill would leave behind.
+    train(data, tmp_path / "run", *MEMORY, "--total-samples", "28", "--save-every", "8")
+    for folder in ("step_000003", "step_000004"):
+        subprocess.run(["rm", "-r", tmp_path / "run" / folder], check=True)
+    (tmp_path / "run" / "last").unlink()
+    (tmp_path / "run" / "last").symlink_to("step_000002")
+    again = train(data, tmp_path / "run", *MEMORY, "--total-samples", "28")
+    assert "resumed at 16 samples" in again.stdout
+    assert largest_difference(straight, tmp_path / "run") == 0.0
+    drop = lambda lines: [{k: v for k, v in line.items() if k != "samples_per_second"} for line in lines]  # noqa: E731
+    assert drop(metrics(tmp_path / "run")) == drop(metrics(straight))
+    assert "nothing to do" in train(data, tmp_path / "run", *MEMORY, "--total-samples", "28").stdout
+
+
+def test_accumulation_changes_nothing_but_rounding(data, straight, tmp_path):
+    train(data, tmp_path / "run", *MEMORY, "--total-samples", "28", "--accumulate", "3")
+    assert largest_difference(straight, tmp_path / "run") < 2e-5
+
+
+@pytest.mark.slow
+def test_two_ranks_change_nothing_but_rounding(data, straight, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    train(data, tmp_path / "run", *MEMORY, "--total-samples", "28", launcher=launcher)
+    assert largest_difference(straight, tmp_path / "run") < 2e-5
+
+
+def test_arms_of_one_seed_share_the_policys_first_loss(data, straight, tmp_path):
+    train(data, tmp_path / "run", "--total-samples", "8")
+    assert metrics(tmp_path / "run")[0]["action_loss"] == metrics(straight)[0]["action_loss"]
+
+
+def test_a_blind_arm_trains_on_the_mean_picture(data, tmp_path):
+    train(data, tmp_path / "run", "--blind", "--total-samples", "8")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["arm"] == "none-blind"
+    assert {k for k in load_file(tmp_path / "run" / "last" / "world.safetensors")} == {
+        "scale", "mean_images.observation/images/image", "mean_images.observation/images/image2",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lr", "2e-3"], r"holds another run: lr is 0.001, not 0.002"),
+        (["--data", "/nowhere"], "/nowhere"),
+        (["--fusion", "none", "late"], "none excludes the others"),
+        (["--total-samples", "0"], "--total-samples 0 must be at least 1"),
+        (["--init", "./no-such-folder"], "no folder './no-such-folder'"),
+    ],
+)
+def test_bad_input_is_one_line_and_loses_nothing(data, straight, flags, message):
+    before = (straight / "config.json").read_text()
+    out = straight if flags[0] in ("--lr", "--data") else straight.parent / "other"
+    done = train(data, out, *MEMORY, "--total-samples", "28", *flags, check=False)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert message in " ".join((done.stdout + done.stderr).replace("│", " ").split())
+    assert (straight / "config.json").read_text() == before
+
+
+@given(st.integers(0, 1000), st.integers(1, 70), st.integers(1, 5), st.integers(1, 4))
+def test_ranks_and_micro_batches_share_out_each_sample_once(first, count, ranks, accumulate):
+    parts = [p for rank in range(ranks) for p in shares(first, count, rank, ranks, accumulate)]
+    assert len(parts) == ranks * accumulate
+    used = np.concatenate([numbers for numbers, weight in parts if weight])
+    assert used.tolist() == list(range(first, first + count))
+    assert all(len(numbers) for numbers, _ in parts)
+
+
+def test_the_schedule_counts_samples():
+    a = TrainConfig(total_samples=10_000, warmup_samples=500, batch_size=10)
+    assert lr_factor(a, 500) == 1.0
+    assert math.isclose(lr_factor(a, 10_000), a.lr_end)
+    assert 0 < lr_factor(a, 0) < lr_factor(a, 250) < 1
+    short = TrainConfig(total_samples=1000, warmup_samples=500, batch_size=10)
+    assert lr_factor(short, 100) == 1.0  # at most a tenth of the budget warms up

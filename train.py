@@ -1,0 +1,559 @@
+"""Train one arm: SmolVLA, with or without a memory of imagined futures, on one budget of samples.
+
+Everything random (data order, flow noise and times, memory noise) is keyed by (seed, global sample number),
+never by batch or rank: the same seed and budget give the same run on any number of ranks, and a run that is
+killed resumes to the same weights. Budget, warm-up and decay count samples, so batch size does not change
+the schedule.
+
+    python train.py --data data/demo --total-samples 2048 --batch-size 16             # E0 on a CPU
+    torchrun --nproc-per-node 8 train.py --data DATA --init CHECKPOINT --fusion late  # E2 on a node
+    python train.py --help
+
+Shapes: B batch, R flow draws a sample, C actions in a chunk, A action width, T history, K future, D latent
+width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from arm import Arm, ArmConfig, load_arm, save_arm
+from checkpoint import Processor, fresh_processor, load_policy, read_json, write_json
+from data import CAMERAS, Demos, load, sample_order, sample_rng, statistics
+from model import PRESETS, SmolVLA, masked_mean
+from prophet import NEEDS_HISTORY, NEEDS_NOISE
+from world import Latents, change_statistics, prepare
+
+FLOW_STREAM, MEMORY_STREAM = 1, 2  # keep apart what one sample number draws
+
+
+@dataclass(frozen=True)
+class TrainConfig(ArmConfig):
+    """Train one arm."""
+
+    data: Path = Path("data/demo")
+    """Folder of demonstrations, as demos.py writes them."""
+
+    out: Path = Path("runs/run")
+    """Run folder; one that exists is resumed, if its configuration agrees."""
+
+    arm: str = ""
+    """Name of the arm in reports; default: made from --fusion and --memory."""
+
+    init: str = "tiny"
+    """Where the policy starts: a preset's name (fresh weights), a checkpoint folder, or a hub id."""
+
+    revision: str | None = None
+    """Revision of the hub id, to pin it."""
+
+    freeze: Literal["expert", "vision", "none"] = "expert"
+    """What stays frozen: all but the expert (lerobot's default), only the vision tower, or nothing."""
+
+    total_samples: int = 100_000
+    """Training budget in samples, kept exactly."""
+
+    batch_size: int = 64
+    """Samples of an optimiser step, over all ranks."""
+
+    accumulate: int = 1
+    """Micro batches that each rank splits its share of a step into."""
+
+    flow_draws: int = 1
+    """Draws of noise and time a sample; they share one pass of the prefix."""
+
+    lr: float = 1e-4
+    """Peak learning rate."""
+
+    lr_world: float | None = None
+    """Peak learning rate of fusion and prophet; default: the same as --lr."""
+
+    lr_end: float = 0.025
+    """Final learning rate as a share of the peak."""
+
+    warmup_samples: int = 6_400
+    """Samples over which the learning rate rises; at most a tenth of the budget is used."""
+
+    weight_decay: float = 1e-10
+    """AdamW's weight decay (gates have none)."""
+
+    clip: float = 10.0
+    """Largest gradient norm."""
+
+    seed: int = 0
+    """Seed of weights, data order and noise."""
+
+    log_every: int = 20
+    """Optimiser steps between two log lines."""
+
+    save_every: int = 50_000
+    """Samples between two checkpoints; the last one is always written."""
+
+    threads: int | None = None
+    """Threads of torch on a CPU; default: torch's own choice."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for flag in ("total_samples", "batch_size", "accumulate", "flow_draws", "log_every", "save_every"):
+            if getattr(self, flag) < 1:
+                raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)} must be at least 1")
+
+    @property
+    def arm_name(self) -> str:
+        name = "+".join(self.sites) + f"-{self.memory}" if self.sites else "none"
+        return self.arm or name + ("-blind" if self.blind else "")
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        """Fields that may change when a run is resumed."""
+        return ("out", "data", "log_every", "save_every", "threads", "accumulate")
+
+
+# ---- ranks --------------------------------------------------------------------------------------------
+
+
+def start_ranks() -> tuple[int, int, torch.device]:
+    """Join torchrun's process group where there is one: rank, number of ranks, this rank's device."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum a tensor over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+# ---- batches ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Source:
+    """What batches are made from: samples are numbered over the run; a number decides all that is random."""
+
+    config: TrainConfig
+    demos: Demos
+    latents: Latents | None
+    arm: Arm
+    processor: Processor
+    device: torch.device
+
+    def batch(self, numbers: np.ndarray) -> tuple[dict, dict, Tensor, Tensor]:
+        """Make `Arm.forward`'s arguments for these global sample numbers."""
+        index = self.frames(numbers)
+        policy = self.arm.policy.config
+        cameras = () if self.config.blind else policy.cameras
+        batch = self.demos.batch(index, policy.chunk_size, cameras)
+        batch = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        inputs = self.processor(self.arm.blindfold(batch))
+        noise, times = self.flow(numbers)
+        return inputs, self.world(numbers, index), noise.to(self.device), times.to(self.device)
+
+    def frames(self, numbers: np.ndarray) -> np.ndarray:
+        """The frame of each sample: one permutation of the data an epoch."""
+        order = sample_order(len(self.demos), self.config.seed, int(numbers[0]), len(numbers))
+        return np.asarray(order)
+
+    def flow(self, numbers: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Noise (B, R, C, A_max) and times (B, R), Beta(1.5, 1) * 0.999 + 0.001."""
+        policy, draws = self.arm.policy.config, self.config.flow_draws
+        shape = (draws, policy.chunk_size, policy.max_action_dim)
+        noise = np.empty((len(numbers), *shape), np.float32)
+        times = np.empty((len(numbers), draws), np.float32)
+        for i, number in enumerate(numbers):
+            rng = sample_rng(self.config.seed, FLOW_STREAM, int(number))
+            noise[i] = rng.standard_normal(shape, np.float32)
+            times[i] = rng.beta(1.5, 1.0, draws) * 0.999 + 0.001
+        return torch.from_numpy(noise), torch.from_numpy(times)
+
+    def world(self, numbers: np.ndarray, index: np.ndarray) -> dict[str, Tensor]:
+        """Past and future latents and memory noise, where the arm's mode needs them."""
+        config, out = self.config, {}
+        if config.mode in NEEDS_HISTORY:
+            past = self.demos.history(index, config.history, config.world_stride)
+            future, valid = self.demos.future(index, config.future, config.world_stride)
+            z = self.latents.z
+            out |= {"z_hist": z[past], "z_future": z[future], "valid": torch.as_tensor(valid)}  # (B, T|K, D)
+        if config.mode in NEEDS_NOISE:
+            shape = (config.future, config.world_dim)
+            rows = [
+                sample_rng(config.seed, MEMORY_STREAM, int(n), 0).standard_normal(shape, np.float32)
+                for n in numbers
+            ]
+            out["noise"] = torch.from_numpy(np.stack(rows))
+        return {name: tensor.to(self.device) for name, tensor in out.items()}
+
+
+# ---- arm and optimiser --------------------------------------------------------------------------------
+
+
+def build_arm(config: TrainConfig, demos: Demos, latents: Latents | None) -> tuple[Arm, Processor]:
+    """Build the arm at its start; arms of one seed share the policy's initial weights."""
+    policy, processor = build_policy(config, demos)
+    images = {}
+    if config.blind:
+        images = {name: mean_image(demos, name) for name in policy.config.cameras}
+    scale = torch.ones(config.future)
+    if latents is not None:
+        scale, _ = change_statistics(demos, latents.z, config.future, config.world_stride, config.delta)
+    torch.manual_seed(config.seed + 1)
+    arm = Arm(arm_config(config), policy, None if latents is None else latents.encoder, scale, images)
+    return arm, processor
+
+
+def build_policy(config: TrainConfig, demos: Demos) -> tuple[SmolVLA, Processor]:
+    """A fresh preset, its statistics and tokenizer from the data; or a checkpoint as it stands."""
+    if config.init not in PRESETS:
+        return load_policy(config.init, config.revision)
+    torch.manual_seed(config.seed)
+    preset = dataclasses.replace(PRESETS[config.init], cameras=tuple(demos.images))
+    size = next(iter(demos.images.values())).shape[1]
+    processor = fresh_processor(preset, statistics(demos), demos.tasks, (3, size, size))
+    return SmolVLA(preset).initialise(), processor
+
+
+def arm_config(config: TrainConfig) -> ArmConfig:
+    """The part of the configuration that stays with a checkpoint."""
+    return ArmConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(ArmConfig)})
+
+
+def mean_image(demos: Demos, camera: str) -> Tensor:
+    """The data set's mean picture of a camera, (3, S, S) uint8."""
+    return (
+        torch.from_numpy(demos.images[camera].mean(0).round().astype(np.uint8)).permute(2, 0, 1).contiguous()
+    )
+
+
+def make_optimizer(config: TrainConfig, arm: Arm) -> torch.optim.AdamW:
+    """AdamW in three groups: the policy's own weights; the new modules' ; their gates, without decay."""
+    new = {id(p) for module in arm.new_modules() for p in module.parameters()}
+    live = [(name, p) for name, p in arm.named_parameters() if p.requires_grad]
+    lr_world = config.lr_world or config.lr
+    gates = [p for name, p in live if name.endswith(".gate")]
+    world = [p for name, p in live if id(p) in new and not name.endswith(".gate")]
+    groups = [
+        {
+            "params": [p for _, p in live if id(p) not in new],
+            "lr": config.lr,
+            "weight_decay": config.weight_decay,
+        },
+        {"params": world, "lr": lr_world, "weight_decay": config.weight_decay},
+        {"params": gates, "lr": lr_world, "weight_decay": 0.0},
+    ]
+    groups = [group | {"peak": group["lr"]} for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
+def lr_factor(config: TrainConfig, done: int) -> float:
+    """Share of the peak learning rate after `done` samples: linear warm-up, then cosine down to `lr_end`."""
+    warmup = min(config.warmup_samples, config.total_samples // 10)
+    if done < warmup:
+        return (done + config.batch_size) / (warmup + config.batch_size)
+    progress = (done - warmup) / max(1, config.total_samples - warmup)
+    return config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+# ---- one optimiser step -------------------------------------------------------------------------------
+
+
+def shares(first: int, count: int, rank: int, ranks: int, accumulate: int) -> list[tuple[np.ndarray, float]]:
+    """This rank's micro batches of the step over samples first..first+count-1: numbers and weight.
+
+    Where a step has fewer samples than micro batches, a rank runs sample `first` with weight 0, so that all
+    ranks take part in every collective.
+    """
+    parts = np.array_split(np.arange(first, first + count), ranks * accumulate)[rank * accumulate :][
+        :accumulate
+    ]
+    return [(part, 1.0) if len(part) else (np.array([first]), 0.0) for part in parts]
+
+
+def optimizer_step(
+    source: Source,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    first: int,
+    count: int,
+    rank: int,
+    ranks: int,
+) -> dict[str, Tensor]:
+    """Take one step on samples first..first+count-1; gives sums over all ranks for the log (on the device).
+
+    The losses are sums over what counts (unpadded action terms; samples with a counted future), divided by
+    that count over the whole step, all ranks and micro batches: ranks and accumulation change nothing but
+    the order of a sum.
+    """
+    config = source.config
+    micro = [
+        (source.batch(numbers), weight)
+        for numbers, weight in shares(first, count, rank, ranks, config.accumulate)
+    ]
+    counts = sum_over_ranks(sum(weight * count_terms(source, batch) for batch, weight in micro))
+    optimizer.zero_grad(set_to_none=True)
+    logs = torch.zeros(3, device=source.device)  # action loss, world loss, world cosine: sums
+    for i, (batch, weight) in enumerate(micro):
+        last = i == len(micro) - 1
+        with nullcontext() if last or ranks == 1 else model.no_sync():
+            out = model(*batch)
+            action, _ = masked_mean(out["action"], batch[0]["is_pad"])
+            loss = action / counts[0]
+            sums = [action.detach(), torch.zeros_like(action), torch.zeros_like(action)]
+            if "world" in out:
+                world = torch.where(out["counted"][:, None], out["world"], 0).mean(1).sum()
+                loss = loss + config.lambda_world * world / counts[1].clamp(min=1)
+                sums[1], sums[2] = world.detach(), out["world_cos"].mean(1).sum()
+            (loss * ranks * weight).backward()  # DDP averages over ranks; times `ranks` makes it the sum
+        logs += weight * torch.stack(sums)
+    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.clip)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * lr_factor(config, first)
+    optimizer.step()
+    return {"sums": logs, "counts": counts, "grad_norm": norm}
+
+
+def count_terms(source: Source, batch: tuple) -> Tensor:
+    """How many action terms and how many samples with a counted future a micro batch has, (2,) float64."""
+    inputs, world, _, times = batch
+    steps = (~inputs["is_pad"]).sum() * times.shape[1] * source.arm.policy.config.action_dim
+    moving = torch.zeros((), device=source.device)
+    if "valid" in world and source.arm.prophet is not None:
+        moving = source.arm.counts(world).sum()
+    return torch.stack([steps, moving]).double()
+
+
+# ---- run folder ---------------------------------------------------------------------------------------
+
+
+def open_run(config: TrainConfig, facts: dict) -> None:
+    """Create the run folder, or check that an existing one is of this configuration.
+
+    Raises ValueError, naming the field and both values, where it is another run's.
+    """
+    path = config.out / "config.json"
+    record = json.loads(json.dumps(dataclasses.asdict(config) | facts, default=str))
+    if path.is_file():
+        there = read_json(path)
+        for name in record:
+            if name not in config.free and there.get(name) != record[name]:
+                raise ValueError(
+                    f"{config.out} holds another run: {name} is {there.get(name)!r}, not {record[name]!r}; "
+                    "choose another --out"
+                )
+        return
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_json(config.out / "env.json", environment())
+    write_json(path, record)
+
+
+def environment() -> dict:
+    """What the run ran on: versions, git hash, device, command line."""
+    packages = ("torch", "numpy", "tokenizers", "safetensors", "h5py")
+    changes = git("status", "--porcelain")
+    return {
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "git": git("rev-parse", "HEAD"),
+        "git_dirty": None if changes is None else bool(changes),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "argv": sys.argv,
+    }
+
+
+def git(*arguments: str) -> str | None:
+    """Ask git about this code; None for a copy without it."""
+    try:
+        here = Path(__file__).resolve().parent
+        answer = subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()
+
+
+def save(
+    config: TrainConfig,
+    arm: Arm,
+    processor: Processor,
+    optimizer: torch.optim.Optimizer,
+    done: int,
+    step: int,
+) -> Path:
+    """Write a checkpoint beside, then rename it, then point `last` at it: a kill leaves the one before."""
+    folder = config.out / f"step_{step:06d}"
+    beside = folder.with_name(folder.name + ".part")
+    shutil.rmtree(beside, ignore_errors=True)
+    save_arm(beside, arm, processor)
+    torch.save(optimizer.state_dict(), beside / "optimizer.pt")
+    write_json(beside / "state.json", {"samples": done, "step": step})
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+    link = config.out / "last.part"
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name)
+    link.rename(config.out / "last")
+    return folder
+
+
+def cut_metrics(path: Path, done: int) -> None:
+    """Drop logged lines beyond the checkpoint that a run resumes from: they will be logged again."""
+    if path.is_file():
+        lines = [
+            line
+            for line in path.read_text().splitlines()
+            if line.endswith("}") and json.loads(line)["samples"] <= done
+        ]
+        path.write_text("".join(line + "\n" for line in lines))
+
+
+# ---- main ---------------------------------------------------------------------------------------------
+
+
+def main(config: TrainConfig) -> None:
+    """Train from the start, or from the run folder's last checkpoint, to the end of the budget."""
+    rank, ranks, device = start_ranks()
+    say = print if rank == 0 else lambda *_: None
+    if config.threads:
+        torch.set_num_threads(config.threads)
+
+    # data
+    demos = load(config.data, tuple(CAMERAS))
+    latents = prepare(config.data, demos, config) if config.sites else None
+
+    # arm, at its start or at the last checkpoint
+    done = step = 0
+    resumed = (config.out / "last" / "state.json").is_file()
+    if resumed:
+        arm, processor = load_arm(config.out / "last")
+        state = read_json(config.out / "last" / "state.json")
+        done, step = state["samples"], state["step"]
+    else:
+        arm, processor = build_arm(config, demos, latents)
+    arm.policy.freeze(config.freeze, processor.raw["train_state_proj"])
+    arm.to(device).train()
+    live = sum(p.numel() for p in arm.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in arm.parameters())
+    facts = {
+        "arm": config.arm_name,
+        "data_fingerprint": demos.fingerprint,
+        "data_provenance": demos.provenance,
+        "params_total": total,
+        "params_trainable": live,
+    }
+    if rank == 0:
+        open_run(config, facts)
+        cut_metrics(config.out / "metrics.jsonl", done)
+    optimizer = make_optimizer(config, arm)
+    if resumed:
+        optimizer.load_state_dict(
+            torch.load(config.out / "last" / "optimizer.pt", weights_only=True, map_location=device)
+        )
+
+    banner(config, demos, arm, facts, device, ranks, say)
+    say(f"run folder {config.out}" + (f", resumed at {done:,} samples" if resumed else ""))
+    if done >= config.total_samples:
+        say("nothing to do: the budget is spent")
+        return
+
+    # loop
+    source = Source(config, demos, latents, arm, processor, device)
+    model = DistributedDataParallel(arm, gradient_as_bucket_view=True) if ranks > 1 else arm
+    clock, since = time.perf_counter(), done
+    while done < config.total_samples:
+        count = min(config.batch_size, config.total_samples - done)
+        out = optimizer_step(source, model, optimizer, done, count, rank, ranks)
+        step, done, before = step + 1, done + count, done
+        finished = done >= config.total_samples
+        if step % config.log_every == 0 or finished:
+            rate = (done - since) / (time.perf_counter() - clock)
+            log(
+                config,
+                arm,
+                out,
+                step,
+                done,
+                rate,
+                optimizer.param_groups[0]["lr"],
+                say if rank == 0 else None,
+            )
+            clock, since = time.perf_counter(), done
+        if rank == 0 and (finished or done // config.save_every > before // config.save_every):
+            save(config, arm, processor, optimizer, done, step)
+    say(f"done: {config.out / 'last'}")
+
+
+def banner(
+    config: TrainConfig, demos: Demos, arm: Arm, facts: dict, device: torch.device, ranks: int, say
+) -> None:
+    """Print what a person wants to know before a run."""
+    live, total, threads = facts["params_trainable"], facts["params_total"], torch.get_num_threads()
+    say(f"arm {facts['arm']} on {device}, {ranks} rank(s), torch {torch.__version__}, {threads} threads")
+    say(
+        f"{live:,} of {total:,} parameters train; init {config.init}, freeze {config.freeze}, seed {config.seed}"
+    )
+    draws = f"{config.flow_draws} flow draw(s) each"
+    say(f"budget {config.total_samples:,} samples in steps of {config.batch_size}, {draws}")
+    episodes = f"{len(demos.first)} episodes, {len(demos):,} frames"
+    say(f"data {config.data}: {episodes}, fingerprint {demos.fingerprint}")
+    if config.sites:
+        ahead, chunk = config.future * config.world_stride, arm.policy.config.n_action_steps
+        say(f"memory {config.mode}: looks {ahead / 20:.1f} s ahead; a chunk executes {chunk / 20:.1f} s")
+
+
+def log(config: TrainConfig, arm: Arm, out: dict, step: int, done: int, rate: float, lr: float, say) -> None:
+    """Sum the logged values over ranks; rank 0 prints a line and appends it to metrics.jsonl."""
+    action, world, cosine = (
+        sum_over_ranks(out["sums"].double()) / out["counts"][[0, 1, 1]].clamp(min=1)
+    ).tolist()
+    if say is None:
+        return
+    line = {"samples": done, "step": step, "action_loss": action, "loss": action, "lr": lr}
+    line |= {"grad_norm": out["grad_norm"].item(), "samples_per_second": rate}
+    if arm.prophet is not None:
+        line |= {"world_loss": world, "world_cos": cosine, "loss": action + config.lambda_world * world}
+    if arm.policy.fusion is not None:
+        line |= arm.policy.fusion.gates()
+    with (config.out / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    left = (config.total_samples - done) / rate
+    extra = "".join(f"  {k} {line[k]:+.4f}" for k in line if k.startswith("world_"))
+    speed = f"{rate:6.1f} samples/s  {left / 60:5.1f} min left"
+    say(f"{done:>9,} samples  loss {line['loss']:.4f}  lr {lr:.1e}  {speed}{extra}")
+
+
+if __name__ == "__main__":
+    rank0 = os.environ.get("RANK", "0") == "0"
+    try:
+        main(tyro.cli(TrainConfig, console_outputs=rank0))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
