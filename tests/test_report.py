@@ -1,0 +1,385 @@
+"""The statistics against known values, and the report on synthetic run folders."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binom, binomtest
+
+import report
+
+ROOT = Path(report.__file__).parent
+counts = st.integers(0, 60)
+
+
+def write_run(root: Path, arm: str, results: dict, seed: int = 0, **config) -> Path:
+    """Write a run folder; `results` maps memory mode -> 1, 0 or "crash" for each init state of task 1."""
+    folder = root / f"{arm}_s{seed}"
+    folder.mkdir(parents=True)
+    defaults = {"fusion": ["none"], "memory": "pred", "blind": False, "data_fingerprint": "abc"}
+    defaults |= {"total_samples": 6400, "params_total": 2000, "params_trainable": 1500}
+    (folder / "config.json").write_text(json.dumps(defaults | {"arm": arm, "seed": seed} | config))
+    lines = [
+        {"samples": 64 * i, "loss": 1 / i, "action_loss": 0.5 / i, "world_gate": i / 99} for i in range(1, 9)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = [episode(mode, i, r) for mode, outcomes in results.items() for i, r in enumerate(outcomes)]
+    write_episodes(folder, rows)
+    return folder
+
+
+def episode(mode: str, init_state: int, result: int | str, **changes) -> dict:
+    crashed = result == "crash"
+    row = {"suite": "libero_goal", "task_id": 1, "task": "put_the_bowl", "init_state": init_state, "seed": 7}
+    row |= {
+        "success": None if crashed else bool(result),
+        "crash": "died" if crashed else None,
+        "memory": mode,
+    }
+    row |= {
+        "steps": 100 + init_state,
+        "checkpoint": "step_000100",
+        "render_fingerprint": {"front": [init_state]},
+    }
+    return row | {"protocol": {"max_steps": 300, "versions": {"mujoco": "3.3.2"}}} | changes
+
+
+def write_episodes(folder: Path, rows: list[dict]) -> None:
+    (folder / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def load(root: Path) -> list[report.Run]:
+    return [report.load_run(name, folder) for name, folder in report.find_runs((root,))]
+
+
+def row_of(text: str, *starts: str) -> list[str]:
+    """Return the cells of the one table row that begins with these cells."""
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    (row,) = [row for row in rows if tuple(row[: len(starts)]) == starts]
+    return row
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Four arms, one seed, ten init states; a crash in E2."""
+    root = tmp_path / "demo"
+    write_run(root, "E0", {"off": [1, 1, 1, 1, 0, 0, 0, 0, 1, 1]})
+    write_run(root, "E0b", {"off": [0] * 10}, blind=True)
+    write_run(root, "E1", {"zero": [1, 1, 1, 0, 0, 0, 0, 0, 1, 1]}, fusion=["late"], memory="zero")
+    results = {"off": [0] * 10, "pred": [1] * 9 + ["crash"], "zero": [0] * 9 + [1]}
+    write_run(root, "E2", results, fusion=["late"])
+    return root
+
+
+# ---- statistics
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605)],
+)
+def test_wilson_gives_the_published_intervals(k, n, low, high):
+    # the last two: Newcombe 1998, Statistics in Medicine 17:857, method 3
+    assert report.wilson(k, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@given(n=st.integers(1, 500), share=st.floats(0, 1))
+def test_wilson_contains_the_proportion_and_stays_within_bounds(n, share):
+    k = round(share * n)
+    low, high = report.wilson(k, n)
+    assert 0 <= low <= k / n <= high <= 1
+
+
+@given(counts, counts)
+def test_mcnemar_is_the_binomial_test_of_discordant_pairs_and_symmetric(b, c):
+    expected = binomtest(b, b + c).pvalue if b + c else 1.0
+    assert report.mcnemar(b, c) == pytest.approx(expected) == report.mcnemar(c, b)
+
+
+def test_newcombe_gives_the_published_interval():
+    # Newcombe 1998, Statistics in Medicine 17:2635, method 10
+    assert report.newcombe(36, 12, 2, 0) == pytest.approx((0.0569, 0.3404), abs=5e-5)
+
+
+@given(counts, counts, counts, st.integers(1, 60))
+def test_newcombe_contains_the_difference_and_turns_with_the_sides(both, a, b, neither):
+    low, high = report.newcombe(both, a, b, neither)
+    difference = (a - b) / (both + a + b + neither)
+    assert -1 <= low <= difference + 1e-12 and difference - 1e-12 <= high <= 1
+    assert report.newcombe(both, b, a, neither) == pytest.approx((-high, -low))
+
+
+def test_holm_multiplies_by_what_is_left_and_never_falls():
+    assert report.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert report.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert report.holm([]) == []
+
+
+def test_smallest_detectable_difference_has_the_power_it_claims():
+    d = report.smallest_detectable(20)
+    # one way only: significant from 6 discordant pairs on, since 2 / 2**6 < 0.05 < 2 / 2**5
+    assert binom.sf(5, 20, d) == pytest.approx(0.8, abs=1e-3)
+    assert report.smallest_detectable(5) is None
+    assert report.smallest_detectable(20, 0.0) is None
+    assert (
+        report.smallest_detectable(200, 0.3)
+        > report.smallest_detectable(200, 0.1)
+        > report.smallest_detectable(200)
+    )
+
+
+def test_bootstrap_over_seeds_is_wider_when_seeds_disagree():
+    task = ("goal", 1)
+    alike = {s: {task: [1] * 5 + [0] * 5} for s in range(3)}
+    apart = {0: {task: [1] * 10}, 1: {task: [1] * 5 + [0] * 5}, 2: {task: [0] * 10}}
+    (low, high), (wide_low, wide_high) = report.bootstrap(alike), report.bootstrap(apart)
+    assert 0 < low < 0.5 < high < 1
+    assert wide_high - wide_low > 1.5 * (high - low)
+
+
+# ---- reading
+
+
+def test_repeated_episodes_count_once_and_the_first_counts(tmp_path):
+    folder = write_run(tmp_path, "E0", {})
+    write_episodes(folder, [episode("off", 0, 1), episode("off", 0, 0), episode("off", 1, 0)])
+    (run,) = load(tmp_path)
+    assert [e["success"] for e in run.episodes] == [True, False]
+    assert run.notes == ("1 recorded twice, the first counts",)
+
+
+def test_only_the_newest_checkpoint_is_reported(tmp_path):
+    folder = write_run(tmp_path, "E0", {})
+    write_episodes(folder, [episode("off", 0, 1, checkpoint=f"step_{n:06d}") for n in (200, 1000, 600)])
+    (run,) = load(tmp_path)
+    assert [e["checkpoint"] for e in run.episodes] == ["step_001000"]
+    assert run.notes == ("2 of earlier checkpoints left out",)
+
+
+def test_half_trained_checkpoint_is_reported_under_the_samples_it_saw(tmp_path):
+    folder = write_run(tmp_path, "E0", {"off": [1]})
+    (folder / "step_000100").mkdir()
+    (folder / "step_000100" / "state.json").write_text('{"samples": 3200}')
+    assert load(tmp_path)[0].budget == 3200
+
+
+def test_cut_off_last_line_is_left_out_with_a_warning(tmp_path, capsys):
+    folder = write_run(tmp_path, "E0", {"off": [1, 0]})
+    with (folder / "episodes.jsonl").open("a") as file:
+        file.write('{"suite": "libero_g')
+    (run,) = load(tmp_path)
+    assert len(run.episodes) == 2
+    assert "episodes.jsonl:3: the last line is cut off" in capsys.readouterr().err
+
+
+def test_malformed_line_in_the_middle_is_named(tmp_path):
+    folder = write_run(tmp_path, "E0", {"off": [1, 0]})
+    path = folder / "episodes.jsonl"
+    path.write_text("{broken\n" + path.read_text())
+    with pytest.raises(report.Refusal, match=r"episodes\.jsonl:1: malformed line"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"success": None}, "success is None without a crash"),
+        ({"success": 1}, "success is 1 without a crash"),
+    ],
+)
+def test_episode_that_neither_ran_nor_crashed_is_refused(tmp_path, change, message):
+    folder = write_run(tmp_path, "E0", {})
+    write_episodes(folder, [episode("off", 0, 1), episode("off", 1, 1) | change])
+    with pytest.raises(report.Refusal, match=rf"jsonl:2: {message}"):
+        load(tmp_path)
+
+
+def test_checkpoint_folders_are_not_taken_for_runs(tmp_path):
+    folder = write_run(tmp_path, "E0", {"off": [1]})
+    for parent in (folder, tmp_path):
+        (parent / "step_000100").mkdir()
+        (parent / "step_000100" / "config.json").write_text('{"type": "smolvla"}')
+    assert [name for name, _ in report.find_runs((tmp_path, folder))] == ["E0_s0"]
+
+
+def test_folder_without_runs_is_refused(tmp_path):
+    with pytest.raises(report.Refusal, match="no run folder"):
+        report.find_runs((tmp_path,))
+    with pytest.raises(report.Refusal, match="is not a folder"):
+        report.find_runs((tmp_path / "absent",))
+
+
+# ---- what may stand in one table
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data_fingerprint": "xyz"}, r"data fingerprints differ: '\"abc\"' in E0_s0, '\"xyz\"' in E1_s0"),
+        ({"arm": "E0", "seed": 0}, "arm E0, seed 0, 6400 samples is there twice: E0_s0 and E1_s0"),
+        (
+            {"arm": "E0", "seed": 1, "fusion": ["late"]},
+            "arm E0 means two things: 'no memory' in E0_s0, 'late",
+        ),
+        (
+            {"arm": "E0", "seed": 1, "params_total": 9},
+            r"arm E0 has two sizes: \(2000, 1500\) in E0_s0, \(9, 1500\)",
+        ),
+    ],
+)
+def test_runs_that_do_not_belong_together_are_refused(tmp_path, changes, message):
+    write_run(tmp_path, "E0", {"off": [1]})
+    write_run(tmp_path, "E1", {"off": [1]})
+    config = tmp_path / "E1_s0" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(report.Refusal, match=message):
+        report.check_comparable(load(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"protocol": {"max_steps": 300, "versions": {"mujoco": "3.9.0"}}},
+            "versions.mujoco: '3.3.2' in E0_s0, '3.9.0'",
+        ),
+        (
+            {"protocol": {"max_steps": 220, "versions": {"mujoco": "3.3.2"}}},
+            "max_steps: 300 in E0_s0, 220 in E1_s0",
+        ),
+        ({"seed": 8}, "eval_seed: 7 in E0_s0, 8 in E1_s0"),
+    ],
+)
+def test_other_protocols_are_refused_within_a_suite_only(tmp_path, change, message):
+    write_run(tmp_path, "E0", {"off": [1]})
+    folder = write_run(tmp_path, "E1", {})
+    write_episodes(folder, [episode("off", 0, 1, suite="libero_10") | change])
+    report.check_comparable(load(tmp_path))
+    write_episodes(folder, [episode("off", 0, 1) | change])
+    with pytest.raises(report.Refusal, match=f"protocols of libero_goal differ in {message}"):
+        report.check_comparable(load(tmp_path))
+
+
+# ---- the report
+
+
+def test_report_has_the_right_rows_and_figures(tree, tmp_path):
+    out = tmp_path / "out"
+    printed = report.write_report(load(tree), out)
+    text = (out / "report.md").read_text()
+    assert sorted(p.name for p in out.iterdir()) == [
+        "curves_6400.png",
+        "gates_6400.png",
+        "report.md",
+        "success_6400.png",
+    ]
+    assert row_of(text, "E0", "no memory")[2:8] == ["off (own)", "6/10", "60", "31 to 83", "60", "104"]
+    assert row_of(text, "E2", "late, trained with pred", "pred (own)")[3:9] == [
+        "9/9",
+        "100",
+        "70 to 100",
+        "100",
+        "104",
+        "1",
+    ]
+    assert row_of(text, "E2", "E1")[2:8] == ["0", "9", "4", "5", "0", "0"]  # the crashed pair is left out
+    assert row_of(text, "E2 pred", "E2 off")[2:8] == ["0", "9", "0", "9", "0", "0"]
+    assert row_of(text, "E1", "E0")[9:11] == ["1.000", "1.000"]
+    assert row_of(text, "libero_goal")[1:] == [
+        "1 put_the_bowl", "6/10 (31 to 83)", "0/10 (0 to 28)", "5/10 (24 to 76)", "9/9 (70 to 100)",
+    ]  # fmt: skip
+    assert row_of(text, "E0", "no memory") == row_of(printed, "E0", "no memory")
+    assert '"versions.mujoco": "3.3.2"' in text and "task 1: 0-9" in text
+    assert 'task 1, init state 0: {"front": [0]}' in text
+    assert str(tmp_path) not in text
+
+
+def test_own_memory_mode_comes_first(tree):
+    arms = report.by_arm(load(tree))
+    assert report.arm_modes(arms["E2"]) == ["pred", "off", "zero"]
+    assert arms["E0"][0].own == "off" and arms["E1"][0].own == "zero"
+
+
+def test_holm_runs_over_the_named_contrasts(tree):
+    contrasts = report.all_contrasts(load(tree))
+    assert [(c.a, c.b) for c in contrasts] == [
+        ("E0", "E0b"), ("E2", "E1"), ("E2", "E0"), ("E1", "E0"),
+        ("E2 pred", "E2 off"), ("E2 pred", "E2 zero"),
+    ]  # fmt: skip
+    assert [c.p_holm for c in contrasts] == report.holm([c.p for c in contrasts])
+
+
+def test_text_follows_the_number_of_seeds_and_what_was_shown(tmp_path):
+    one, three = tmp_path / "one", tmp_path / "three"
+    for root, seeds in ((one, 1), (three, 3)):
+        for seed in range(seeds):
+            write_run(root, "E0", {"off": [0] * 12}, seed)
+            write_run(root, "E1", {"zero": [0] * 12}, seed, fusion=["late"], memory="zero")
+            write_run(root, "E2", {"pred": [1] * 12, "off": [1] * 12}, seed, fusion=["late"])
+    report.write_report(load(one), one / "report")
+    report.write_report(load(three), three / "report")
+    text, text3 = (root.joinpath("report/report.md").read_text() for root in (one, three))
+    assert "One training seed an arm" in text and "Training seeds: E0 3, E1 3, E2 3" in text3
+    assert "E0 (no memory): shown here" in text
+    assert "Without E0b, which is blind" in text
+    assert [row_of(text3, "E2", "E1", seed)[3] for seed in ("0", "1", "2", "all")] == ["12", "12", "12", "36"]
+    assert row_of(text3, "E2", "E1", "0")[10] == "" != row_of(text3, "E2", "E1", "all")[10]
+
+
+def test_that_memory_helps_needs_both_comparisons(tmp_path):
+    write_run(tmp_path, "E2", {"pred": [1] * 12, "off": [0] * 12}, fusion=["late"])
+    write_run(tmp_path, "E0", {"off": [0] * 12})
+    report.write_report(load(tmp_path), tmp_path / "out")
+    assert (
+        "cannot be told, a comparison is missing; E2 against E0: +100"
+        in (tmp_path / "out/report.md").read_text()
+    )
+
+
+def test_budgets_get_their_own_sections_and_unevaluated_runs_are_listed(tmp_path):
+    write_run(tmp_path, "E0", {"off": [1, 1]})
+    write_run(tmp_path, "E1", {"off": [1, 0]}, total_samples=12800)
+    (write_run(tmp_path, "E2", {}) / "episodes.jsonl").unlink()
+    report.write_report(load(tmp_path), tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.index("## 6,400 training samples") < text.index("## 12,800 training samples")
+    assert "Not evaluated: E2_s0." in text
+    assert row_of(text, "E2_s0")[4] == "not evaluated"
+
+
+def test_runs_without_any_episode_are_refused(tmp_path):
+    write_run(tmp_path, "E0", {})
+    with pytest.raises(report.Refusal, match=r"no episodes in episodes\.jsonl of E0_s0; run eval\.py"):
+        report.write_report(load(tmp_path), tmp_path / "out")
+
+
+def test_all_crashed_and_no_metrics_still_make_a_report(tmp_path):
+    folder = write_run(tmp_path, "E0", {"off": ["crash", "crash"]})
+    (folder / "metrics.jsonl").unlink()
+    report.write_report(load(tmp_path), tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert row_of(text, "E0", "no memory")[3:9] == ["0/0", "-", "0 to 100", "-", "-", "2"]
+    assert not list((tmp_path / "out").glob("curves*"))
+
+
+def test_script_prints_the_table_and_refuses_in_one_line(tree):
+    command = [sys.executable, ROOT / "report.py"]
+    good = subprocess.run([*command, tree], capture_output=True, text=True)
+    assert good.returncode == 0, good.stderr
+    assert "31 to 83" in good.stdout and (tree / "report" / "report.md").is_file()
+    bad = subprocess.run([*command, tree / "E0_s0", tree / "absent"], capture_output=True, text=True)
+    assert bad.returncode == 1
+    assert (
+        bad.stderr
+        == f"report.py: {tree}/absent is not a folder; name run folders or a folder that holds some\n"
+    )
+
+
+def test_report_imports_neither_torch_nor_the_simulator():
+    code = "import sys, report; print(sorted({'torch', 'mujoco', 'libero'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
