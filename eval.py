@@ -1,0 +1,475 @@
+"""Roll a checkpoint out in LIBERO, under one or more memory modes, one JSON line an episode.
+
+Every arm and mode meets the same starts with the same flow noise, keyed by (eval seed, task, init state,
+decision), so that results pair up. Lines are appended to RUN/episodes.jsonl as episodes end; an evaluation
+that is killed goes on where it stopped. A simulator crash is retried once in a fresh process, then recorded
+as a crash: neither success nor failure.
+
+    python eval.py                             # the newest run, its own memory mode, unseen init states
+    python eval.py runs/demo/E2-s0 --memory pred off zero --episodes-per-task 40
+    python eval.py --help
+
+Shapes: B batch (fixed, padded), C chunk, A action, T history, K future, D latent width, S picture side.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from arm import Arm, load_arm
+from checkpoint import Processor, read_json
+from data import sample_rng
+from prophet import MODES, MemoryMode
+from sim import CAMERAS, NUM_INIT_STATES, SUITES, EnvPool, Observation, SimConfig, SimCrash, setup_gl
+
+FLOW_STREAM, MEMORY_STREAM = 11, 12  # keep apart what one decision draws, and rollouts from training
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Roll out a checkpoint."""
+
+    checkpoint: Annotated[Path | None, tyro.conf.Positional] = None
+    """Run folder or checkpoint folder; default: the newest run under runs/."""
+
+    memory: tuple[MemoryMode, ...] = ()
+    """Memory modes to roll out, one after the other; default: the one that the arm was trained with."""
+
+    suite: str | None = None
+    """LIBERO suite; default: the training data's."""
+
+    task_ids: tuple[int, ...] = ()
+    """Tasks of the suite; default: the training data's."""
+
+    episodes_per_task: int = 40
+    """Episodes a task and mode."""
+
+    init_states: str | None = None
+    """Init states, such as 10-49 or 0,3,7; default: those that no demonstration started from."""
+
+    displace: float | None = None
+    """Largest displacement of the task's objects in metres; default: the training data's."""
+
+    draw: str | None = None
+    """Drawing, exact or fast; default: the training data's."""
+
+    reset: str | None = None
+    """Resets between episodes, hard or soft; default: the training data's."""
+
+    size: int | None = None
+    """Side of the rendered pictures; default: the training data's."""
+
+    n_action_steps: int | None = None
+    """Actions executed of each chunk; default: the checkpoint's."""
+
+    max_steps: int | None = None
+    """Step limit of an episode; default: the suite's."""
+
+    seed: int = 7
+    """Seed of the environments and of the policy's noise."""
+
+    num_envs: int = max(1, os.cpu_count() or 1)
+    """Environments, each in its own process; results do not depend on it."""
+
+    policy_batch: int = 1
+    """Rows of every policy call, padded: part of the protocol, since it can change a float's last bits."""
+
+    threads: int | None = 1
+    """Threads of torch on a CPU."""
+
+
+# ---- what to roll out ---------------------------------------------------------------------------------
+
+
+def newest_run(root: Path) -> Path:
+    """Find the run folder under `root` whose checkpoint was written last."""
+    links = sorted(root.glob("**/last"), key=lambda p: p.stat().st_mtime)
+    if not links:
+        raise ValueError(
+            f"no run under {root}/: train one with `python train.py`, or name a checkpoint folder"
+        )
+    return links[-1].parent
+
+
+def find_checkpoint(path: Path) -> tuple[Path, Path]:
+    """Give (run folder, checkpoint folder) of a run folder or of a checkpoint folder."""
+    if (path / "last").is_dir():
+        return path, (path / "last").resolve()
+    if (path / "model.safetensors").is_file():
+        return path.resolve().parent, path.resolve()
+    raise ValueError(
+        f"{path} is neither a run folder (with `last`) nor a checkpoint folder (with model.safetensors)"
+    )
+
+
+def parse_ids(text: str) -> list[int]:
+    """Read init states from a string such as 10-49 or 0,3,7-9."""
+    out: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise ValueError(
+                f"--init-states {text!r} cannot be read: write a range or a list, such as 10-49 or 0,3,7"
+            )
+        out += range(int(first), int(last or first) + 1)
+    if not out or max(out) >= NUM_INIT_STATES:
+        raise ValueError(f"--init-states {text!r} must lie in 0..{NUM_INIT_STATES - 1} and name at least one")
+    return out
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The protocol and the starts of an evaluation."""
+
+    sim: SimConfig
+    starts: list[tuple[int, int]]  # (task id, init state)
+    seen: set[tuple[int, int]]  # those that a demonstration of the training data started from
+    n_action_steps: int
+    policy_batch: int
+
+    def record(self) -> dict:
+        """The protocol, as it is stored with every result."""
+        return self.sim.record() | {"n_action_steps": self.n_action_steps, "policy_batch": self.policy_batch}
+
+
+def make_plan(config: EvalConfig, run: dict, arm: Arm) -> Plan:
+    """Fill what the command line leaves open from the run's training data.
+
+    Raises ValueError where neither says a suite, or there are not enough init states.
+    """
+    data = run.get("data_provenance") or []
+    suite = config.suite or next((d["suite"] for d in data), None)
+    if suite is None:
+        raise ValueError(
+            f"--suite is needed: the run does not say what it was trained on; choose from {', '.join(SUITES)}"
+        )
+    mine = {d["task_id"]: d for d in data if d["suite"] == suite}
+    tasks = config.task_ids or tuple(sorted(mine))
+    if not tasks:
+        raise ValueError(f"--task-ids is needed: the run was not trained on {suite}")
+    first = next(iter(mine.values()), {})
+    chosen = {
+        name: getattr(config, name) if getattr(config, name) is not None else first[name]
+        for name in ("displace", "draw", "reset", "size")
+        if getattr(config, name) is not None or name in first
+    }
+    sim = SimConfig(suite=suite, seed=config.seed, max_steps=config.max_steps, **chosen)
+    starts, seen = [], set()
+    for task in tasks:
+        used = set(mine.get(task, {}).get("init_state_ids", ()))
+        ids = (
+            parse_ids(config.init_states)
+            if config.init_states
+            else [i for i in range(NUM_INIT_STATES) if i not in used]
+        )
+        if len(ids) < config.episodes_per_task:
+            raise ValueError(
+                f"--episodes-per-task {config.episodes_per_task}: task {task} has only {len(ids)} left "
+                f"({len(used)} are the demonstrations'); ask for fewer, or name --init-states"
+            )
+        starts += [(task, i) for i in ids[: config.episodes_per_task]]
+        seen |= {(task, i) for i in used}
+    return Plan(
+        sim, starts, seen, config.n_action_steps or arm.policy.config.n_action_steps, config.policy_batch
+    )
+
+
+# ---- one episode --------------------------------------------------------------------------------------
+
+
+def frame_plan(step: int, n: int, history: int, stride: int) -> list[int]:
+    """Which of the next n actions (1-based) end on a frame that some later decision's history reads.
+
+    Decisions fall on step + n, step + 2n, ...; each reads the frames 0, s, .. (T-1)s steps before it.
+    """
+    reach = range(1, 2 + (history - 1) * stride // n)
+    wanted = {m * n - j * stride for m in reach for j in range(history)}
+    return [k for k in range(1, n + 1) if k in wanted or k == n]
+
+
+@dataclass
+class Episode:
+    """What a rollout remembers: where it is, its past latents and its timings."""
+
+    task: int
+    init_state: int
+    mode: str
+    started: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+    decisions: int = 0
+    latents: dict[int, Tensor] = field(default_factory=dict)  # step -> (D,)
+    physics: float = 0.0
+    drawing: float = 0.0
+    policy: float = 0.0
+    fingerprint: dict[str, list[float]] = field(default_factory=dict)
+    prompt: str = ""
+    retried: bool = False
+
+    def see(self, observation: Observation, arm: Arm, keep_history: bool) -> None:
+        """Take in an observation: timings, the first pictures' mean colours, latents for the history."""
+        before = self.steps
+        self.steps, self.prompt = observation.steps, observation.language
+        self.physics += observation.physics_seconds
+        self.drawing += observation.drawing_seconds
+        if not self.fingerprint:
+            self.fingerprint = {
+                c: f.mean((0, 1)).round(2).tolist() for (_, c), f in observation.frames.items()
+            }
+        if keep_history and not observation.done:
+            self.remember(observation, arm, before)
+
+    def remember(self, observation: Observation, arm: Arm, before: int) -> None:
+        """Encode the observation's frames, by the very function that made the training cache."""
+        for offset in sorted({k for k, _ in observation.frames}):
+            frames = {c: as_images(f) for (k, c), f in observation.frames.items() if k == offset}
+            if all(camera in frames for camera in arm.config.latent_cameras):
+                self.latents[before + offset] = arm.encoder.embed(frames)[0]
+
+    def history(self, config) -> Tensor:
+        """Past latents (T, D) at the present step; before the start the first frame repeats."""
+        steps = [max(0, self.steps - j * config.world_stride) for j in reversed(range(config.history))]
+        return torch.stack([self.latents[s] for s in steps])
+
+
+def as_images(frame: np.ndarray) -> Tensor:
+    """A picture (S, S, 3) uint8 as a batch of one, (1, 3, S, S)."""
+    return torch.from_numpy(frame).permute(2, 0, 1)[None].contiguous()
+
+
+# ---- rollouts -----------------------------------------------------------------------------------------
+
+
+class Rollout:
+    """Runs episodes of one mode in a pool of environments, deciding for a fixed number of rows at a time."""
+
+    def __init__(
+        self, arm: Arm, processor: Processor, plan: Plan, mode: str, pool: EnvPool, device: torch.device
+    ) -> None:
+        self.arm, self.processor, self.plan, self.mode, self.pool, self.device = (
+            arm,
+            processor,
+            plan,
+            mode,
+            pool,
+            device,
+        )
+        needs = arm.needs(mode)
+        self.keep_history, self.draw_noise = needs["history"], needs["noise"]
+        blind = arm.config.blind
+        self.cameras = () if blind else tuple(c for c in arm.policy.config.cameras if c in CAMERAS)
+        self.world_cameras = arm.config.latent_cameras if self.keep_history else ()
+        self.at_decision = tuple(dict.fromkeys((*self.cameras, *self.world_cameras)))
+        self.running: dict[int, Episode] = {}
+        self.waiting: deque[tuple[int, Observation]] = deque()
+
+    def run(self, starts: list[tuple[int, int]]) -> Iterator[tuple[Episode, Observation | None, str | None]]:
+        """Roll out all starts; yields (episode, last observation or None, crash or None) as each ends."""
+        queue = deque(Episode(task, init, self.mode) for task, init in starts)
+        free = list(range(self.pool.num_envs))
+        while queue or self.running:
+            while queue and free:
+                self.begin(free.pop(0), queue.popleft())
+            try:
+                answers = self.pool.ready()
+            except SimCrash as crash:
+                episode = self.running.pop(crash.env)
+                free.append(crash.env)
+                if episode.retried:
+                    yield episode, None, str(crash)
+                else:
+                    queue.appendleft(Episode(episode.task, episode.init_state, self.mode, retried=True))
+                continue
+            for i, observation in answers:
+                self.running[i].see(observation, self.arm, self.keep_history)
+                if observation.done:
+                    free.append(i)
+                    yield self.running.pop(i), observation, None
+                else:
+                    self.waiting.append((i, observation))
+            while self.waiting:
+                rows = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.plan.policy_batch))]
+                self.decide(rows)
+
+    def begin(self, i: int, episode: Episode) -> None:
+        self.running[i] = episode
+        episode.started = time.perf_counter()
+        self.pool.reset(i, episode.task, episode.init_state, cameras=self.at_decision)
+
+    def decide(self, rows: list[tuple[int, Observation]]) -> None:
+        """Compute a chunk a row and send its first actions off; rows are padded with the first."""
+        started = time.perf_counter()
+        padded = rows + [rows[0]] * (self.plan.policy_batch - len(rows))
+        episodes = [self.running[i] for i, _ in padded]
+        batch = {
+            "observation.state": torch.from_numpy(np.stack([o.state for _, o in padded])),
+            "task": [o.language for _, o in padded],
+        }
+        for camera in self.cameras:
+            batch[camera] = torch.cat([as_images(latest(o, camera)) for _, o in padded])
+        batch = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        inputs = self.processor(self.arm.blindfold(batch))
+        z_hist = (
+            torch.stack([e.history(self.arm.config) for e in episodes]).to(self.device)
+            if self.keep_history
+            else None
+        )
+        noise, memory_noise = self.noise(episodes)
+        chunk = self.arm.act(inputs, noise, self.mode, z_hist, memory_noise)
+        actions = self.processor.unnormalise(chunk).clamp(-1, 1).cpu().numpy()
+        actions[..., 6] = np.where(
+            actions[..., 6] > 0, 1.0, -1.0
+        )  # only the sign of the gripper's action counts
+        seconds = (time.perf_counter() - started) / len(rows)
+        for (i, _), row in zip(rows, actions, strict=False):
+            self.running[i].policy += seconds
+            self.running[i].decisions += 1
+            self.send(i, row)
+
+    def send(self, i: int, actions: np.ndarray) -> None:
+        """Execute a chunk's first actions, drawing only what the next decisions will look at."""
+        n, config = self.plan.n_action_steps, self.arm.config
+        frames = [(n, camera) for camera in self.at_decision]
+        if self.keep_history:
+            steps = frame_plan(self.running[i].steps, n, config.history, config.world_stride)
+            frames += [(k, camera) for k in steps if k < n for camera in self.world_cameras]
+        self.pool.run(i, actions[:n], frames)
+
+    def noise(self, episodes: list[Episode]) -> tuple[Tensor, Tensor | None]:
+        """Flow noise (B, C, A_max) and memory noise (B, N*K, D): the same for every arm and mode."""
+        policy, config, seed = self.arm.policy.config, self.arm.config, self.plan.sim.seed
+        flow, memory = [], []
+        for e in episodes:
+            key = (SUITES.index(self.plan.sim.suite), e.task, e.init_state, e.decisions)
+            shape = (policy.chunk_size, policy.max_action_dim)
+            flow.append(sample_rng(seed, FLOW_STREAM, *key).standard_normal(shape, np.float32))
+            rng = sample_rng(seed, MEMORY_STREAM, *key, 0)
+            memory.append(rng.standard_normal((config.future, config.world_dim), np.float32))
+        noise = torch.from_numpy(np.stack(flow)).to(self.device)
+        return noise, torch.from_numpy(np.stack(memory)).to(self.device) if self.draw_noise else None
+
+
+def latest(observation: Observation, camera: str) -> np.ndarray:
+    """The newest frame of a camera in an observation."""
+    return observation.frames[max((k, c) for k, c in observation.frames if c == camera)]
+
+
+# ---- results ------------------------------------------------------------------------------------------
+
+
+def read_done(path: Path) -> set[str]:
+    """Keys of the episodes that a file holds; a last line cut off by a kill is removed from it."""
+    if not path.is_file():
+        return set()
+    lines = path.read_text().splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+        path.write_text("".join(lines))
+    try:
+        return {key_of(json.loads(line)) for line in lines}
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{path} holds a line that is no episode ({error}): mend or remove it") from error
+
+
+def key_of(line: dict) -> str:
+    """What tells one episode of a run from another."""
+    return json.dumps(
+        [line[k] for k in ("checkpoint", "memory", "task_id", "init_state", "protocol")], sort_keys=True
+    )
+
+
+def result(
+    plan: Plan, checkpoint: str, episode: Episode, last: Observation | None, crash: str | None
+) -> dict:
+    """One episode's line."""
+    return {
+        "suite": plan.sim.suite,
+        "task_id": episode.task,
+        "task": episode.prompt,
+        "init_state": episode.init_state,
+        "seen_in_training": (episode.task, episode.init_state) in plan.seen,
+        "memory": episode.mode,
+        "success": None if last is None else last.success,
+        "crash": crash,
+        "steps": episode.steps,
+        "decisions": episode.decisions,
+        "final_state": None if last is None else [round(float(x), 6) for x in last.state],
+        "seed": plan.sim.seed,
+        "checkpoint": checkpoint,
+        "prompt": episode.prompt,
+        "seconds": round(time.perf_counter() - episode.started, 3),
+        "physics_seconds": round(episode.physics, 3),
+        "drawing_seconds": round(episode.drawing, 3),
+        "policy_seconds": round(episode.policy, 3),
+        "render_fingerprint": episode.fingerprint,
+        "protocol": plan.record(),
+    }
+
+
+def main(config: EvalConfig) -> None:
+    """Roll out every mode on every start that has no line yet."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    setup_gl()  # before the protocol is recorded: it names the library that draws
+    run_folder, folder = find_checkpoint(config.checkpoint or newest_run(Path("runs")))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    arm, processor = load_arm(folder)
+    arm.to(device).eval()
+    run = read_json(run_folder / "config.json") if (run_folder / "config.json").is_file() else {}
+    plan = make_plan(config, run, arm)
+    modes = config.memory or (arm.config.mode,)
+    for mode in modes:
+        arm.needs(mode)
+    print(f"checkpoint {folder}, memory {' '.join(modes)} of {' '.join(MODES)}")
+    print(f"protocol {json.dumps(plan.record())}")
+    overlap = sum(start in plan.seen for start in plan.starts)
+    if overlap:
+        print(f"warning: demonstrations started from {overlap} of the {len(plan.starts)} init states")
+    path = run_folder / "episodes.jsonl"
+    with EnvPool(config.num_envs, plan.sim) as pool:
+        for mode in modes:
+            evaluate(Rollout(arm, processor, plan, mode, pool, device), folder.name, path)
+
+
+def evaluate(rollout: Rollout, checkpoint: str, path: Path) -> None:
+    """Roll out one mode's missing episodes, appending a line each, and print how it went."""
+    plan, mode = rollout.plan, rollout.mode
+    done = read_done(path)
+    template = {"checkpoint": checkpoint, "memory": mode, "protocol": plan.record()}
+    starts = [s for s in plan.starts if key_of(template | {"task_id": s[0], "init_state": s[1]}) not in done]
+    if len(starts) < len(plan.starts):
+        print(f"memory {mode}: {len(plan.starts) - len(starts)} of {len(plan.starts)} episodes are there")
+    clock, lines = time.perf_counter(), []
+    for episode, last, crash in rollout.run(starts):
+        lines.append(result(plan, checkpoint, episode, last, crash))
+        with path.open("a") as file:
+            file.write(json.dumps(lines[-1]) + "\n")
+        wins, crashes = sum(bool(r["success"]) for r in lines), sum(r["crash"] is not None for r in lines)
+        each = (time.perf_counter() - clock) / len(lines)
+        verdict = "crash" if last is None else "success" if last.success else "failure"
+        left = each * (len(starts) - len(lines))
+        print(
+            f"memory {mode:8s} task {episode.task:2d} init {episode.init_state:2d}  "
+            f"{verdict:7s}  {episode.steps:3d} steps  "
+            f"{wins:3d}/{len(lines) - crashes:<3d}  {each:4.1f} s an episode  {left:5.0f} s left",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(EvalConfig))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

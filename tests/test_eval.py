@@ -1,0 +1,136 @@
+"""Rollouts pair up: starts, noise and frames are functions of the protocol, never of how many environments there are."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from test_arm import processor
+
+from arm import save_arm
+from eval import EvalConfig, find_checkpoint, frame_plan, key_of, make_plan, newest_run, parse_ids, read_done
+
+ROOT = Path(__file__).parent.parent
+
+
+@given(st.integers(1, 12), st.integers(1, 6), st.integers(1, 6))
+def test_the_frames_that_are_drawn_are_those_that_decisions_read(n, history, stride):
+    drawn = {0} | {m * n + k for m in range(8) for k in frame_plan(m * n, n, history, stride)}
+    read = {max(0, m * n - j * stride) for m in range(1, 8) for j in range(history)}
+    assert read <= drawn
+    last = 7 * n  # further decisions read what lies beyond
+    needed = {m * n - j * stride for m in range(1, 60) for j in range(history)} | {m * n for m in range(60)}
+    assert {step for step in drawn if step <= last} <= needed | {0}
+
+
+def test_init_states_are_read_from_ranges_and_lists():
+    assert parse_ids("10-12") == [10, 11, 12]
+    assert parse_ids("0,3, 7-8") == [0, 3, 7, 8]
+    for bad in ("", "a", "5-", "-3", "3-1", "48-50"):
+        with pytest.raises(ValueError, match="--init-states"):
+            parse_ids(bad)
+
+
+def run_config(**fields) -> dict:
+    record = {"suite": "libero_object", "task_id": 1, "displace": 0.06, "draw": "fast", "reset": "soft", "size": 32}
+    return {"data_provenance": [record | {"init_state_ids": [0, 1, 2]} | fields]}
+
+
+def test_the_protocol_defaults_to_the_training_datas_and_its_unseen_starts():
+    plan = make_plan(EvalConfig(episodes_per_task=3), run_config(), tiny.arm())
+    assert plan.starts == [(1, 3), (1, 4), (1, 5)]
+    assert not plan.seen & set(plan.starts)
+    record = plan.record()
+    assert (record["displace"], record["draw"], record["size"], record["n_action_steps"]) == (0.06, "fast", 32, 3)
+    assert record["max_steps"] == 280 and record["policy_batch"] == 1
+
+
+def test_what_a_run_cannot_answer_is_asked_for():
+    with pytest.raises(ValueError, match="--suite is needed"):
+        make_plan(EvalConfig(), {}, tiny.arm())
+    with pytest.raises(ValueError, match="--task-ids is needed: the run was not trained on libero_goal"):
+        make_plan(EvalConfig(suite="libero_goal"), run_config(), tiny.arm())
+    with pytest.raises(ValueError, match="--episodes-per-task 48: task 1 has only 47 left"):
+        make_plan(EvalConfig(episodes_per_task=48), run_config(), tiny.arm())
+    with pytest.raises(ValueError, match="libero_nowhere"):
+        make_plan(EvalConfig(suite="libero_nowhere", task_ids=(1,)), run_config(), tiny.arm())
+
+
+def test_a_checkpoint_is_found_from_its_run_and_a_missing_one_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no run under"):
+        newest_run(tmp_path)
+    with pytest.raises(ValueError, match="neither a run folder"):
+        find_checkpoint(tmp_path)
+    save_arm(tmp_path / "run" / "step_000001", tiny.arm(), processor())
+    (tmp_path / "run" / "last").symlink_to("step_000001")
+    assert newest_run(tmp_path) == tmp_path / "run"
+    assert find_checkpoint(tmp_path / "run") == (tmp_path / "run", tmp_path / "run" / "step_000001")
+
+
+def test_a_line_cut_off_by_a_kill_is_dropped_and_a_broken_one_is_an_error(tmp_path):
+    path = tmp_path / "episodes.jsonl"
+    assert read_done(path) == set()
+    line = {"checkpoint": "step_1", "memory": "off", "task_id": 1, "init_state": 3, "protocol": {"a": 1}}
+    path.write_text(json.dumps(line) + "\n" + json.dumps(line)[:20])
+    assert read_done(path) == {key_of(line)}
+    assert path.read_text() == json.dumps(line) + "\n"
+    path.write_text("no json\n")
+    with pytest.raises(ValueError, match="holds a line that is no episode"):
+        read_done(path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run folder with an untrained arm whose gate is open, so that memory decides what it does."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    arm = tiny.arm()
+    tiny.open_gates(arm)
+    save_arm(folder / "step_000001", arm, processor())
+    (folder / "last").symlink_to("step_000001")
+    (folder / "config.json").write_text(json.dumps(run_config()))
+    return folder
+
+
+def evaluate(run: Path, *flags: str, check: bool = True) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "eval.py"), str(run), "--max-steps", "12", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert not check or done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+def episodes(run: Path) -> dict[tuple, dict]:
+    lines = [json.loads(line) for line in (run / "episodes.jsonl").read_text().splitlines()]
+    return {(line["memory"], line["init_state"]): line for line in lines}
+
+
+def test_a_mode_that_the_arm_lacks_is_one_line_before_any_simulator_starts(tmp_path):
+    save_arm(tmp_path / "step_000001", tiny.arm("zero"), processor())
+    done = evaluate(tmp_path / "step_000001", "--memory", "pred", "--suite", "libero_object", "--task-ids", "1", check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "error: --memory pred needs a prophet, and this arm has none: choose off, zero, random or current"
+    )
+
+
+@pytest.mark.slow
+def test_one_or_two_environments_interrupted_or_not_give_the_same_episodes(run):
+    evaluate(run, "--memory", "pred", "off", "--episodes-per-task", "2", "--num-envs", "2")
+    both = episodes(run)
+    assert {key: line["crash"] for key, line in both.items()} == dict.fromkeys(both)
+    assert set(both) == {(mode, i) for mode in ("pred", "off") for i in (3, 4)}
+    first = (run / "episodes.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in first if json.loads(line)["memory"] == "pred" and json.loads(line)["init_state"] == 4]
+    (run / "episodes.jsonl").write_text("".join(kept) + first[0][:30])  # as after a kill
+    done = evaluate(run, "--memory", "pred", "off", "--episodes-per-task", "2", "--num-envs", "1")
+    assert "memory pred: 1 of 2 episodes are there" in done.stdout
+    again = episodes(run)
+    fields = ("success", "steps", "decisions", "final_state", "render_fingerprint", "prompt", "protocol")
+    assert {k: [v[f] for f in fields] for k, v in again.items()} == {k: [v[f] for f in fields] for k, v in both.items()}
+    assert again["pred", 3]["final_state"] != again["off", 3]["final_state"]  # the memory decides
