@@ -340,7 +340,9 @@ def load_policy(name: str | Path, revision: str | None = None) -> tuple[SmolVLA,
     """
     folder = find_folder(str(name), revision)
     raw = LEROBOT_DEFAULTS | read_json(folder / "config.json")
-    vlm_folder = find_folder(raw["vlm_model_name"], relative_to=folder, patterns=("*.json",))
+    vlm_folder = folder / "vlm"  # what we save is complete; lerobot's name a folder or a hub id
+    if not vlm_folder.is_dir():
+        vlm_folder = find_folder(raw["vlm_model_name"], relative_to=folder, patterns=("*.json",))
     vlm = read_json(vlm_folder / "config.json")
     config = policy_config(raw, vlm)
     tokenizer = Tokenizer.from_file(str(vlm_folder / "tokenizer.json"))

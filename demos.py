@@ -37,6 +37,7 @@ import tyro
 
 import sim
 from expert import Expert, check_solvable
+from pool import light_start, quiet_worker
 
 PAIRING = "observation_before_action"
 CAMERA_NAMES = {"agentview_rgb": "observation.images.image", "eye_in_hand_rgb": "observation.images.image2"}
@@ -79,11 +80,10 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         self.sim_config()  # checks suite, displacement, size, draw, reset
-        for task_id in parse_ids(self.task_ids, "--task-ids"):
+        for task_id in sim.parse_ids(self.task_ids, "--task-ids"):
             sim.check_task(self.suite, task_id)
             check_solvable(self.suite, task_id)
-        for init_state in parse_ids(self.init_states, "--init-states"):
-            sim.check_init_state(init_state)
+        sim.parse_ids(self.init_states, "--init-states", sim.NUM_INIT_STATES)
         if self.demos_per_task < 1 or self.workers < 1:
             seen = f"{self.demos_per_task} and {self.workers}"
             raise ValueError(f"--demos-per-task and --workers must be at least 1, got {seen}: raise them")
@@ -98,7 +98,7 @@ class DemoConfig:
         """Return what decides a task's demonstrations: files of other settings are never mixed."""
         names = ("suite", "displace", "noise", "size", "draw", "reset", "seed")
         chosen = {name: getattr(self, name) for name in names}
-        return {**chosen, "task_id": task_id, "init_states": parse_ids(self.init_states, "--init-states")}
+        return {**chosen, "task_id": task_id, "init_states": sim.parse_ids(self.init_states, "--init-states")}
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Job:
     @property
     def start(self) -> tuple[int, int]:
         """Init state and number of its displacement."""
-        ids = parse_ids(self.config.init_states, "--init-states")
+        ids = sim.parse_ids(self.config.init_states, "--init-states")
         return ids[self.attempt % len(ids)], self.attempt // len(ids)
 
 
@@ -125,22 +125,6 @@ class Outcome:
     success: bool
     steps: int
     seconds: float
-
-
-def parse_ids(text: str, flag: str) -> list[int]:
-    """Return the numbers of '0,3,5-7' in the order given.
-
-    Raises ValueError for anything else, or a repetition.
-    """
-    ids: list[int] = []
-    for piece in text.split(","):
-        first, dash, last = piece.strip().partition("-")
-        if not first.isdecimal() or (dash and (not last.isdecimal() or int(last) < int(first))):
-            raise ValueError(f"{flag} {text!r} is no list of numbers: write it like 0,3,5-7")
-        ids.extend(range(int(first), int(last or first) + 1))
-    if len(set(ids)) < len(ids):
-        raise ValueError(f"{flag} {text!r} names a number twice: name each once")
-    return ids
 
 
 # ---------------------------------------------------------------- one attempt, in a worker process
@@ -456,7 +440,7 @@ def _work(
     while True:
         job = next(source, None) if len(running) < workers else None
         if job is not None:
-            with sim.light_start():
+            with light_start():
                 running[pool.submit(run_attempt, job)] = job
         elif running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -530,7 +514,7 @@ def _summary(task_id: int, stored: Stored, tried: int, pace: float, path: Path) 
 
 def score_task(config: DemoConfig, pool: ProcessPoolExecutor, task_id: int) -> tuple[int, int]:
     """Run the expert without drawing; print the task's line and return (successes, attempts)."""
-    count = config.attempts_per_task or len(parse_ids(config.init_states, "--init-states"))
+    count = config.attempts_per_task or len(sim.parse_ids(config.init_states, "--init-states"))
     jobs = [Job(config, task_id, attempt, None) for attempt in range(count)]
     outcomes = sorted(_work(pool, jobs, {}, config.workers), key=lambda outcome: outcome.attempt)
     solved = sum(outcome.success for outcome in outcomes)
@@ -549,7 +533,7 @@ def score_task(config: DemoConfig, pool: ProcessPoolExecutor, task_id: int) -> t
 
 
 def _start_worker() -> None:
-    sim.quiet_worker()
+    quiet_worker()
     threading.Thread(target=_follow_parent, daemon=True).start()
 
 
@@ -561,7 +545,7 @@ def _follow_parent() -> None:
 def run(config: DemoConfig) -> None:
     """Record or score all tasks. Raises ValueError or OSError with one line for the user."""
     context = multiprocessing.get_context("spawn")
-    tasks = parse_ids(config.task_ids, "--task-ids")
+    tasks = sim.parse_ids(config.task_ids, "--task-ids")
     names = sim.task_names(config.suite)
     if not config.score_only:
         config.out.mkdir(parents=True, exist_ok=True)

@@ -32,8 +32,10 @@ from torch import Tensor
 from arm import Arm, load_arm
 from checkpoint import Processor, read_json
 from data import sample_rng
+from pool import EnvPool, Observation, SimCrash
 from prophet import MODES, MemoryMode
-from sim import CAMERAS, NUM_INIT_STATES, SUITES, EnvPool, Observation, SimConfig, SimCrash, setup_gl
+from render import setup_gl
+from sim import CAMERAS, NUM_INIT_STATES, SUITES, SimConfig, parse_ids
 
 FLOW_STREAM, MEMORY_STREAM = 11, 12  # keep apart what one decision draws, and rollouts from training
 
@@ -115,21 +117,6 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     )
 
 
-def parse_ids(text: str) -> list[int]:
-    """Read init states from a string such as 10-49 or 0,3,7-9."""
-    out: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
-            raise ValueError(
-                f"--init-states {text!r} cannot be read: write a range or a list, such as 10-49 or 0,3,7"
-            )
-        out += range(int(first), int(last or first) + 1)
-    if not out or max(out) >= NUM_INIT_STATES:
-        raise ValueError(f"--init-states {text!r} must lie in 0..{NUM_INIT_STATES - 1} and name at least one")
-    return out
-
-
 @dataclass(frozen=True)
 class Plan:
     """The protocol and the starts of an evaluation."""
@@ -171,8 +158,8 @@ def make_plan(config: EvalConfig, run: dict, arm: Arm) -> Plan:
     for task in tasks:
         used = set(mine.get(task, {}).get("init_state_ids", ()))
         ids = (
-            parse_ids(config.init_states)
-            if config.init_states
+            parse_ids(config.init_states, "--init-states", NUM_INIT_STATES)
+            if config.init_states is not None
             else [i for i in range(NUM_INIT_STATES) if i not in used]
         )
         if len(ids) < config.episodes_per_task:

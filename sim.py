@@ -1,44 +1,34 @@
-"""LIBERO behind a small interface: one environment, a pool of them in processes, and a replay check.
+"""LIBERO behind a small interface: the protocol of published figures, and one environment in this process.
 
-The protocol (constants below) is the one that published LIBERO figures use. Images are drawn only when
-someone asks, since one picture costs as much as nine control steps; a drawn picture is the one that
-robosuite's own camera observation would have held, and it is turned by 180 degrees, as in the public data
-sets.
+Images are drawn only when someone asks, since one picture costs as much as nine control steps; a drawn
+picture is the one that robosuite's own camera observation would have held, and it is turned by 180 degrees,
+as in the public data sets. Starts are LIBERO's init states, whose picked objects may be displaced.
 
     python sim.py verify                       # replay the recorded episodes in tests/libero_env
     python sim.py verify path/to/recordings    # the same for another folder
 
-Importing this file loads neither LIBERO, MuJoCo nor torch; building an environment does.
+Importing this file loads neither LIBERO, MuJoCo nor torch; building an environment does. The replay, and many
+environments at once, are in pool.py, which imports this file.
 Sources: LIBERO (arXiv 2306.03310) and the evaluation protocol of OpenVLA, openpi and lerobot.
 """
 
 import contextlib
-import ctypes
 import gc
 import importlib
 import importlib.metadata
 import io
-import json
 import logging
-import multiprocessing
 import os
 import pickle
 import re
-import signal
-import sys
-import time
-import traceback
-import types
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import tyro
+
+from render import setup_gl, upload_decimated
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 MAX_STEPS = {
@@ -60,21 +50,10 @@ MUJOCO_VERSION = "3.3.2"  # later ones draw another floor, 3.4 and later move di
 
 CLEARANCE = 0.085  # metres between the centres of a displaced object and any other
 REACH = (0.35, 0.80)  # metres from the robot's base in which a displaced object may lie
-FAST_CELLS = 20  # vertex clustering of `draw="fast"`: cells along a mesh's longest side
-FAST_MIN_FACES = 300  # smaller meshes stay as they are
-APT_LINE = "apt-get install libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libopengl0"
 
 # What MuJoCo's scene reads. robosuite samples observations a substep or two before a control step ends.
 DRAWN = ("xpos", "xmat", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat", "cam_xpos", "cam_xmat")
 DRAWN += ("light_xpos", "light_xdir")
-
-
-class SimCrash(RuntimeError):
-    """A simulator that raised or died: neither failure nor success. `env` is its number in the pool."""
-
-    def __init__(self, message: str, env: int) -> None:
-        super().__init__(message)
-        self.env = env
 
 
 @dataclass(frozen=True)
@@ -116,12 +95,8 @@ class SimConfig:
 
     def record(self) -> dict[str, Any]:
         """Return the protocol and the versions, JSON-ready, to be stored beside each result."""
-        protocol = {
-            "settle_steps": SETTLE_STEPS,
-            "control_hz": CONTROL_HZ,
-            "control": "relative",
-            "rotation_degrees": 180,
-        }
+        protocol = {"settle_steps": SETTLE_STEPS, "control_hz": CONTROL_HZ}
+        protocol |= {"control": "relative", "rotation_degrees": 180}
         return {**asdict(self), "max_steps": self.step_limit, **protocol, "versions": versions()}
 
 
@@ -143,6 +118,36 @@ def check_task(suite: str, task_id: int) -> None:
         raise ValueError(f"{suite} has no task {task_id}: choose one of 0..{NUM_TASKS[suite] - 1}")
 
 
+def check_init_state(init_state: int) -> None:
+    """Raise ValueError unless LIBERO ships that init state."""
+    if not 0 <= init_state < NUM_INIT_STATES:
+        raise ValueError(f"init state {init_state} is not shipped: choose one of 0..{NUM_INIT_STATES - 1}")
+
+
+def check_camera(camera: str) -> None:
+    """Raise ValueError unless policies know that camera."""
+    if camera not in CAMERAS:
+        raise ValueError(f"camera {camera!r} is unknown: choose one of {', '.join(CAMERAS)}")
+
+
+def parse_ids(text: str, flag: str, limit: int | None = None) -> list[int]:
+    """Return the numbers of '0,3,5-7' in the order given; with a limit they lie in 0..limit-1.
+
+    Raises ValueError for anything else, or a repetition.
+    """
+    ids: list[int] = []
+    for piece in text.split(","):
+        first, dash, last = piece.strip().partition("-")
+        if not first.isdecimal() or (dash and (not last.isdecimal() or int(last) < int(first))):
+            raise ValueError(f"{flag} {text!r} is no list of numbers: write it like 0,3,5-7")
+        if limit is not None and int(last or first) >= limit:
+            raise ValueError(f"{flag} {text!r} names {last or first}: choose from 0..{limit - 1}")
+        ids.extend(range(int(first), int(last or first) + 1))
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{flag} {text!r} names a number twice: name each once")
+    return ids
+
+
 def versions() -> dict[str, str]:
     """Return what decides physics and pictures: package versions and GL backend ('' before `setup_gl`)."""
     found = {"mujoco": _version("mujoco"), "robosuite": _version("robosuite"), "numpy": _version("numpy")}
@@ -158,103 +163,6 @@ def _version(package: str) -> str:
         return ""
 
 
-# ---------------------------------------------------------------- drawing without a display
-
-
-def setup_gl() -> str:
-    """Choose a headless GL backend before MuJoCo is imported and return its name.
-
-    MUJOCO_GL set by the user stays. Raises RuntimeError with the line that installs a backend for want of
-    one.
-    """
-    chosen = os.environ.get("MUJOCO_GL") or _available_gl()
-    os.environ["MUJOCO_GL"] = chosen
-    if chosen in ("egl", "osmesa"):
-        os.environ.setdefault("PYOPENGL_PLATFORM", chosen)
-    if chosen == "egl" and _device_out_of_range():
-        os.environ.pop(
-            "CUDA_VISIBLE_DEVICES"
-        )  # robosuite takes its ids for EGL's, of which Mesa has just one
-    return chosen
-
-
-def _available_gl() -> str:
-    if "mujoco" in sys.modules:
-        raise RuntimeError(
-            "mujoco was imported before a GL backend was chosen: set MUJOCO_GL=egl or import sim first"
-        )
-    if _egl_devices() > 0:
-        return "egl"
-    with contextlib.suppress(OSError):
-        ctypes.CDLL("libOSMesa.so.8")
-        return "osmesa"
-    raise RuntimeError(f"no headless GL library was found (tried EGL, OSMesa): run `{APT_LINE}`")
-
-
-def _egl_devices() -> int:
-    """Count the devices EGL can draw on; 0 without the library or without a driver behind it."""
-    try:
-        egl = ctypes.CDLL("libEGL.so.1")
-        ctypes.CDLL("libOpenGL.so.0")
-    except OSError:
-        return 0
-    egl.eglGetProcAddress.restype = ctypes.c_void_p
-    address = egl.eglGetProcAddress(b"eglQueryDevicesEXT")
-    if not address:
-        return 0
-    count = ctypes.c_int(0)
-    query = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int))(
-        address
-    )
-    return count.value if query(0, None, ctypes.byref(count)) else 0
-
-
-def _device_out_of_range() -> bool:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if not visible or "MUJOCO_EGL_DEVICE_ID" in os.environ:
-        return False
-    ids = visible.split(",")
-    return not all(i.strip().isdigit() for i in ids) or int(ids[0]) >= max(_egl_devices(), 1)
-
-
-def decimated_mesh(vertices: np.ndarray, faces: np.ndarray, cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cluster a mesh's vertices in a grid and drop the faces that collapse.
-
-    vertices (V, 3), faces (F, 3) of vertex numbers. Returns the kept faces renumbered to one vertex a cell
-    (G, 3) and which faces were kept (F,) bool.
-    """
-    low, high = vertices.min(0), vertices.max(0)
-    cell = np.floor((vertices - low) * (cells / max((high - low).max(), 1e-9))).astype(np.int64)
-    key = cell @ np.array([1, 1 << 20, 1 << 40])
-    _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
-    merged = first[inverse.ravel()][faces]
-    a, b, c = merged.T
-    kept = (a != b) & (b != c) & (a != c)
-    return merged[kept], kept
-
-
-def upload_decimated(model: Any, context: Any, cells: int = FAST_CELLS) -> None:
-    """Hand decimated meshes to the GL context; the model, hence physics and ray casts, stays untouched."""
-    import mujoco
-
-    for k in np.flatnonzero(model.mesh_facenum >= FAST_MIN_FACES):
-        start, count = int(model.mesh_faceadr[k]), int(model.mesh_facenum[k])
-        vert = slice(int(model.mesh_vertadr[k]), int(model.mesh_vertadr[k] + model.mesh_vertnum[k]))
-        arrays = [
-            a[start : start + count]
-            for a in (model.mesh_face, model.mesh_facenormal, model.mesh_facetexcoord)
-        ]
-        before = [a.copy() for a in arrays]
-        merged, kept = decimated_mesh(model.mesh_vert[vert], before[0], cells)
-        for array, old in zip(arrays, [None, *before[1:]], strict=True):
-            array[: len(merged)] = merged if old is None else old[kept]
-        model.mesh_facenum[k] = len(merged)
-        mujoco.mjr_uploadMesh(model, context, int(k))
-        model.mesh_facenum[k] = count
-        for array, old in zip(arrays, before, strict=True):
-            array[:] = old
-
-
 # ---------------------------------------------------------------- state and starts
 
 
@@ -264,9 +172,8 @@ def state_vector(obs: dict[str, np.ndarray]) -> np.ndarray:
     The angle is not wrapped: with w < 0 it exceeds pi, as in the public data sets.
     """
     quat = np.asarray(obs["robot0_eef_quat"], dtype=np.float32)
-    return np.concatenate([obs["robot0_eef_pos"], axis_angle(quat), obs["robot0_gripper_qpos"]]).astype(
-        np.float32
-    )
+    parts = [obs["robot0_eef_pos"], axis_angle(quat), obs["robot0_gripper_qpos"]]
+    return np.concatenate(parts).astype(np.float32)
 
 
 def axis_angle(quat: np.ndarray) -> np.ndarray:
@@ -475,8 +382,7 @@ class LiberoEnv:
 
     def draw(self, camera_key: str) -> np.ndarray:
         """Draw what a camera sees now: (size, size, 3) uint8, upright."""
-        if camera_key not in CAMERAS:
-            raise ValueError(f"camera {camera_key!r} is unknown: choose one of {', '.join(CAMERAS)}")
+        check_camera(camera_key)
         assert self.render, "this environment was built with render=False"
         now = [getattr(self.data, name).copy() for name in DRAWN]
         try:
@@ -592,373 +498,5 @@ def surface_height(model: Any, data: Any, xy: np.ndarray, skip: int) -> float:
     return -1.0
 
 
-# ---------------------------------------------------------------- many environments, one process each
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What a policy gets after a reset or after a run of actions."""
-
-    state: np.ndarray  # (8,) float32
-    frames: dict[
-        tuple[int, str], np.ndarray
-    ]  # (offset, camera key) -> (size, size, 3) uint8; none after the end
-    success: bool
-    done: bool  # solved, or out of steps
-    steps: int  # executed since the reset
-    language: str
-    physics_seconds: float
-    drawing_seconds: float
-
-
-@contextlib.contextmanager
-def light_start() -> Iterator[None]:
-    """Start child processes with one numeric thread and without loading the caller's script (and torch)."""
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    before = {name: os.environ.get(name) for name in threads}
-    main = sys.modules["__main__"]
-    os.environ.update(threads)
-    sys.modules["__main__"] = types.ModuleType("__main__")  # spawn imports __main__.__file__ in the child
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
-
-
-class EnvPool:
-    """`num_envs` environments, one process each; calls return at once and `ready` collects the answers."""
-
-    def __init__(self, num_envs: int, config: SimConfig) -> None:
-        if num_envs < 1:
-            raise ValueError(
-                f"number of environments must be at least 1, got {num_envs}: pass --num-envs 1 or more"
-            )
-        self.num_envs, self.config = num_envs, config
-        self._workers: list[tuple[Any, Any] | None] = [None] * num_envs  # (process, connection)
-        self._episodes = [(-1, -1)] * num_envs  # (task id, init state)
-        self._busy: set[int] = set()
-        self._crashes: list[SimCrash] = []
-
-    def reset(
-        self, i: int, task_id: int, init_state: int, draw: int = 0, cameras: Sequence[str] = tuple(CAMERAS)
-    ) -> None:
-        """Begin an episode in environment i; its observation holds a frame (0, camera) for each of `cameras`.
-
-        Restarts a crashed process. Raises ValueError for an unknown task, init state or camera.
-        """
-        check_task(self.config.suite, task_id)
-        check_init_state(init_state)
-        _check_cameras(cameras)
-        assert i not in self._busy, "collect this environment's answer with ready() first"
-        if self._workers[i] is None:
-            self._workers[i] = self._start()
-        self._episodes[i] = (task_id, init_state)
-        self._send(i, ("reset", task_id, init_state, draw, tuple(cameras)))
-
-    def run(self, i: int, actions: np.ndarray, frames: Sequence[tuple[int, str]] = ()) -> None:
-        """Execute actions (n, 7) in environment i, up to the episode's end.
-
-        frames: pairs (k, camera) to draw after action k (1-based), unless the episode is over by then.
-        """
-        actions = np.asarray(actions, dtype=np.float64)
-        assert actions.ndim == 2 and actions.shape[1] == 7, f"actions must be (n, 7), got {actions.shape}"
-        assert all(1 <= k <= len(actions) for k, _ in frames), (
-            f"frames {frames} lie outside 1..{len(actions)}"
-        )
-        assert i not in self._busy and self._workers[i] is not None, "reset this environment first"
-        _check_cameras([camera for _, camera in frames])
-        self._send(i, ("run", actions, tuple(frames)))
-
-    def ready(self, timeout: float | None = None) -> list[tuple[int, Observation]]:
-        """Return the answers that are there, waiting up to `timeout` seconds (None: for ever) for the first.
-
-        Raises SimCrash for an environment that raised or died; the others' answers come with the next call.
-        """
-        if self._crashes:
-            raise self._crashes.pop(0)
-        connections = {self._workers[i][1]: i for i in self._busy}
-        answers = []
-        for connection in wait(list(connections), timeout) if connections else []:
-            i = connections[connection]
-            answer = self._receive(i)
-            if isinstance(answer, Observation):
-                answers.append((i, answer))
-            else:
-                self._crashes.append(self._crash(i, answer))
-        if not answers and self._crashes:
-            raise self._crashes.pop(0)
-        return answers
-
-    def _start(self) -> tuple[Any, Any]:
-        context = multiprocessing.get_context("spawn")
-        here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(there, self.config), daemon=True)
-        with light_start():
-            process.start()
-        there.close()  # so that a dead process reads as end of file
-        return process, here
-
-    def _send(self, i: int, message: tuple) -> None:
-        self._busy.add(i)
-        with contextlib.suppress(BrokenPipeError):  # it died meanwhile: ready() says so
-            self._workers[i][1].send(message)
-
-    def _receive(self, i: int) -> Observation | str:
-        self._busy.discard(i)
-        try:
-            return self._workers[i][1].recv()
-        except (EOFError, ConnectionResetError):
-            self._workers[i][0].join(5)
-            code = self._workers[i][0].exitcode
-            return f"the process died with exit code {code} (-9: killed, maybe out of memory)"
-
-    def _crash(self, i: int, reason: str) -> SimCrash:
-        self._end(i)
-        task_id, init_state = self._episodes[i]
-        where = f"{self.config.suite} task {task_id} init state {init_state}"
-        return SimCrash(
-            f"the simulator crashed in {where}: {reason}; reset it to go on in a fresh process", i
-        )
-
-    def _end(self, i: int) -> None:
-        if self._workers[i] is not None:
-            process, connection = self._workers[i]
-            connection.close()
-            process.terminate()
-            process.join(10)
-            self._workers[i] = None
-
-    def close(self) -> None:
-        """End all processes, whatever they are doing."""
-        for i in range(self.num_envs):
-            self._end(i)
-        self._busy.clear()
-
-    def __enter__(self) -> "EnvPool":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def check_init_state(init_state: int) -> None:
-    """Raise ValueError unless LIBERO ships that init state."""
-    if not 0 <= init_state < NUM_INIT_STATES:
-        raise ValueError(f"init state {init_state} is not shipped: choose one of 0..{NUM_INIT_STATES - 1}")
-
-
-def _check_cameras(cameras: Sequence[str]) -> None:
-    for camera in cameras:
-        if camera not in CAMERAS:
-            raise ValueError(f"camera {camera!r} is unknown: choose one of {', '.join(CAMERAS)}")
-
-
-def quiet_worker() -> None:
-    """Make this child process silent on stdout (LIBERO prints) and deaf to Ctrl-C (its parent ends it)."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _serve(connection: Any, config: SimConfig) -> None:
-    """Answer the pool's messages until it hangs up."""
-    quiet_worker()
-    host = _Host(config)
-    while True:
-        try:
-            kind, *rest = connection.recv()
-        except EOFError:
-            return
-        try:
-            answer = host.reset(*rest) if kind == "reset" else host.run(*rest)
-        except Exception as error:  # whatever it was, it must reach the parent, which names the episode
-            connection.send(traceback.format_exception_only(error)[-1].strip())
-            return
-        connection.send(answer)
-
-
-class _Host:
-    """A worker's one environment, rebuilt when the task changes."""
-
-    def __init__(self, config: SimConfig) -> None:
-        self.config, self.env = config, None
-        self.success, self.physics, self.drawing = False, 0.0, 0.0
-
-    def reset(self, task_id: int, init_state: int, draw: int, cameras: Sequence[str]) -> Observation:
-        started = time.perf_counter()
-        if self.env is not None and self.env.task_id != task_id:
-            self.env.close()
-            self.env = None
-        if self.env is None:
-            self.env = LiberoEnv(self.config, task_id)
-        state = self.env.reset(init_state, draw)
-        self.success, self.drawing = False, 0.0
-        self.physics = time.perf_counter() - started
-        return self._observation(state, self._draw(0, [(0, camera) for camera in cameras]))
-
-    def run(self, actions: np.ndarray, wanted: Sequence[tuple[int, str]]) -> Observation:
-        self.physics, self.drawing = 0.0, 0.0
-        frames: dict[tuple[int, str], np.ndarray] = {}
-        state = state_vector(self.env.obs)
-        for k, action in enumerate(actions, start=1):
-            if self._done():
-                break
-            started = time.perf_counter()
-            state, self.success = self.env.step(action)
-            self.physics += time.perf_counter() - started
-            if not self._done():
-                frames |= self._draw(k, wanted)
-        return self._observation(state, frames)
-
-    def _done(self) -> bool:
-        return self.success or self.env.steps >= self.env.max_steps
-
-    def _draw(self, offset: int, wanted: Sequence[tuple[int, str]]) -> dict[tuple[int, str], np.ndarray]:
-        started = time.perf_counter()
-        frames = {(k, camera): self.env.draw(camera) for k, camera in wanted if k == offset}
-        self.drawing += time.perf_counter() - started
-        return frames
-
-    def _observation(self, state: np.ndarray, frames: dict[tuple[int, str], np.ndarray]) -> Observation:
-        env = self.env
-        times = (round(self.physics, 4), round(self.drawing, 4))
-        return Observation(state, frames, self.success, self._done(), env.steps, env.language, *times)
-
-
-# ---------------------------------------------------------------- verify: do recorded episodes replay here?
-
-
-@dataclass(frozen=True)
-class Command:
-    """Replay recorded episodes and compare simulator states, policy states, pictures and success."""
-
-    command: tyro.conf.Positional[Literal["verify"]]
-    """verify: exit code 0 if all agree, 1 if not."""
-    folder: tyro.conf.Positional[Path] = Path(__file__).parent / "tests" / "libero_env"
-    """Folder of recorded episodes: one folder each with meta.json, run.npz and stepNN_image[2].png."""
-    picture_tolerance: float = 0.5
-    """Largest mean absolute difference of a picture, of 255; a GPU's driver may need 4."""
-
-
-@dataclass(frozen=True)
-class Deviation:
-    """How far a replay lies from its recording, at its worst step."""
-
-    sim_state: float
-    state: float
-    picture: float  # mean absolute difference, of 255
-    pictures: int  # compared
-    success_differs: bool
-
-    def physics_ok(self) -> bool:
-        """NaN counts as a difference."""
-        return self.sim_state <= 1e-6 and self.state <= 1e-5 and not self.success_differs
-
-
-def replay(folder: Path) -> Deviation:
-    """Replay one recorded episode here. Raises OSError, KeyError or ValueError for a broken recording."""
-    from PIL import Image
-
-    meta = json.loads((folder / "meta.json").read_text())
-    with np.load(folder / "run.npz") as arrays:
-        recorded = {name: arrays[name] for name in ("actions", "state", "sim_state", "is_success")}
-    config = SimConfig(suite=meta["suite"], size=meta["px"], seed=meta["env_seed"])
-    env = LiberoEnv(config, meta["task_id"])
-    worst, pictures, success_differs = np.zeros(3), 0, False
-    state, success = env.reset(meta["init_state_id"]), False
-    for step in range(len(recorded["actions"]) + 1):
-        if step:
-            state, success = env.step(recorded["actions"][step - 1])
-        success_differs |= success != bool(recorded["is_success"][step])
-        found = [
-            largest(env.sim_state(), recorded["sim_state"][step]),
-            largest(state, recorded["state"][step]),
-            0.0,
-        ]
-        for camera, name in zip(CAMERAS, ("image", "image2"), strict=True):
-            path = folder / f"step{step:02d}_{name}.png"
-            if path.exists():
-                known = np.asarray(Image.open(path).convert("RGB"), dtype=np.float64)
-                found[2] = max(found[2], float(np.abs(env.draw(camera) - known).mean()))
-                pictures += 1
-        worst = np.maximum(worst, found)  # keeps NaN
-    env.close()
-    return Deviation(*map(float, worst), pictures, bool(success_differs))
-
-
-def largest(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the largest absolute difference; infinity for other shapes."""
-    return float(np.abs(a - b).max()) if a.shape == b.shape else float("inf")
-
-
-def in_fresh_process(function: Callable[[Path], Any], argument: Path) -> Any:
-    """Call a module-level function in a process of its own. Raises what it raises."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=quiet_worker) as pool, light_start():
-        return pool.submit(function, argument).result()
-
-
-def verify(folder: Path, picture_tolerance: float) -> bool:
-    """Replay each recorded episode under `folder`, print a line each and a verdict; return if all agree.
-
-    Raises ValueError if there are none or one is broken.
-    """
-    cases = sorted(path.parent for path in folder.glob("*/meta.json"))
-    if not cases:
-        raise ValueError(
-            f"{folder} holds no recorded episodes: pass a folder whose subfolders have meta.json and run.npz"
-        )
-    setup_gl()
-    print("installed: " + ", ".join(f"{name} {version}" for name, version in versions().items()))
-    physics = pictures = True
-    for case in cases:
-        try:
-            found = in_fresh_process(replay, case)
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{case} is no complete recording: {error}: copy it anew") from error
-        same_pictures = found.picture <= picture_tolerance
-        physics, pictures = physics and found.physics_ok(), pictures and same_pictures
-        verdict = "ok" if found.physics_ok() and same_pictures else "DIFFERS"
-        success = "differs" if found.success_differs else "same"
-        print(
-            f"{case.name:<40} sim_state {found.sim_state:.1e}  state {found.state:.1e}  "
-            f"picture {found.picture:6.3f} ({found.pictures})  success {success:<7}  {verdict}"
-        )
-    print(_advice(physics, pictures))
-    return physics and pictures
-
-
-def _advice(physics: bool, pictures: bool) -> str:
-    if physics and pictures:
-        return (
-            "All recorded episodes replay: results from here compare with those of the recording environment."
-        )
-    installed = versions()
-    now = f"{installed['mujoco']}, {installed['robosuite']}"
-    pin = f"install mujoco=={MUJOCO_VERSION} and robosuite==1.4.0 (now {now})"
-    if not physics:
-        return f"Robot and objects move differently here, so success rates will not compare: {pin}."
-    return (
-        f"Motion agrees, pictures differ: MuJoCo after {MUJOCO_VERSION} draws darker floors: {pin}; "
-        f"with that version another renderer is at work (now {installed['gl']}): "
-        "set MUJOCO_GL=osmesa, or accept a GPU's pictures with --picture-tolerance 4."
-    )
-
-
-def main() -> None:
-    """Run the command line."""
-    command = tyro.cli(Command, description=__doc__)
-    try:
-        agree = verify(command.folder, command.picture_tolerance)
-    except (ValueError, RuntimeError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
-    sys.exit(0 if agree else 1)
-
-
-if __name__ == "__main__":
-    importlib.import_module(
-        "sim"
-    ).main()  # under its own name, so that child processes find what they are sent
+if __name__ == "__main__":  # under its own name, so that child processes find what they are sent
+    importlib.import_module("replay").main()

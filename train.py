@@ -99,6 +99,13 @@ class TrainConfig(ArmConfig):
     clip: float = 10.0
     """Largest gradient norm."""
 
+    state_std_floor: float = 0.0
+    """Smallest deviation that a fresh policy's states are divided by, metres or radians. A dimension that the
+    demonstrations hardly use would otherwise be blown up: far outside of unit scale in a rollout."""
+
+    action_std_floor: float = 0.0
+    """The same for actions (full scale is 1): noise in an unused dimension would be a target like any other."""
+
     seed: int = 0
     """Seed of weights, data order and noise."""
 
@@ -234,7 +241,13 @@ def build_policy(config: TrainConfig, demos: Demos) -> tuple[SmolVLA, Processor]
     torch.manual_seed(config.seed)
     preset = dataclasses.replace(PRESETS[config.init], cameras=tuple(demos.images))
     size = next(iter(demos.images.values())).shape[1]
-    processor = fresh_processor(preset, statistics(demos), demos.tasks, (3, size, size))
+    stats = statistics(demos)
+    for feature, floor in (
+        ("observation.state", config.state_std_floor),
+        ("action", config.action_std_floor),
+    ):
+        stats[feature]["std"] = stats[feature]["std"].clamp(min=floor)
+    processor = fresh_processor(preset, stats, demos.tasks, (3, size, size))
     return SmolVLA(preset).initialise(), processor
 
 

@@ -99,7 +99,10 @@ def test_a_blind_arm_acts_the_same_whatever_it_is_shown():
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"fusion": ("none", "late")}, "none excludes the others"), ({"future": 0}, "--future 0 must be at least 1")],
+    [
+        ({"fusion": ("none", "late")}, "none excludes the others"),
+        ({"future": 0}, "--future 0 must be at least 1"),
+    ],
 )
 def test_configurations_that_contradict_themselves_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):

@@ -10,11 +10,29 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint import WEIGHTS, build_tokenizer, find_folder, fresh_processor, load_policy, lerobot_key, save_policy
+from checkpoint import (
+    WEIGHTS,
+    build_tokenizer,
+    find_folder,
+    fresh_processor,
+    load_policy,
+    lerobot_key,
+    save_policy,
+)
 
 STATS = {
-    "observation.state": {"mean": torch.zeros(8), "std": torch.ones(8), "min": -torch.ones(8), "max": torch.ones(8)},
-    "action": {"mean": torch.full((7,), 0.5), "std": torch.full((7,), 2.0), "min": torch.zeros(7), "max": torch.ones(7)},
+    "observation.state": {
+        "mean": torch.zeros(8),
+        "std": torch.ones(8),
+        "min": -torch.ones(8),
+        "max": torch.ones(8),
+    },
+    "action": {
+        "mean": torch.full((7,), 0.5),
+        "std": torch.full((7,), 2.0),
+        "min": torch.zeros(7),
+        "max": torch.ones(7),
+    },
 }
 
 
@@ -62,7 +80,10 @@ def test_a_fresh_policy_is_saved_and_loaded_unchanged(tmp_path):
 def test_names_from_compiled_and_distributed_models_are_understood(folder):
     want, _ = load_policy(folder)
     tensors = load_file(folder / WEIGHTS)
-    save_file({"module." + k.replace("layers.", "layers._orig_mod.", 1): v for k, v in tensors.items()}, folder / WEIGHTS)
+    save_file(
+        {"module." + k.replace("layers.", "layers._orig_mod.", 1): v for k, v in tensors.items()},
+        folder / WEIGHTS,
+    )
     got, _ = load_policy(folder)
     assert all(torch.equal(p, q) for p, q in zip(want.state_dict().values(), got.state_dict().values()))
 
@@ -87,7 +108,11 @@ def test_tensors_that_do_not_fit_are_listed_in_one_error(folder):
     with pytest.raises(ValueError) as error:
         load_policy(folder)
     message = str(error.value)
-    for part in ("unexpected model.state_proj.extra", "missing model.action_in_proj.bias", "state_proj.bias is (3,), not (64,)"):
+    for part in (
+        "unexpected model.state_proj.extra",
+        "missing model.action_in_proj.bias",
+        "state_proj.bias is (3,), not (64,)",
+    ):
         assert part in message
     assert "\n" not in message
 
@@ -109,7 +134,10 @@ def test_damaged_and_missing_files_are_one_line_each(folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "message"),
-    [({"adapt_to_pi_aloha": True}, "adapt_to_pi_aloha"), ({"resize_imgs_with_padding": [32, 32]}, "differs from the tower")],
+    [
+        ({"adapt_to_pi_aloha": True}, "adapt_to_pi_aloha"),
+        ({"resize_imgs_with_padding": [32, 32]}, "differs from the tower"),
+    ],
 )
 def test_what_the_project_does_not_do_is_refused(folder, field, message):
     edit_json(folder / "config.json", **field)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from test_arm import processor
 
 from arm import save_arm
-from eval import EvalConfig, find_checkpoint, frame_plan, key_of, make_plan, newest_run, parse_ids, read_done
+from eval import EvalConfig, find_checkpoint, frame_plan, key_of, make_plan, newest_run, read_done
+from sim import NUM_INIT_STATES, parse_ids
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,15 +32,22 @@ def test_the_frames_that_are_drawn_are_those_that_decisions_read(n, history, str
 
 
 def test_init_states_are_read_from_ranges_and_lists():
-    assert parse_ids("10-12") == [10, 11, 12]
-    assert parse_ids("0,3, 7-8") == [0, 3, 7, 8]
+    assert parse_ids("10-12", "--init-states", NUM_INIT_STATES) == [10, 11, 12]
+    assert parse_ids("0,3, 7-8", "--init-states", NUM_INIT_STATES) == [0, 3, 7, 8]
     for bad in ("", "a", "5-", "-3", "3-1", "48-50"):
         with pytest.raises(ValueError, match="--init-states"):
-            parse_ids(bad)
+            parse_ids(bad, "--init-states", NUM_INIT_STATES)
 
 
 def run_config(**fields) -> dict:
-    record = {"suite": "libero_object", "task_id": 1, "displace": 0.06, "draw": "fast", "reset": "soft", "size": 32}
+    record = {
+        "suite": "libero_object",
+        "task_id": 1,
+        "displace": 0.06,
+        "draw": "fast",
+        "reset": "soft",
+        "size": 32,
+    }
     return {"data_provenance": [record | {"init_state_ids": [0, 1, 2]} | fields]}
 
 
@@ -48,7 +56,12 @@ def test_the_protocol_defaults_to_the_training_datas_and_its_unseen_starts():
     assert plan.starts == [(1, 3), (1, 4), (1, 5)]
     assert not plan.seen & set(plan.starts)
     record = plan.record()
-    assert (record["displace"], record["draw"], record["size"], record["n_action_steps"]) == (0.06, "fast", 32, 3)
+    assert (record["displace"], record["draw"], record["size"], record["n_action_steps"]) == (
+        0.06,
+        "fast",
+        32,
+        3,
+    )
     assert record["max_steps"] == 280 and record["policy_batch"] == 1
 
 
@@ -100,7 +113,9 @@ def run(tmp_path_factory) -> Path:
 
 def evaluate(run: Path, *flags: str, check: bool = True) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "eval.py"), str(run), "--max-steps", "12", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert not check or done.returncode == 0, done.stderr[-2000:]
     return done
 
@@ -112,7 +127,16 @@ def episodes(run: Path) -> dict[tuple, dict]:
 
 def test_a_mode_that_the_arm_lacks_is_one_line_before_any_simulator_starts(tmp_path):
     save_arm(tmp_path / "step_000001", tiny.arm("zero"), processor())
-    done = evaluate(tmp_path / "step_000001", "--memory", "pred", "--suite", "libero_object", "--task-ids", "1", check=False)
+    done = evaluate(
+        tmp_path / "step_000001",
+        "--memory",
+        "pred",
+        "--suite",
+        "libero_object",
+        "--task-ids",
+        "1",
+        check=False,
+    )
     assert done.returncode == 1
     assert done.stderr.strip() == (
         "error: --memory pred needs a prophet, and this arm has none: choose off, zero, random or current"
@@ -126,11 +150,15 @@ def test_one_or_two_environments_interrupted_or_not_give_the_same_episodes(run):
     assert {key: line["crash"] for key, line in both.items()} == dict.fromkeys(both)
     assert set(both) == {(mode, i) for mode in ("pred", "off") for i in (3, 4)}
     first = (run / "episodes.jsonl").read_text().splitlines(keepends=True)
-    kept = [line for line in first if json.loads(line)["memory"] == "pred" and json.loads(line)["init_state"] == 4]
+    kept = [
+        line for line in first if json.loads(line)["memory"] == "pred" and json.loads(line)["init_state"] == 4
+    ]
     (run / "episodes.jsonl").write_text("".join(kept) + first[0][:30])  # as after a kill
     done = evaluate(run, "--memory", "pred", "off", "--episodes-per-task", "2", "--num-envs", "1")
     assert "memory pred: 1 of 2 episodes are there" in done.stdout
     again = episodes(run)
     fields = ("success", "steps", "decisions", "final_state", "render_fingerprint", "prompt", "protocol")
-    assert {k: [v[f] for f in fields] for k, v in again.items()} == {k: [v[f] for f in fields] for k, v in both.items()}
+    assert {k: [v[f] for f in fields] for k, v in again.items()} == {
+        k: [v[f] for f in fields] for k, v in both.items()
+    }
     assert again["pred", 3]["final_state"] != again["off", 3]["final_state"]  # the memory decides

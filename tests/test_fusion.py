@@ -63,7 +63,9 @@ def test_mode_off_bypasses_an_open_gate_to_the_bit():
     tiny.open_gates(arm)
     arm.eval()
     noise = tiny.flow()[0][:, 0]
-    assert torch.equal(arm.act(tiny.inputs(), noise, "off"), tiny.policy().eval().predict_chunk(tiny.inputs(), noise))
+    assert torch.equal(
+        arm.act(tiny.inputs(), noise, "off"), tiny.policy().eval().predict_chunk(tiny.inputs(), noise)
+    )
 
 
 def test_zero_memory_is_not_off():

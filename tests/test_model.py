@@ -67,7 +67,10 @@ def test_a_padded_prefix_and_a_masked_camera_do_not_move_the_actions():
     torch.testing.assert_close(plain, padded, atol=1e-5, rtol=1e-5)
 
     absent = torch.zeros(2, dtype=torch.bool)
-    black = inputs | {"images": [inputs["images"][0], torch.zeros(2, 3, 32, 32)], "image_masks": [None, absent]}
+    black = inputs | {
+        "images": [inputs["images"][0], torch.zeros(2, 3, 32, 32)],
+        "image_masks": [None, absent],
+    }
     grey = black | {"images": [inputs["images"][0], torch.full((2, 3, 32, 32), 0.5)]}
     a, b = (tiny.policy().predict_chunk(x, noise[:, 0]) for x in (black, grey))
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

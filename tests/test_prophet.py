@@ -47,9 +47,13 @@ def test_each_mode_is_what_it_says():
     assert make("zero").shape == (2, 2 * tiny.FUTURE, tiny.LATENT) and make("zero").abs().max() == 0
     current = make("current", z_hist=world["z_hist"])
     assert all(torch.equal(row, world["z_hist"][:, -1]) for row in current.unbind(1))
-    assert torch.equal(make("pred", futures=futures)[:, tiny.FUTURE + 1], futures[:, 1, 1])  # flat index n*K + k
+    assert torch.equal(
+        make("pred", futures=futures)[:, tiny.FUTURE + 1], futures[:, 1, 1]
+    )  # flat index n*K + k
     noise = torch.randn(4000, tiny.FUTURE, tiny.LATENT)
-    torch.testing.assert_close(make("random", noise=noise, dim_std=std).std((0, 1)), std, atol=0.05, rtol=0.05)
+    torch.testing.assert_close(
+        make("random", noise=noise, dim_std=std).std((0, 1)), std, atol=0.05, rtol=0.05
+    )
 
 
 def test_unknown_modes_and_a_missing_prophet_are_errors():
@@ -85,7 +89,11 @@ def test_clamped_and_still_futures_count_nothing_and_stay_finite():
     loss.sum().backward()
     assert counted.tolist() == [True, False]
     assert loss.isfinite().all() and loss[1].item() == 0.0
-    assert guess.grad.isfinite().all() and guess.grad[1].abs().max() == 0 and guess.grad[0, 0, 2:].abs().max() == 0
+    assert (
+        guess.grad.isfinite().all()
+        and guess.grad[1].abs().max() == 0
+        and guess.grad[0, 0, 2:].abs().max() == 0
+    )
 
 
 def test_a_nan_beyond_the_end_is_never_read():
@@ -103,7 +111,8 @@ def test_a_nan_beyond_the_end_is_never_read():
 def test_the_length_term_pulls_the_scale_and_the_cosine_does_not():
     target, valid = torch.randn(1, tiny.FUTURE, tiny.LATENT), torch.ones(1, tiny.FUTURE, dtype=torch.bool)
     plain, with_length = (
-        [world_loss(f * target[:, None], target, valid, torch.ones(4), mag)[0].item() for f in (1, 5)] for mag in (0.0, 0.1)
+        [world_loss(f * target[:, None], target, valid, torch.ones(4), mag)[0].item() for f in (1, 5)]
+        for mag in (0.0, 0.1)
     )
     assert math.isclose(*plain, abs_tol=1e-5)
     assert with_length[1] > with_length[0] + 0.05
@@ -112,4 +121,6 @@ def test_the_length_term_pulls_the_scale_and_the_cosine_does_not():
 def test_a_change_shorter_than_a_hundredth_of_the_usual_does_not_count():
     target = torch.zeros(1, 2, 3)
     target[0, :, 0] = torch.tensor([0.5, 1.5])
-    assert counted_steps(target, torch.ones(1, 2, dtype=torch.bool), torch.full((2,), 100.0)).tolist() == [[False, True]]
+    assert counted_steps(target, torch.ones(1, 2, dtype=torch.bool), torch.full((2,), 100.0)).tolist() == [
+        [False, True]
+    ]

@@ -1,4 +1,4 @@
-"""The statistics against known values, and the report on synthetic run folders."""
+"""The report on synthetic run folders: what is read, what is refused, what the tables and sentences say."""
 
 import json
 import subprocess
@@ -6,14 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.stats import binom, binomtest
 
 import report
+import stats
 
 ROOT = Path(report.__file__).parent
-counts = st.integers(0, 60)
 
 
 def write_run(root: Path, arm: str, results: dict, seed: int = 0, **config) -> Path:
@@ -52,7 +49,7 @@ def write_episodes(folder: Path, rows: list[dict]) -> None:
     (folder / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def load(root: Path) -> list[report.Run]:
+def load(root: Path) -> list[stats.Run]:
     return [report.load_run(name, folder) for name, folder in report.find_runs((root,))]
 
 
@@ -73,72 +70,6 @@ def tree(tmp_path: Path) -> Path:
     results = {"off": [0] * 10, "pred": [1] * 9 + ["crash"], "zero": [0] * 9 + [1]}
     write_run(root, "E2", results, fusion=["late"])
     return root
-
-
-# ---- statistics
-
-
-@pytest.mark.parametrize(
-    ("k", "n", "low", "high"),
-    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605)],
-)
-def test_wilson_gives_the_published_intervals(k, n, low, high):
-    # the last two: Newcombe 1998, Statistics in Medicine 17:857, method 3
-    assert report.wilson(k, n) == pytest.approx((low, high), abs=5e-5)
-
-
-@given(n=st.integers(1, 500), share=st.floats(0, 1))
-def test_wilson_contains_the_proportion_and_stays_within_bounds(n, share):
-    k = round(share * n)
-    low, high = report.wilson(k, n)
-    assert 0 <= low <= k / n <= high <= 1
-
-
-@given(counts, counts)
-def test_mcnemar_is_the_binomial_test_of_discordant_pairs_and_symmetric(b, c):
-    expected = binomtest(b, b + c).pvalue if b + c else 1.0
-    assert report.mcnemar(b, c) == pytest.approx(expected) == report.mcnemar(c, b)
-
-
-def test_newcombe_gives_the_published_interval():
-    # Newcombe 1998, Statistics in Medicine 17:2635, method 10
-    assert report.newcombe(36, 12, 2, 0) == pytest.approx((0.0569, 0.3404), abs=5e-5)
-
-
-@given(counts, counts, counts, st.integers(1, 60))
-def test_newcombe_contains_the_difference_and_turns_with_the_sides(both, a, b, neither):
-    low, high = report.newcombe(both, a, b, neither)
-    difference = (a - b) / (both + a + b + neither)
-    assert -1 <= low <= difference + 1e-12 and difference - 1e-12 <= high <= 1
-    assert report.newcombe(both, b, a, neither) == pytest.approx((-high, -low))
-
-
-def test_holm_multiplies_by_what_is_left_and_never_falls():
-    assert report.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert report.holm([0.9, 0.8]) == [1.0, 1.0]
-    assert report.holm([]) == []
-
-
-def test_smallest_detectable_difference_has_the_power_it_claims():
-    d = report.smallest_detectable(20)
-    # one way only: significant from 6 discordant pairs on, since 2 / 2**6 < 0.05 < 2 / 2**5
-    assert binom.sf(5, 20, d) == pytest.approx(0.8, abs=1e-3)
-    assert report.smallest_detectable(5) is None
-    assert report.smallest_detectable(20, 0.0) is None
-    assert (
-        report.smallest_detectable(200, 0.3)
-        > report.smallest_detectable(200, 0.1)
-        > report.smallest_detectable(200)
-    )
-
-
-def test_bootstrap_over_seeds_is_wider_when_seeds_disagree():
-    task = ("goal", 1)
-    alike = {s: {task: [1] * 5 + [0] * 5} for s in range(3)}
-    apart = {0: {task: [1] * 10}, 1: {task: [1] * 5 + [0] * 5}, 2: {task: [0] * 10}}
-    (low, high), (wide_low, wide_high) = report.bootstrap(alike), report.bootstrap(apart)
-    assert 0 < low < 0.5 < high < 1
-    assert wide_high - wide_low > 1.5 * (high - low)
 
 
 # ---- reading
@@ -299,18 +230,18 @@ def test_report_has_the_right_rows_and_figures(tree, tmp_path):
 
 
 def test_own_memory_mode_comes_first(tree):
-    arms = report.by_arm(load(tree))
-    assert report.arm_modes(arms["E2"]) == ["pred", "off", "zero"]
+    arms = stats.by_arm(load(tree))
+    assert stats.arm_modes(arms["E2"]) == ["pred", "off", "zero"]
     assert arms["E0"][0].own == "off" and arms["E1"][0].own == "zero"
 
 
 def test_holm_runs_over_the_named_contrasts(tree):
-    contrasts = report.all_contrasts(load(tree))
+    contrasts = stats.all_contrasts(load(tree))
     assert [(c.a, c.b) for c in contrasts] == [
         ("E0", "E0b"), ("E2", "E1"), ("E2", "E0"), ("E1", "E0"),
         ("E2 pred", "E2 off"), ("E2 pred", "E2 zero"),
     ]  # fmt: skip
-    assert [c.p_holm for c in contrasts] == report.holm([c.p for c in contrasts])
+    assert [c.p_holm for c in contrasts] == stats.holm([c.p for c in contrasts])
 
 
 def test_text_follows_the_number_of_seeds_and_what_was_shown(tmp_path):
@@ -379,7 +310,8 @@ def test_script_prints_the_table_and_refuses_in_one_line(tree):
     )
 
 
-def test_report_imports_neither_torch_nor_the_simulator():
-    code = "import sys, report; print(sorted({'torch', 'mujoco', 'libero'} & sys.modules.keys()))"
+@pytest.mark.parametrize("name", ["report", "stats", "figures"])
+def test_reporting_imports_neither_torch_nor_the_simulator(name):
+    code = f"import sys, {name}; print(sorted({{'torch', 'mujoco', 'libero'}} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

@@ -1,9 +1,6 @@
-"""LIBERO's protocol, starts, replay and the pool. Slow ones need the simulator."""
+"""LIBERO's protocol, policy states and starts. The slow one needs the simulator."""
 
 import json
-import os
-import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,19 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pool
+import replay
 import sim
 
 CASES = Path(__file__).parent / "libero_env"
-FRONT, WRIST = sim.CAMERAS
+FRONT, _ = sim.CAMERAS
 
 
-def recorded_actions(case: str) -> np.ndarray:
-    with np.load(CASES / case / "run.npz") as arrays:
-        return arrays["actions"]
-
-
-def test_importing_sim_loads_neither_mujoco_nor_torch():
-    code = "import sys, sim; assert not {'mujoco', 'torch', 'libero', 'robosuite'} & set(sys.modules)"
+@pytest.mark.parametrize("name", ["sim", "pool", "render", "replay"])
+def test_importing_the_simulator_loads_neither_mujoco_nor_torch(name):
+    code = f"import sys, {name}; assert not {{'mujoco', 'torch', 'libero', 'robosuite'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(sim.__file__).parent, check=True)
 
 
@@ -71,13 +66,25 @@ def test_an_object_with_no_free_place_keeps_the_shipped_one():
     )
 
 
-def test_decimation_keeps_the_outline_and_drops_collapsed_faces():
-    vertices = np.random.default_rng(0).uniform(-1, 1, (500, 3))
-    faces = np.random.default_rng(1).integers(0, 500, (900, 3))
-    merged, kept = sim.decimated_mesh(vertices, faces, 4)
-    assert len(merged) == kept.sum() <= 900 and set(merged.ravel()) <= set(range(500))
-    assert all(len(set(face)) == 3 for face in merged.tolist())
-    assert np.abs(vertices[merged] - vertices[faces[kept]]).max() <= 2 / 4 + 1e-9  # no vertex leaves its cell
+def test_init_states_are_lists_and_ranges_in_the_order_given():
+    assert sim.parse_ids("7,0-2, 5", "--init-states") == [7, 0, 1, 2, 5]
+
+
+@pytest.mark.parametrize("text", ["", "a", "1-", "3-1", "1,,2", "-1", "1,0-2", "1.5"])
+def test_anything_else_is_an_error_that_shows_the_form(text):
+    with pytest.raises(ValueError, match="--init-states"):
+        sim.parse_ids(text, "--init-states")
+
+
+@pytest.mark.parametrize("text", ["", "5-", "3-1", "48-50", "50", "0-99999999999"])
+def test_init_states_that_are_not_shipped_are_one_line_that_names_the_flag(text):
+    with pytest.raises(ValueError, match=f"--init-states '{text}'") as caught:
+        sim.parse_ids(text, "--init-states", sim.NUM_INIT_STATES)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_shipped_init_state_may_be_named():
+    assert sim.parse_ids("0-49", "--init-states", sim.NUM_INIT_STATES) == list(range(50))
 
 
 @pytest.mark.parametrize(
@@ -89,8 +96,7 @@ def test_decimation_keeps_the_outline_and_drops_collapsed_faces():
         (lambda: sim.SimConfig(max_steps=0), "--max-steps"),
         (lambda: sim.check_task("libero_goal", 10), "0..9"),
         (lambda: sim.check_init_state(50), "0..49"),
-        (lambda: sim.EnvPool(0, sim.SimConfig()), "at least 1"),
-        (lambda: sim.verify(Path("/nonexistent"), 0.5), "no recorded episodes"),
+        (lambda: sim.check_camera("front"), "observation.images.image2"),
     ],
 )
 def test_mistakes_are_named_in_one_line_with_what_is_allowed(make, words):
@@ -99,41 +105,12 @@ def test_mistakes_are_named_in_one_line_with_what_is_allowed(make, words):
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_gl_library_names_the_line_that_installs_it(monkeypatch):
-    monkeypatch.delenv("MUJOCO_GL", raising=False)
-    monkeypatch.delitem(sys.modules, "mujoco", raising=False)
-    monkeypatch.setattr(sim, "_egl_devices", lambda: 0)
-    monkeypatch.setattr(sim.ctypes, "CDLL", lambda _: (_ for _ in ()).throw(OSError("no library")))
-    with pytest.raises(RuntimeError, match="apt-get install libegl1"):
-        sim.setup_gl()
-
-
-def test_a_users_gl_backend_stays(monkeypatch):
-    monkeypatch.setenv("MUJOCO_GL", "osmesa")
-    monkeypatch.setenv("PYOPENGL_PLATFORM", "osmesa")
-    assert sim.setup_gl() == "osmesa"
-
-
 def test_the_record_of_a_configuration_is_json_with_versions():
     record = json.loads(json.dumps(sim.SimConfig(suite="libero_10", displace=0.06).record()))
     assert record["max_steps"] == 520 and record["displace"] == 0.06 and "mujoco" in record["versions"]
 
 
 # ---------------------------------------------------------------- with the simulator
-
-
-@pytest.mark.slow
-def test_recorded_episodes_replay_and_a_perturbed_one_does_not(tmp_path, capsys):
-    assert sim.verify(CASES, 0.5), capsys.readouterr().out
-    shutil.copytree(CASES / "libero_goal_task1_init0", tmp_path / "case")
-    path = tmp_path / "case" / "run.npz"
-    with np.load(path) as arrays:
-        changed = dict(arrays)
-    changed["actions"] = changed["actions"].copy()
-    changed["actions"][3, 0] += 0.5
-    np.savez(path, **changed)
-    assert not sim.verify(tmp_path, 0.5)
-    assert "DIFFERS" in capsys.readouterr().out
 
 
 def soft_and_hard(task_id: int) -> float:
@@ -155,46 +132,9 @@ def soft_and_hard(task_id: int) -> float:
             trace.append(env.sim_state())
         traces.append(np.stack(trace))
         env.close()
-    return max(sim.largest(traces[0], trace) for trace in traces[1:])
+    return max(replay.largest(traces[0], trace) for trace in traces[1:])
 
 
 @pytest.mark.slow
 def test_soft_resets_and_fast_drawing_leave_the_motion_unchanged():
-    assert sim.in_fresh_process(soft_and_hard, 1) < 1e-9
-
-
-def direct_states(_: object) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    actions = recorded_actions("libero_goal_task1_init0")[:8]
-    env = sim.LiberoEnv(sim.SimConfig("libero_goal", size=64), 1)
-    states = [env.reset(0), *(env.step(action)[0] for action in actions)]
-    return states, [env.draw(FRONT), env.draw(WRIST)]
-
-
-@pytest.mark.slow
-def test_the_pool_gives_what_one_environment_gives_and_survives_a_dead_process():
-    states, pictures = sim.in_fresh_process(direct_states, None)
-    actions = recorded_actions("libero_goal_task1_init0")[:8]
-    with sim.EnvPool(1, sim.SimConfig("libero_goal", size=64, max_steps=8)) as pool:
-        assert pool.ready(0) == []
-        pool.reset(0, 4, 2, cameras=())  # another task first: the process rebuilds its environment
-        [(_, first)] = pool.ready()
-        pool.reset(0, 1, 0)
-        [(_, start)] = pool.ready()
-        assert first.language != start.language and not first.frames
-        assert set(start.frames) == {(0, FRONT), (0, WRIST)} and np.array_equal(start.state, states[0])
-        pool.run(0, actions[:7], [(7, FRONT), (7, WRIST)])
-        [(i, middle)] = pool.ready(60)
-        assert (i, middle.steps, middle.done) == (0, 7, False) and np.array_equal(middle.state, states[7])
-        assert middle.frames[7, FRONT].shape == (64, 64, 3) and middle.drawing_seconds > 0
-        pool.run(0, actions[5:], [(3, FRONT)])  # one step is left
-        [(_, end)] = pool.ready()
-        assert end.done and not end.success and end.steps == 8 and not end.frames
-        os.kill(pool._workers[0][0].pid, signal.SIGKILL)
-        pool.run(0, actions)
-        with pytest.raises(sim.SimCrash, match="libero_goal task 1 init state 0") as crash:
-            pool.ready()
-        assert crash.value.env == 0
-        pool.reset(0, 1, 0)
-        [(_, again)] = pool.ready()
-    assert np.array_equal(again.frames[0, FRONT], start.frames[0, FRONT])
-    assert pictures[0].shape == (64, 64, 3)
+    assert pool.in_fresh_process(soft_and_hard, 1) < 1e-9

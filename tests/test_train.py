@@ -19,7 +19,20 @@ from test_data import write_task
 from train import TrainConfig, lr_factor, shares
 
 ROOT = Path(__file__).parent.parent
-FLAGS = ["--freeze", "none", "--batch-size", "8", "--log-every", "1", "--threads", "1", "--lr", "1e-3", "--world-dim", "16"]
+FLAGS = [
+    "--freeze",
+    "none",
+    "--batch-size",
+    "8",
+    "--log-every",
+    "1",
+    "--threads",
+    "1",
+    "--lr",
+    "1e-3",
+    "--world-dim",
+    "16",
+]
 MEMORY = ["--fusion", "late", "--memory", "pred", "--future", "3", "--world-resolution", "8"]
 
 
@@ -40,7 +53,11 @@ def train(data, out, *flags, launcher=(sys.executable,), check=True):
 
 
 def weights(run) -> dict:
-    return {f"{name}.{k}": v for name in ("model", "world") for k, v in load_file(run / "last" / f"{name}.safetensors").items()}
+    return {
+        f"{name}.{k}": v
+        for name in ("model", "world")
+        for k, v in load_file(run / "last" / f"{name}.safetensors").items()
+    }
 
 
 def metrics(run) -> list[dict]:
@@ -51,6 +68,14 @@ def largest_difference(a, b) -> float:
     wa, wb = weights(a), weights(b)
     assert wa.keys() == wb.keys()
     return max((wa[k].double() - wb[k].double()).abs().max().item() for k in wa)
+
+
+def assert_same_but_for_rounding(a, b) -> None:
+    """Adam's first steps are signs: rounding of a tiny gradient may move a weight by a share of the rate, 1e-3."""
+    assert largest_difference(a, b) < 1e-4
+    for one, other in zip(metrics(a), metrics(b), strict=True):
+        for key in ("samples", "action_loss", "world_loss", "world_cos", "grad_norm"):
+            assert math.isclose(one[key], other[key], rel_tol=1e-4, abs_tol=1e-5), key
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +89,11 @@ def straight(data, tmp_path_factory):
 def test_a_run_spends_its_budget_exactly_and_logs_what_it_did(straight):
     lines = metrics(straight)
     assert [line["samples"] for line in lines] == [8, 16, 24, 28]
-    assert all(math.isfinite(line[k]) for line in lines for k in ("loss", "action_loss", "world_loss", "world_cos", "world_gate"))
+    assert all(
+        math.isfinite(line[k])
+        for line in lines
+        for k in ("loss", "action_loss", "world_loss", "world_cos", "world_gate")
+    )
     config = json.loads((straight / "config.json").read_text())
     assert config["arm"] == "late-pred" and config["params_trainable"] < config["params_total"]
     assert json.loads((straight / "last" / "state.json").read_text()) == {"samples": 28, "step": 4}
@@ -78,8 +107,6 @@ def test_training_moves_the_gate_and_the_loss(straight):
 
 
 def test_a_run_killed_after_two_steps_resumes_to_the_same_bits(data, straight, tmp_path):
-    from arm import load_arm  # noqa: F401, the checkpoint below is read by the resumed process
-
     # --save-every 8 leaves a checkpoint after each step; removing the later ones is what a kill would leave behind.
     train(data, tmp_path / "run", *MEMORY, "--total-samples", "28", "--save-every", "8")
     for folder in ("step_000003", "step_000004"):
@@ -96,14 +123,14 @@ def test_a_run_killed_after_two_steps_resumes_to_the_same_bits(data, straight, t
 
 def test_accumulation_changes_nothing_but_rounding(data, straight, tmp_path):
     train(data, tmp_path / "run", *MEMORY, "--total-samples", "28", "--accumulate", "3")
-    assert largest_difference(straight, tmp_path / "run") < 2e-5
+    assert_same_but_for_rounding(straight, tmp_path / "run")
 
 
 @pytest.mark.slow
 def test_two_ranks_change_nothing_but_rounding(data, straight, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     train(data, tmp_path / "run", *MEMORY, "--total-samples", "28", launcher=launcher)
-    assert largest_difference(straight, tmp_path / "run") < 2e-5
+    assert_same_but_for_rounding(straight, tmp_path / "run")
 
 
 def test_arms_of_one_seed_share_the_policys_first_loss(data, straight, tmp_path):

@@ -51,13 +51,23 @@ def flow(batch: int = 2, draws: int = 1, config: SmolVLAConfig = CONFIG, seed: i
 def arm(memory: str = "pred", fusion: tuple[str, ...] = ("late",), **fields) -> Arm:
     """An arm with a made-up world encoder of width LATENT."""
     config = ArmConfig(
-        fusion=fusion, memory=memory, history=HISTORY, future=FUTURE, world_dim=LATENT, world_resolution=4, **fields
+        fusion=fusion,
+        memory=memory,
+        history=HISTORY,
+        future=FUTURE,
+        world_dim=LATENT,
+        world_resolution=4,
+        **fields,
     )
     torch.manual_seed(3)
     stats = WorldStats(torch.zeros(LATENT), torch.ones(1), torch.linspace(0.5, 1.5, LATENT))
     basis = torch.linalg.qr(torch.randn(48, LATENT))[0].T.contiguous()
     encoder = PCA(config, 32, torch.full((48,), 0.5), basis, stats)
-    images = {name: torch.full((3, 32, 32), 100, dtype=torch.uint8) for name in CONFIG.cameras} if config.blind else {}
+    images = (
+        {name: torch.full((3, 32, 32), 100, dtype=torch.uint8) for name in CONFIG.cameras}
+        if config.blind
+        else {}
+    )
     out = Arm(config, policy(), encoder, torch.ones(FUTURE), images)
     return out
 
