@@ -41,6 +41,7 @@ from pool import light_start, quiet_worker
 
 PAIRING = "observation_before_action"
 CAMERA_NAMES = {"agentview_rgb": "observation.images.image", "eye_in_hand_rgb": "observation.images.image2"}
+NOISE_SHARE = np.array([1, 1, 1, 0.1, 0.1, 0.1])
 TYPICAL_STEPS = 160  # of a demonstration, for the estimate of disk space
 MODEL_BYTES = 400_000  # of a demonstration's XML and states
 
@@ -62,7 +63,8 @@ class DemoConfig:
     displace: float = 0.0
     """Largest shift of the picked objects in x and in y, metres."""
     noise: float = 0.0
-    """Standard deviation of the noise on the executed action's first 6 dimensions; labels stay clean."""
+    """Standard deviation of the noise on the executed translation, and a tenth of it on the rotation (a unit is
+    5 cm, but 0.5 rad); labels stay clean."""
     size: int = 128
     """Side of the square pictures, pixels."""
     draw: Literal["exact", "fast"] = "fast"
@@ -171,7 +173,8 @@ class Recorder:
             self._note(label)
         executed = label.copy()
         if self.job.config.noise:
-            executed[:6] = np.clip(label[:6] + self.generator.normal(0, self.job.config.noise, 6), -1, 1)
+            noise = self.generator.normal(0, self.job.config.noise, 6) * NOISE_SHARE
+            executed[:6] = np.clip(label[:6] + noise, -1, 1)
         self.steps += 1
         return self.env.step(executed)[1]
 

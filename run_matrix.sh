@@ -21,7 +21,11 @@ E0b | --fusion none --blind       | off
 
 # ---- presets
 preset=${1:-demo}
-dry=; [ "${2:-}" = --dry-run ] && dry=1
+case ${2:-} in
+'') dry= ;;
+--dry-run) dry=1 ;;
+*) echo "run_matrix.sh: '$2' is unknown: the only option is --dry-run" >&2; exit 2 ;;
+esac
 case $preset in
 demo)
     : "${SUITE:=libero_object}" "${TASKS:=1}" "${DEMOS:=60}" "${EPISODES:=40}" "${DISPLACE:=0.06}"
@@ -60,11 +64,10 @@ cell() {  # one arm at one budget and seed: train, then roll out; its output goe
 }
 
 # ---- the job
-[ -n "$dry" ] || source setup.sh || exit 1
 for arm in $ARMS; do
     [ -n "$(arm_field "$arm" 1)" ] || { echo "run_matrix.sh: arm '$arm' is not in the table" >&2; exit 2; }
 done
-mkdir -p "$OUT"
+[ -n "$dry" ] || { source setup.sh && mkdir -p "$OUT"; } || exit 1
 run python demos.py --suite "$SUITE" --task-ids "$TASKS" --demos-per-task "$DEMOS" --init-states "$demo_inits" \
     --displace "$DISPLACE" --size 128 --draw fast --reset soft --workers "$JOBS" --out "$DATA" || exit 1
 run python world.py cache "$DATA" || exit 1

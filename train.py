@@ -104,7 +104,7 @@ class TrainConfig(ArmConfig):
     demonstrations hardly use would otherwise be blown up: far outside of unit scale in a rollout."""
 
     action_std_floor: float = 0.0
-    """The same for actions (full scale is 1): noise in an unused dimension would be a target like any other."""
+    """The same for actions (full scale is 1): noise in an unused dimension would be a target too."""
 
     seed: int = 0
     """Seed of weights, data order and noise."""
@@ -528,9 +528,8 @@ def banner(
     """Print what a person wants to know before a run."""
     live, total, threads = facts["params_trainable"], facts["params_total"], torch.get_num_threads()
     say(f"arm {facts['arm']} on {device}, {ranks} rank(s), torch {torch.__version__}, {threads} threads")
-    say(
-        f"{live:,} of {total:,} parameters train; init {config.init}, freeze {config.freeze}, seed {config.seed}"
-    )
+    start = f"init {config.init}, freeze {config.freeze}, seed {config.seed}"
+    say(f"{live:,} of {total:,} parameters train; {start}")
     draws = f"{config.flow_draws} flow draw(s) each"
     say(f"budget {config.total_samples:,} samples in steps of {config.batch_size}, {draws}")
     episodes = f"{len(demos.first)} episodes, {len(demos):,} frames"

@@ -15,8 +15,8 @@ from checkpoint import (
     build_tokenizer,
     find_folder,
     fresh_processor,
-    load_policy,
     lerobot_key,
+    load_policy,
     save_policy,
 )
 

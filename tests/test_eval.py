@@ -1,4 +1,4 @@
-"""Rollouts pair up: starts, noise and frames are functions of the protocol, never of how many environments there are."""
+"""Rollouts pair up: starts, noise and frames follow from the protocol, never from how many run at once."""
 
 from __future__ import annotations
 

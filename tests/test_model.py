@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from golden import compare
 from safetensors.torch import load_file, save_file
 
-from golden import compare
 from model import PRESETS, ActionQueue, SmolVLA, SmolVLAConfig, masked_mean, prefix_inputs, resize_with_pad
 
 

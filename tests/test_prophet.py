@@ -1,4 +1,4 @@
-"""The prophet knows the order of time, its loss is bounded and finite, and every memory mode is what it says."""
+"""The prophet knows the order of time, its loss is bounded, and every memory mode is what it says."""
 
 from __future__ import annotations
 

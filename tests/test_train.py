@@ -1,4 +1,4 @@
-"""The real script at tiny sizes: resuming, accumulating and adding ranks change nothing; bad input is one line."""
+"""The real script at tiny sizes: resuming, accumulating and adding ranks change nothing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MEMORY = ["--fusion", "late", "--memory", "pred", "--future", "3", "--world-reso
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Two episodes shorter than a chunk plus one longer, so that padding and episode ends are in every batch."""
+    """Episodes shorter and longer than a chunk: padding and episode ends are in every batch."""
     folder = tmp_path_factory.mktemp("data")
     write_task(folder / "soup_demo.hdf5", lengths=(9, 24, 12), size=32)
     return folder
@@ -71,7 +71,7 @@ def largest_difference(a, b) -> float:
 
 
 def assert_same_but_for_rounding(a, b) -> None:
-    """Adam's first steps are signs: rounding of a tiny gradient may move a weight by a share of the rate, 1e-3."""
+    """Adam's first steps are signs: rounding of a tiny gradient can move a weight by a share of the rate."""
     assert largest_difference(a, b) < 1e-4
     for one, other in zip(metrics(a), metrics(b), strict=True):
         for key in ("samples", "action_loss", "world_loss", "world_cos", "grad_norm"):
@@ -107,7 +107,7 @@ def test_training_moves_the_gate_and_the_loss(straight):
 
 
 def test_a_run_killed_after_two_steps_resumes_to_the_same_bits(data, straight, tmp_path):
-    # --save-every 8 leaves a checkpoint after each step; removing the later ones is what a kill would leave behind.
+    # A checkpoint after each step; without the later ones, the folder is what a kill would leave behind.
     train(data, tmp_path / "run", *MEMORY, "--total-samples", "28", "--save-every", "8")
     for folder in ("step_000003", "step_000004"):
         subprocess.run(["rm", "-r", tmp_path / "run" / folder], check=True)
@@ -116,8 +116,10 @@ def test_a_run_killed_after_two_steps_resumes_to_the_same_bits(data, straight, t
     again = train(data, tmp_path / "run", *MEMORY, "--total-samples", "28")
     assert "resumed at 16 samples" in again.stdout
     assert largest_difference(straight, tmp_path / "run") == 0.0
-    drop = lambda lines: [{k: v for k, v in line.items() if k != "samples_per_second"} for line in lines]  # noqa: E731
-    assert drop(metrics(tmp_path / "run")) == drop(metrics(straight))
+    lines, wanted = metrics(tmp_path / "run"), metrics(straight)
+    for line in lines + wanted:
+        line.pop("samples_per_second")
+    assert lines == wanted
     assert "nothing to do" in train(data, tmp_path / "run", *MEMORY, "--total-samples", "28").stdout
 
 
@@ -141,7 +143,7 @@ def test_arms_of_one_seed_share_the_policys_first_loss(data, straight, tmp_path)
 def test_a_blind_arm_trains_on_the_mean_picture(data, tmp_path):
     train(data, tmp_path / "run", "--blind", "--total-samples", "8")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["arm"] == "none-blind"
-    assert {k for k in load_file(tmp_path / "run" / "last" / "world.safetensors")} == {
+    assert set(load_file(tmp_path / "run" / "last" / "world.safetensors")) == {
         "scale", "mean_images.observation/images/image", "mean_images.observation/images/image2",
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What several test files need: a small policy, inputs for it, and small demonstrations in LIBERO's layout."""
+"""What several test files need: a small policy and arm, and inputs for them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from model import PRESETS, SmolVLA, SmolVLAConfig
 from world import PCA, WorldStats
 
 CONFIG = dataclasses.replace(
-    PRESETS["tiny"], vision_width=32, vision_mlp=64, vision_layers=1, image_size=32, width=64, mlp=96, heads=2,
-    kv_heads=1, chunk_size=6, n_action_steps=3, num_steps=3, expert_width=48, vocab_size=300,
+    PRESETS["tiny"], vision_width=32, vision_mlp=64, vision_layers=1, image_size=32, patch_size=8, width=64,
+    mlp=96, heads=2, kv_heads=1, chunk_size=6, n_action_steps=3, num_steps=3, expert_width=48, vocab_size=300,
 )  # fmt: skip
 LATENT, HISTORY, FUTURE = 16, 3, 4
 
