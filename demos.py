@@ -63,8 +63,8 @@ class DemoConfig:
     displace: float = 0.0
     """Largest shift of the picked objects in x and in y, metres."""
     noise: float = 0.0
-    """Standard deviation of the noise on the executed translation, and a tenth of it on the rotation (a unit is
-    5 cm, but 0.5 rad); labels stay clean."""
+    """Standard deviation of the noise on the executed translation; a tenth of it on the rotation (a unit is
+    5 cm, but 0.5 rad). Labels stay clean."""
     size: int = 128
     """Side of the square pictures, pixels."""
     draw: Literal["exact", "fast"] = "fast"

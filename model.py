@@ -115,7 +115,7 @@ PRESETS: dict[str, SmolVLAConfig] = {
     "tiny": SmolVLAConfig(
         chunk_size=16, n_action_steps=8, tokenizer_max_length=32,
         vision_width=96, vision_mlp=288, vision_layers=3, vision_heads=4,
-        image_size=64, patch_size=8, scale_factor=2,
+        image_size=128, patch_size=16, scale_factor=2,
         width=128, mlp=384, layers=4, heads=4, kv_heads=2, head_dim=32, vocab_size=512,
         expert_layers=4, expert_width=96,
     ),

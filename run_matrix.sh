@@ -7,7 +7,7 @@
 #
 # Every stage is skipped where its result is there and goes on where it was interrupted: call it again after a kill.
 # A cell (one arm, seed and budget) that fails does not stop the others; it is named at the end, with exit code 1.
-# From the environment: TOTAL_SAMPLES SEEDS ARMS SUITE TASKS DEMOS EPISODES DISPLACE DATA OUT JOBS.
+# From the environment: TOTAL_SAMPLES SEEDS ARMS SUITE TASKS DEMOS EPISODES DISPLACE NOISE DATA OUT JOBS (cells at once).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
 
@@ -26,25 +26,29 @@ case ${2:-} in
 --dry-run) dry=1 ;;
 *) echo "run_matrix.sh: '$2' is unknown: the only option is --dry-run" >&2; exit 2 ;;
 esac
+# The tiny policy trains whole (nothing is frozen), several flow draws a sample, statistics floored where the
+# demonstrations hardly move; it was tuned once for E0 to reach half of the unseen starts, and no further.
+train_flags='--init tiny --freeze none --flow-draws 2 --lr 1e-3 --world-stride 4 --threads 1'
+train_flags+=' --state-std-floor 0.01 --action-std-floor 0.05'
 case $preset in
 demo)
-    : "${SUITE:=libero_object}" "${TASKS:=1}" "${DEMOS:=60}" "${EPISODES:=40}" "${DISPLACE:=0.06}"
-    : "${TOTAL_SAMPLES:=64000}" "${SEEDS:=0}" "${ARMS:=E2 E0 E1 E0b}"
-    train_flags='--init tiny --freeze none --batch-size 64 --flow-draws 2 --lr 1e-3 --world-stride 4 --threads 1'
-    train_flags+=' --save-every 16000'
-    sim_flags=''
+    : "${DEMOS:=60}" "${EPISODES:=40}" "${TOTAL_SAMPLES:=64000}"
+    train_flags+=' --batch-size 64 --save-every 16000'
+    eval_flags=''
     ;;
 smoke)
-    : "${SUITE:=libero_object}" "${TASKS:=1}" "${DEMOS:=2}" "${EPISODES:=1}" "${DISPLACE:=0.06}"
-    : "${TOTAL_SAMPLES:=96}" "${SEEDS:=0}" "${ARMS:=E2 E0 E1 E0b}"
-    train_flags='--init tiny --freeze none --batch-size 16 --lr 1e-3 --world-stride 4 --threads 1 --log-every 2'
-    sim_flags='--max-steps 24'
+    : "${DEMOS:=2}" "${EPISODES:=1}" "${TOTAL_SAMPLES:=96}"
+    train_flags+=' --batch-size 16 --log-every 2'
+    eval_flags='--max-steps 24'
     ;;
 *)
     echo "run_matrix.sh: preset '$preset' is unknown: choose demo or smoke" >&2
     exit 2
     ;;
 esac
+# A small object, displaced by up to 6 cm, on noisy paths: where a policy that does not see must fail.
+: "${SUITE:=libero_object}" "${TASKS:=1}" "${DISPLACE:=0.06}" "${NOISE:=0.15}"
+: "${SEEDS:=0}" "${ARMS:=E2 E0 E1 E0b}"
 : "${DATA:=data/$preset}" "${OUT:=runs/$preset}" "${JOBS:=$(nproc)}"
 demo_inits=0-9     # demonstrations start from these init states, rollouts from the others
 
@@ -60,7 +64,7 @@ cell() {  # one arm at one budget and seed: train, then roll out; its output goe
     # shellcheck disable=SC2046,SC2086
     run python train.py --arm "$arm" --data "$DATA" --out "$folder" --total-samples "$budget" --seed "$seed" \
         $train_flags $(arm_field "$arm" 2) &&
-        run python eval.py "$folder" --memory $(arm_field "$arm" 3) --episodes-per-task "$EPISODES" --num-envs 1 $sim_flags
+        run python eval.py "$folder" --memory $(arm_field "$arm" 3) --episodes-per-task "$EPISODES" --num-envs 1 $eval_flags
 }
 
 # ---- the job
@@ -69,17 +73,31 @@ for arm in $ARMS; do
 done
 [ -n "$dry" ] || { source setup.sh && mkdir -p "$OUT"; } || exit 1
 run python demos.py --suite "$SUITE" --task-ids "$TASKS" --demos-per-task "$DEMOS" --init-states "$demo_inits" \
-    --displace "$DISPLACE" --size 128 --draw fast --reset soft --workers "$JOBS" --out "$DATA" || exit 1
+    --displace "$DISPLACE" --noise "$NOISE" --size 128 --draw fast --reset soft --workers "$JOBS" --out "$DATA" || exit 1
 run python world.py cache "$DATA" || exit 1
 
 failed=()
-declare -A name_of=()
+declare -A name_of=()  # process -> cell
+stop() {
+    for pid in "${!name_of[@]}"; do pkill -P "$pid"; kill "$pid"; done 2>/dev/null
+    echo "run_matrix.sh: interrupted; the same command goes on from here" >&2
+    exit 130
+}
+trap stop INT TERM
+tell() {  # once a minute, the last line of each log that moved
+    while sleep 60; do
+        find "$OUT" -maxdepth 1 -name '*.log' -newermt '-60 seconds' | sort | while read -r log; do
+            say "$(basename "$log" .log): $(tail -n 1 "$log")"
+        done
+    done
+}
 reap() {  # wait for one cell and note how it ended
     local pid code
     wait -n -p pid "${!name_of[@]}"; code=$?
     if [ $code -eq 0 ]; then say "done: ${name_of[$pid]}"; else say "FAILED: ${name_of[$pid]}"; failed+=("${name_of[$pid]}"); fi
     unset "name_of[$pid]"
 }
+if [ -z "$dry" ]; then tell & teller=$!; trap 'pkill -P $teller; kill $teller' EXIT; fi
 for budget in $TOTAL_SAMPLES; do
     for seed in $SEEDS; do
         for arm in $ARMS; do

@@ -242,10 +242,8 @@ def build_policy(config: TrainConfig, demos: Demos) -> tuple[SmolVLA, Processor]
     preset = dataclasses.replace(PRESETS[config.init], cameras=tuple(demos.images))
     size = next(iter(demos.images.values())).shape[1]
     stats = statistics(demos)
-    for feature, floor in (
-        ("observation.state", config.state_std_floor),
-        ("action", config.action_std_floor),
-    ):
+    floors = {"observation.state": config.state_std_floor, "action": config.action_std_floor}
+    for feature, floor in floors.items():
         stats[feature]["std"] = stats[feature]["std"].clamp(min=floor)
     processor = fresh_processor(preset, stats, demos.tasks, (3, size, size))
     return SmolVLA(preset).initialise(), processor
@@ -258,28 +256,24 @@ def arm_config(config: TrainConfig) -> ArmConfig:
 
 def mean_image(demos: Demos, camera: str) -> Tensor:
     """The data set's mean picture of a camera, (3, S, S) uint8."""
-    return (
-        torch.from_numpy(demos.images[camera].mean(0).round().astype(np.uint8)).permute(2, 0, 1).contiguous()
-    )
+    mean = demos.images[camera].mean(0).round().astype(np.uint8)
+    return torch.from_numpy(mean).permute(2, 0, 1).contiguous()  # (S, S, 3) -> (3, S, S)
 
 
 def make_optimizer(config: TrainConfig, arm: Arm) -> torch.optim.AdamW:
-    """AdamW in three groups: the policy's own weights; the new modules' ; their gates, without decay."""
+    """AdamW in three groups: the policy's own weights; the new modules'; their gates, without decay."""
     new = {id(p) for module in arm.new_modules() for p in module.parameters()}
-    live = [(name, p) for name, p in arm.named_parameters() if p.requires_grad]
-    lr_world = config.lr_world or config.lr
-    gates = [p for name, p in live if name.endswith(".gate")]
-    world = [p for name, p in live if id(p) in new and not name.endswith(".gate")]
-    groups = [
-        {
-            "params": [p for _, p in live if id(p) not in new],
-            "lr": config.lr,
-            "weight_decay": config.weight_decay,
-        },
-        {"params": world, "lr": lr_world, "weight_decay": config.weight_decay},
-        {"params": gates, "lr": lr_world, "weight_decay": 0.0},
-    ]
-    groups = [group | {"peak": group["lr"]} for group in groups if group["params"]]
+    lr_world, decay = config.lr_world or config.lr, config.weight_decay
+    own, world, gates = groups = (
+        {"params": [], "lr": config.lr, "peak": config.lr, "weight_decay": decay},
+        {"params": [], "lr": lr_world, "peak": lr_world, "weight_decay": decay},
+        {"params": [], "lr": lr_world, "peak": lr_world, "weight_decay": 0.0},
+    )
+    for name, p in arm.named_parameters():
+        if p.requires_grad:
+            group = gates if name.endswith(".gate") else world if id(p) in new else own
+            group["params"].append(p)
+    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
@@ -301,10 +295,9 @@ def shares(first: int, count: int, rank: int, ranks: int, accumulate: int) -> li
     Where a step has fewer samples than micro batches, a rank runs sample `first` with weight 0, so that all
     ranks take part in every collective.
     """
-    parts = np.array_split(np.arange(first, first + count), ranks * accumulate)[rank * accumulate :][
-        :accumulate
-    ]
-    return [(part, 1.0) if len(part) else (np.array([first]), 0.0) for part in parts]
+    parts = np.array_split(np.arange(first, first + count), ranks * accumulate)
+    mine = parts[rank * accumulate : (rank + 1) * accumulate]
+    return [(part, 1.0) if len(part) else (np.array([first]), 0.0) for part in mine]
 
 
 def optimizer_step(
@@ -315,8 +308,8 @@ def optimizer_step(
     count: int,
     rank: int,
     ranks: int,
-) -> dict[str, Tensor]:
-    """Take one step on samples first..first+count-1; gives sums over all ranks for the log (on the device).
+) -> dict:
+    """Take one step on samples first..first+count-1; gives this rank's sums for `log_line`, on the device.
 
     The losses are sums over what counts (unpadded action terms; samples with a counted future), divided by
     that count over the whole step, all ranks and micro batches: ranks and accumulation change nothing but
@@ -347,7 +340,7 @@ def optimizer_step(
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * lr_factor(config, first)
     optimizer.step()
-    return {"sums": logs, "counts": counts, "grad_norm": norm}
+    return {"sums": logs, "counts": counts, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
 
 
 def count_terms(source: Source, batch: tuple) -> Tensor:
@@ -458,7 +451,11 @@ def main(config: TrainConfig) -> None:
 
     # data
     demos = load(config.data, tuple(CAMERAS))
+    if rank and ranks > 1:
+        dist.barrier()  # the first rank writes the cache, the others find it
     latents = prepare(config.data, demos, config) if config.sites else None
+    if rank == 0 and ranks > 1:
+        dist.barrier()
 
     # arm, at its start or at the last checkpoint
     done = step = 0
@@ -506,16 +503,9 @@ def main(config: TrainConfig) -> None:
         finished = done >= config.total_samples
         if step % config.log_every == 0 or finished:
             rate = (done - since) / (time.perf_counter() - clock)
-            log(
-                config,
-                arm,
-                out,
-                step,
-                done,
-                rate,
-                optimizer.param_groups[0]["lr"],
-                say if rank == 0 else None,
-            )
+            line = log_line(config, arm, out, step, done, rate)
+            if rank == 0:
+                log(config, line)
             clock, since = time.perf_counter(), done
         if rank == 0 and (finished or done // config.save_every > before // config.save_every):
             save(config, arm, processor, optimizer, done, step)
@@ -539,25 +529,30 @@ def banner(
         say(f"memory {config.mode}: looks {ahead / 20:.1f} s ahead; a chunk executes {chunk / 20:.1f} s")
 
 
-def log(config: TrainConfig, arm: Arm, out: dict, step: int, done: int, rate: float, lr: float, say) -> None:
-    """Sum the logged values over ranks; rank 0 prints a line and appends it to metrics.jsonl."""
-    action, world, cosine = (
-        sum_over_ranks(out["sums"].double()) / out["counts"][[0, 1, 1]].clamp(min=1)
-    ).tolist()
-    if say is None:
-        return
-    line = {"samples": done, "step": step, "action_loss": action, "loss": action, "lr": lr}
+def log_line(config: TrainConfig, arm: Arm, out: dict, step: int, done: int, rate: float) -> dict[str, float]:
+    """Gather what is logged of a step; all ranks call it, since it sums over them."""
+    counts = out["counts"][[0, 1, 1]].clamp(min=1)
+    action, world, cosine = (sum_over_ranks(out["sums"].double()) / counts).tolist()
+    line = {"samples": done, "step": step, "action_loss": action, "loss": action, "lr": out["lr"]}
     line |= {"grad_norm": out["grad_norm"].item(), "samples_per_second": rate}
     if arm.prophet is not None:
         line |= {"world_loss": world, "world_cos": cosine, "loss": action + config.lambda_world * world}
     if arm.policy.fusion is not None:
         line |= arm.policy.fusion.gates()
+    return line
+
+
+def log(config: TrainConfig, line: dict[str, float]) -> None:
+    """Append a line to metrics.jsonl and print its essence."""
     with (config.out / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
-    left = (config.total_samples - done) / rate
+    rate = line["samples_per_second"]
+    speed = f"{rate:6.1f} samples/s  {(config.total_samples - line['samples']) / rate / 60:5.1f} min left"
     extra = "".join(f"  {k} {line[k]:+.4f}" for k in line if k.startswith("world_"))
-    speed = f"{rate:6.1f} samples/s  {left / 60:5.1f} min left"
-    say(f"{done:>9,} samples  loss {line['loss']:.4f}  lr {lr:.1e}  {speed}{extra}")
+    print(
+        f"{line['samples']:>9,} samples  loss {line['loss']:.4f}  lr {line['lr']:.1e}  {speed}{extra}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
