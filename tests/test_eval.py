@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 @given(st.integers(1, 12), st.integers(1, 6), st.integers(1, 6))
 def test_the_frames_that_are_drawn_are_those_that_decisions_read(n, history, stride):
-    drawn = {0} | {m * n + k for m in range(8) for k in frame_plan(m * n, n, history, stride)}
+    drawn = {0} | {m * n + k for m in range(8) for k in frame_plan(n, history, stride)}
     read = {max(0, m * n - j * stride) for m in range(1, 8) for j in range(history)}
     assert read <= drawn
     last = 7 * n  # further decisions read what lies beyond

@@ -30,3 +30,14 @@ def test_a_users_gl_backend_stays(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "osmesa")
     monkeypatch.setenv("PYOPENGL_PLATFORM", "osmesa")
     assert render.setup_gl() == "osmesa"
+
+
+def test_only_a_drawing_process_forgets_gpus_that_egl_does_not_know(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    monkeypatch.delenv("MUJOCO_EGL_DEVICE_ID", raising=False)
+    monkeypatch.setattr(render, "_egl_devices", lambda: 1)
+    render.setup_gl()
+    assert render.os.environ["CUDA_VISIBLE_DEVICES"] == "5"  # a policy may be about to compute there
+    render.free_egl_device()
+    assert "CUDA_VISIBLE_DEVICES" not in render.os.environ

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_data import write_task
 
-from train import TrainConfig, lr_factor, shares
+import train as train_module
+from train import TrainConfig, check_space, lr_factor, shares
 
 ROOT = Path(__file__).parent.parent
 FLAGS = [
@@ -165,6 +167,15 @@ def test_bad_input_is_one_line_and_loses_nothing(data, straight, flags, message)
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert message in " ".join((done.stdout + done.stderr).replace("│", " ").split())
     assert (straight / "config.json").read_text() == before
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    arm = tiny.arm()
+    check_space(tmp_path, arm)
+    usage = train_module.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(train_module.shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    with pytest.raises(ValueError, match=r"a checkpoint needs 0\.\d+ GB, the disk has 0\.00 GB left"):
+        check_space(tmp_path, arm)
 
 
 @given(st.integers(0, 1000), st.integers(1, 70), st.integers(1, 5), st.integers(1, 4))
