@@ -136,9 +136,9 @@ class Arm(nn.Module):
                 latent, config.history, config.future, config.prophet_layers, config.prophet_heads
             )
         self.register_buffer("scale", scale)
-        self.mean_images = nn.ParameterDict(
-            {name.replace(".", "/"): nn.Parameter(x, requires_grad=False) for name, x in mean_images.items()}
-        )
+        self.mean_images = nn.Module()  # of buffers, so that pictures do not count as parameters
+        for name, picture in mean_images.items():
+            self.mean_images.register_buffer(name.replace(".", "/"), picture)
 
     def new_modules(self) -> list[nn.Module]:
         """The modules that a plain policy does not have."""
@@ -148,7 +148,8 @@ class Arm(nn.Module):
         """Replace the cameras' images by the mean picture, as a batch of one, where the arm is blind."""
         if not self.config.blind:
             return batch
-        return batch | {name.replace("/", "."): x[None] for name, x in self.mean_images.items()}
+        pictures = self.mean_images.named_buffers()
+        return batch | {name.replace("/", "."): picture[None] for name, picture in pictures}
 
     def needs(self, mode: str) -> dict[str, bool]:
         """What a rollout under `mode` must supply: past latents, Gaussian noise.

@@ -87,7 +87,7 @@ trap stop INT TERM
 tell() {  # once a minute, the last line of each log that moved
     while sleep 60; do
         find "$OUT" -maxdepth 1 -name '*.log' -newermt '-60 seconds' | sort | while read -r log; do
-            say "$(basename "$log" .log): $(tail -n 1 "$log")"
+            say "$(basename "$log" .log): $(tail -n 1 "$log" | cut -c1-150)"
         done
     done
 }
