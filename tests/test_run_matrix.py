@@ -53,7 +53,7 @@ def test_the_smoke_run_ends_with_a_table_and_a_second_call_only_looks(tmp_path):
     report = (tmp_path / "runs" / "report" / "report.md").read_text()
     for arm, modes in {"E0": ["off"], "E0b": ["off"], "E1": ["zero"], "E2": ["pred", "off", "zero"]}.items():
         assert f"{arm} " in report
-        [run] = (tmp_path / "runs").glob(f"{arm}-n*")
+        [run] = (path for path in (tmp_path / "runs").glob(f"{arm}-n*") if path.is_dir())
         lines = [json.loads(line) for line in (run / "episodes.jsonl").read_text().splitlines()]
         assert [line["memory"] for line in lines] == modes
         assert all(line["crash"] is None and not line["seen_in_training"] for line in lines)
