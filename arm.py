@@ -230,9 +230,8 @@ def save_arm(folder: Path, arm: Arm, processor: Processor) -> None:
     tensors = {name: t.contiguous() for name, t in arm.state_dict().items() if is_ours(name)}
     if arm.encoder is not None:
         tensors |= {f"encoder.{name}": t.contiguous() for name, t in arm.encoder.state().items()}
-    names = {f.name for f in dataclasses.fields(ArmConfig)}
-    config = {name: value for name, value in dataclasses.asdict(arm.config).items() if name in names}
-    save_file(tensors, folder / WORLD_FILE, metadata={"config": json.dumps(config)})
+    config = json.dumps(dataclasses.asdict(arm.config))
+    save_file(tensors, folder / WORLD_FILE, metadata={"config": config})
 
 
 def is_ours(name: str) -> bool:

@@ -5,8 +5,8 @@ noise into a chunk of actions, attending to them in every layer. Nothing in the 
 so training and cached inference are one code path: `prefix(...)`, then `velocity(...)`. Memory of imagined
 futures enters through `fusion.py`.
 
-    python tests/golden.py tests/golden      # every intermediate tensor against lerobot's
-    python model.py                          # sizes of the presets
+    python tests/golden.py tests/golden/smolvla      # every intermediate tensor against lerobot's
+    python model.py                                  # sizes of the presets
 
 Shapes: B batch, P prefix tokens, C actions in a chunk, A action width, W hidden width, H query heads, G
 key/value heads, d head width. Sources: lerobot 0.6.1 (policies/smolvla), SmolVLA (arXiv 2506.01844), SigLIP,

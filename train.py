@@ -173,7 +173,8 @@ class Source:
 
     def batch(self, numbers: np.ndarray) -> tuple[dict, dict, Tensor, Tensor]:
         """Make `Arm.forward`'s arguments for these global sample numbers."""
-        index = self.frames(numbers)
+        # The numbers of a micro batch are consecutive; the data have one permutation an epoch.
+        index = sample_order(len(self.demos), self.config.seed, int(numbers[0]), len(numbers))
         policy = self.arm.policy.config
         cameras = () if self.config.blind else policy.cameras
         batch = self.demos.batch(index, policy.chunk_size, cameras)
@@ -181,11 +182,6 @@ class Source:
         inputs = self.processor(self.arm.blindfold(batch))
         noise, times = self.flow(numbers)
         return inputs, self.world(numbers, index), noise.to(self.device), times.to(self.device)
-
-    def frames(self, numbers: np.ndarray) -> np.ndarray:
-        """The frame of each sample: one permutation of the data an epoch."""
-        order = sample_order(len(self.demos), self.config.seed, int(numbers[0]), len(numbers))
-        return np.asarray(order)
 
     def flow(self, numbers: np.ndarray) -> tuple[Tensor, Tensor]:
         """Noise (B, R, C, A_max) and times (B, R), Beta(1.5, 1) * 0.999 + 0.001."""
