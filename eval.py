@@ -368,31 +368,27 @@ def key_of(line: dict) -> str:
     )
 
 
-def result(
-    plan: Plan, checkpoint: str, episode: Episode, last: Observation | None, crash: str | None
-) -> dict:
-    """One episode's line."""
+def result(plan: Plan, shared: dict, episode: Episode, last: Observation | None, crash: str | None) -> dict:
+    """One episode's line; shared holds what all lines of a mode have in common."""
     return {
         "suite": plan.sim.suite,
         "task_id": episode.task,
         "task": episode.prompt,
         "init_state": episode.init_state,
         "seen_in_training": (episode.task, episode.init_state) in plan.seen,
-        "memory": episode.mode,
         "success": None if last is None else last.success,
         "crash": crash,
         "steps": episode.steps,
         "decisions": episode.decisions,
         "final_state": None if last is None else [round(float(x), 6) for x in last.state],
         "seed": plan.sim.seed,
-        "checkpoint": checkpoint,
         "prompt": episode.prompt,
         "seconds": round(time.perf_counter() - episode.started, 3),
         "physics_seconds": round(episode.physics, 3),
         "drawing_seconds": round(episode.drawing, 3),
         "policy_seconds": round(episode.policy, 3),
         "render_fingerprint": episode.fingerprint,
-        "protocol": plan.record(),
+        **shared,
     }
 
 
@@ -437,13 +433,13 @@ def evaluate(rollout: Rollout, checkpoint: str, path: Path) -> None:
     """Roll out one mode's missing episodes, appending a line each, and print how it went."""
     plan, mode = rollout.plan, rollout.mode
     done = read_done(path)
-    template = {"checkpoint": checkpoint, "memory": mode, "protocol": plan.record()}
-    starts = [s for s in plan.starts if key_of(template | {"task_id": s[0], "init_state": s[1]}) not in done]
+    shared = {"checkpoint": checkpoint, "memory": mode, "protocol": plan.record()}
+    starts = [s for s in plan.starts if key_of(shared | {"task_id": s[0], "init_state": s[1]}) not in done]
     if len(starts) < len(plan.starts):
         print(f"memory {mode}: {len(plan.starts) - len(starts)} of {len(plan.starts)} episodes are there")
     clock, lines = time.perf_counter(), []
     for episode, last, crash in rollout.run(starts):
-        lines.append(result(plan, checkpoint, episode, last, crash))
+        lines.append(result(plan, shared, episode, last, crash))
         with path.open("a") as file:
             file.write(json.dumps(lines[-1]) + "\n")
         wins, crashes = sum(bool(r["success"]) for r in lines), sum(r["crash"] is not None for r in lines)
