@@ -97,7 +97,8 @@ reap() {  # wait for one cell and note how it ended
     if [ $code -eq 0 ]; then say "done: ${name_of[$pid]}"; else say "FAILED: ${name_of[$pid]}"; failed+=("${name_of[$pid]}"); fi
     unset "name_of[$pid]"
 }
-if [ -z "$dry" ]; then tell & teller=$!; trap 'pkill -P $teller; kill $teller' EXIT; fi
+hush() { kill "$teller"; pkill -P "$teller"; wait "$teller"; } 2>/dev/null  # the shell would report both
+if [ -z "$dry" ]; then tell & teller=$!; trap hush EXIT; fi
 for budget in $TOTAL_SAMPLES; do
     for seed in $SEEDS; do
         for arm in $ARMS; do
