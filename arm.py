@@ -24,9 +24,10 @@ import torch.nn as nn
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint import Processor, load_policy, save_policy
+from checkpoint import load_policy, save_policy
 from fusion import Fusion
 from model import SmolVLA
+from processor import Processor
 from prophet import (
     NEEDS_HISTORY,
     NEEDS_NOISE,
@@ -239,12 +240,14 @@ def is_ours(name: str) -> bool:
     return not name.startswith("policy.") or name.startswith("policy.fusion.")
 
 
-def load_arm(folder: str | Path) -> tuple[Arm, Processor]:
+def load_arm(folder: str | Path, **how: object) -> tuple[Arm, Processor]:
     """Load an arm from a checkpoint folder; lerobot's own, without `world.safetensors`, has no memory.
+
+    What else `load_policy` takes goes to it.
 
     Raises ValueError, one line, where the folder is incomplete or its files do not fit one another.
     """
-    policy, processor = load_policy(folder)
+    policy, processor = load_policy(folder, **how)
     path = Path(folder) / WORLD_FILE
     if not path.is_file():
         return Arm(ArmConfig(), policy, None, torch.ones(ArmConfig.future), {}), processor

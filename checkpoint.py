@@ -1,30 +1,44 @@
-"""lerobot's checkpoint folders, in and out: config, weights under their key names, statistics, tokenizer.
+"""lerobot's checkpoint folders, in and out: configuration, and weights under lerobot's names.
 
-A folder holds `config.json`, `model.safetensors` and two processor files with their statistics; the language
-model's own sizes and tokenizer live elsewhere, under `vlm_model_name`: a folder (relative to the checkpoint,
-or not) or a hub id. `Processor` is what stands between raw observations and the policy: normalisation and
-tokens, exactly as lerobot's.
+A folder holds `config.json`, `model.safetensors` and two processors with their statistics (processor.py); the
+language model's own sizes and tokenizer live elsewhere, under `vlm_model_name`: a folder (relative to the
+checkpoint, or not) or a hub id. Every published variant is read; what is written, lerobot reads.
 
     policy, processor = load_policy("runs/demo/E0-s0/last")        # a folder of ours or of lerobot's
     policy, processor = load_policy("HuggingFaceVLA/smolvla_libero", revision="...")
+    policy, processor = start_from_vlm(PRESETS["base"], "HuggingFaceTB/SmolVLM2-500M-Video-Instruct", ...)
 
-Sources: lerobot 0.6.1 (processor/normalize_processor.py, policies/smolvla), SmolVLM2's config.json.
+Source: lerobot 0.6.1 (policies/smolvla, policies/pretrained.py).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from dataclasses import dataclass
+import math
+import re
 from pathlib import Path
 
 import safetensors
 import torch
+import torch.nn as nn
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
 from torch import Tensor
 
+from files import read_json, read_tensors, save_tensors, to_json
+from language import Language, fresh_language, language_config, language_sizes, read_language
 from model import SmolVLA, SmolVLAConfig
+from processor import (
+    ACTION,
+    POST,
+    PRE,
+    STATE,
+    Processor,
+    Statistics,
+    choose_statistics,
+    read_statistics,
+    sort_statistics,
+)
 
 WEIGHTS = "model.safetensors"
 # Ours -> lerobot's, longest first; what is not listed sits directly under `model.`.
@@ -39,6 +53,8 @@ KEY_NAMES = {
     "": "model.",
 }
 UNUSED = ("lm_head.weight", "text.norm.weight")  # may be missing: neither changes an action
+PROJECTIONS = ("state_proj.", "action_")  # stay in float32 whatever the rest is in, as lerobot builds them
+VLM_PARTS = ("vision.", "connector.", "text.", "lm_head.")
 # config.json's fields that SmolVLAConfig takes under the same name.
 SAME_NAME = (
     "max_state_dim", "max_action_dim", "chunk_size", "n_action_steps", "num_steps", "prefix_length",
@@ -72,28 +88,26 @@ def find_folder(
     name: str,
     revision: str | None = None,
     relative_to: Path | None = None,
-    patterns: tuple[str, ...] = ("*",),
+    patterns: tuple[str, ...] = ("*.json", "*.safetensors"),
 ) -> Path:
-    """Find a folder: beside `relative_to`, as a path, or else as a hub id (owner/name) at `revision`.
+    """Find a folder: beside `relative_to`, as a path, or else as a hub id, owner/name or owner/name@revision.
 
-    Raises ValueError when it is neither a folder nor of a hub id's form.
+    Raises ValueError when it is neither a folder nor of a hub id's form, and when the hub gives nothing.
     """
     for path in ([relative_to / name] if relative_to else []) + [Path(name)]:
         if path.is_dir():
             return path
-    if name.startswith((".", "/")) or name.count("/") != 1:
+    repo, _, pinned = name.partition("@")
+    if repo.startswith((".", "/", "~")) or repo.count("/") != 1:
         raise ValueError(f"no folder {name!r}: give a checkpoint folder, or a hub id of the form owner/name")
-    return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON file; a missing or broken one is a ValueError that names it."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: a checkpoint folder needs it")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}): copy the checkpoint again") from error
+        found = snapshot_download(repo, revision=pinned or revision, allow_patterns=list(patterns))
+    except (OSError, ValueError) as error:  # huggingface_hub's errors are one or the other
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{name} is no folder here and cannot be fetched from the hub ({reason}): give a folder"
+        ) from error
+    return Path(found)
 
 
 def lerobot_key(name: str) -> str:
@@ -103,56 +117,51 @@ def lerobot_key(name: str) -> str:
 
 
 def plain_key(key: str) -> str:
-    """Strip what torch.compile and DDP add to names."""
-    return key.replace("_orig_mod.", "").removeprefix("module.")
+    """Give a key as lerobot 0.6.1 writes it.
+
+    Strips what torch.compile and DDP add, and undoes the nestings that other versions of transformers and
+    lerobot have written: `vlm.text_model.`, `vlm.model.text_model.model.`, no leading `model.`.
+    """
+    key = key.replace("_orig_mod.", "").removeprefix("module.")
+    if key.startswith(("vlm_with_expert.", *PROJECTIONS)):
+        key = f"model.{key}"
+    key = re.sub(
+        r"(?<=vlm_with_expert\.vlm\.)(?:model\.)?(vision_model|connector|text_model)\.", r"model.\1.", key
+    )
+    return re.sub(r"(?<=\.)(vision_model|text_model|lm_expert)\.(?:model|\1)\.", r"\1.", key)
 
 
 # ---- config -------------------------------------------------------------------------------------------
 
 
-def policy_config(raw: dict, vlm: dict) -> SmolVLAConfig:
+def policy_config(raw: dict, language: Language) -> SmolVLAConfig:
     """Join a checkpoint's config.json and its language model's into the sizes of a policy.
 
-    Raises ValueError for what this project does not do (Aloha adaptation, image special tokens for now).
+    Fields that nobody knows are ignored. Raises ValueError for what no policy can have, and for what this
+    project does not do (another policy, Aloha adaptation, pictures as they come).
     """
     raw = LEROBOT_DEFAULTS | raw
+    if raw["type"] != "smolvla":
+        raise ValueError(f"config.json is of a policy of type {raw['type']!r}: only smolvla is read here")
     if raw["adapt_to_pi_aloha"] or raw["use_delta_joint_actions_aloha"]:
         raise ValueError(
             "config.json asks for adapt_to_pi_aloha, another robot's conventions: not supported here"
         )
-    if raw["add_image_special_tokens"]:
-        raise ValueError("config.json asks for add_image_special_tokens: not supported yet")
-    text, vision = vlm["text_config"], vlm["vision_config"]
-    size = tuple(raw["resize_imgs_with_padding"] or ())
-    if size != (vision["image_size"],) * 2:
-        raise ValueError(
-            f"resize_imgs_with_padding {size} differs from the tower's image size {vision['image_size']}"
-        )
-    width = text["hidden_size"]
-    layers = raw["num_vlm_layers"] if raw["num_vlm_layers"] > 0 else text["num_hidden_layers"]
-    features = raw["input_features"]
+    inputs, outputs = raw["input_features"], raw["output_features"]
+    for name, features in ((STATE, inputs), (ACTION, outputs)):
+        if name not in features:
+            raise ValueError(f"config.json has no feature {name} among {', '.join(features) or 'none'}")
+    cameras = [name for name, feature in inputs.items() if feature["type"] == "VISUAL"]
+    empty = [f"observation.images.empty_camera_{i}" for i in range(raw["empty_cameras"])]
+    sizes = language_sizes(language.config, raw)
     return SmolVLAConfig(
-        cameras=tuple(name for name, f in features.items() if f["type"] == "VISUAL"),
-        state_dim=features["observation.state"]["shape"][0],
-        action_dim=raw["output_features"]["action"]["shape"][0],
-        vision_width=vision["hidden_size"],
-        vision_mlp=vision["intermediate_size"],
-        vision_layers=vision["num_hidden_layers"],
-        vision_heads=vision["num_attention_heads"],
-        vision_eps=vision.get("layer_norm_eps", 1e-6),
-        image_size=vision["image_size"],
-        patch_size=vision["patch_size"],
-        scale_factor=vlm["scale_factor"],
-        width=width,
-        mlp=text["intermediate_size"],
-        layers=layers,
-        heads=text["num_attention_heads"],
-        kv_heads=text["num_key_value_heads"],
-        head_dim=text.get("head_dim") or width // text["num_attention_heads"],
-        vocab_size=text["vocab_size"],
-        eps=text.get("rms_norm_eps", 1e-5),
-        expert_layers=raw["num_expert_layers"] if raw["num_expert_layers"] > 0 else layers,
-        expert_width=int(width * raw["expert_width_multiplier"]),
+        cameras=tuple(dict.fromkeys(cameras + empty)),
+        state_dim=inputs[STATE]["shape"][0],
+        action_dim=outputs[ACTION]["shape"][0],
+        expert_layers=raw["num_expert_layers"] if raw["num_expert_layers"] > 0 else sizes["layers"],
+        expert_width=int(sizes["width"] * raw["expert_width_multiplier"]),
+        image_special_ids=language.image_special_ids if raw["add_image_special_tokens"] else (),
+        **sizes,
         **{name: raw[name] for name in SAME_NAME},
     )
 
@@ -164,314 +173,273 @@ def lerobot_config(config: SmolVLAConfig, vlm_name: str, image_shape: tuple[int,
         "input_features": features | {"observation.state": {"type": "STATE", "shape": [config.state_dim]}},
         "output_features": {"action": {"type": "ACTION", "shape": [config.action_dim]}},
         "resize_imgs_with_padding": [config.image_size] * 2,
+        "add_image_special_tokens": bool(config.image_special_ids),
         "vlm_model_name": vlm_name,
         "num_vlm_layers": config.layers,
         "num_expert_layers": config.expert_layers,
-        "expert_width_multiplier": config.expert_width / config.width,
+        "expert_width_multiplier": multiplier(config.expert_width, config.width),
     }  # fmt: skip
 
 
-def vlm_config(config: SmolVLAConfig) -> dict:
-    """Write the language model's config.json for a fresh policy, in SmolVLM's layout."""
-    return {
-        "architectures": ["SmolVLMForConditionalGeneration"],
-        "model_type": "smolvlm",
-        "scale_factor": config.scale_factor,
-        "tie_word_embeddings": False,
-        "pad_token_id": 2,
-        "text_config": {
-            "model_type": "llama",
-            "hidden_size": config.width,
-            "intermediate_size": config.mlp,
-            "num_hidden_layers": config.layers,
-            "num_attention_heads": config.heads,
-            "num_key_value_heads": config.kv_heads,
-            "head_dim": config.head_dim,
-            "vocab_size": config.vocab_size,
-            "rms_norm_eps": config.eps,
-            "pad_token_id": 2,
-        },
-        "vision_config": {
-            "model_type": "smolvlm_vision",
-            "hidden_size": config.vision_width,
-            "intermediate_size": config.vision_mlp,
-            "num_hidden_layers": config.vision_layers,
-            "num_attention_heads": config.vision_heads,
-            "image_size": config.image_size,
-            "patch_size": config.patch_size,
-            "layer_norm_eps": config.vision_eps,
-        },
-    }
+def multiplier(part: int, whole: int) -> float:
+    """Give the factor that takes whole to part when the product is rounded down, as lerobot does."""
+    factor = part / whole
+    return factor if int(whole * factor) == part else math.nextafter(factor, math.inf)
 
 
-# ---- processor ----------------------------------------------------------------------------------------
+# ---- weights ------------------------------------------------------------------------------------------
 
 
-def build_tokenizer(instructions: list[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE on the instructions: lossless for any text, short for those."""
-    from tokenizers import decoders, models, pre_tokenizers, trainers
+def place(
+    policy: SmolVLA,
+    tensors: dict[str, Tensor],
+    source: Path,
+    dtype: torch.dtype = torch.float32,
+    allow_missing: bool = False,
+) -> None:
+    """Put tensors under lerobot's names into a policy laid out on the meta device.
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],  # ids 0, 1, 2, as SmolVLM's
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(sorted({text + "\n" for text in instructions}), trainer)
-    return tokenizer
+    Raises ValueError that lists every missing, unexpected and misshapen tensor; with `allow_missing` only the
+    last are errors, what is missing is drawn afresh and what is unexpected is left out.
+    """
+    wanted = {lerobot_key(name): (name, p) for name, p in policy.state_dict().items()}
+    shapes = {key: tensor.shape for key, tensor in tensors.items() if key in wanted}
+    problems = [
+        f"{key} is {tuple(shape)}, not {tuple(wanted[key][1].shape)}"
+        for key, shape in shapes.items()
+        if shape != wanted[key][1].shape
+    ]
+    missing = {key: name for key, (name, _) in wanted.items() if key not in tensors and name not in UNUSED}
+    if not allow_missing:
+        problems += [f"missing {key}" for key in missing]
+        problems += [f"unexpected {key}" for key in tensors if key not in wanted]
+    if problems:
+        hint = "" if allow_missing else " (--allow-missing goes on without what is missing or unexpected)"
+        raise ValueError(f"{source} does not fit its config.json: {'; '.join(problems)}{hint}")
+    draw(policy, set(missing.values()))
+    state = {name: torch.zeros(p.shape) for name, p in wanted.values() if name in UNUSED}
+    state |= {wanted[key][0]: tensors[key] for key in shapes}
+    typed = {n: t.to(torch.float32 if n.startswith(PROJECTIONS) else dtype) for n, t in state.items()}
+    policy.load_state_dict(typed, assign=True, strict=False)
 
 
-@dataclass
-class Processor:
-    """Raw observations -> policy inputs, and normalised actions -> the robot's: lerobot's two processors."""
+def draw(policy: SmolVLA, names: set[str]) -> None:
+    """Draw these parameters as torch does for a fresh layer."""
+    for prefix, module in policy.named_modules():
+        if any(f"{prefix}.{name}" in names for name, _ in module.named_parameters(recurse=False)):
+            module.to_empty(device="cpu", recurse=False)
+            module.reset_parameters()
 
-    config: SmolVLAConfig
-    raw: dict  # lerobot's config.json
-    vlm: dict  # the language model's config.json
-    stats: dict[str, dict[str, Tensor]]  # feature -> statistic -> (width,)
-    tokenizer: Tokenizer
 
-    def __post_init__(self) -> None:
-        self._ids: dict[str, list[int]] = {}
-        for feature in ("observation.state", "action"):
-            mode = self.mode(feature)
-            needed = {"MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max"), "IDENTITY": ()}.get(mode)
-            if needed is None:
-                raise ValueError(
-                    f"normalization_mapping {mode!r} of {feature} is unknown: MEAN_STD, MIN_MAX or IDENTITY"
-                )
-            missing = [name for name in needed if name not in self.stats.get(feature, {})]
-            if missing:
-                raise ValueError(
-                    f"statistics {', '.join(missing)} of {feature} are missing: {mode} needs them"
-                )
+def load_weights(
+    config: SmolVLAConfig, path: Path, dtype: torch.dtype = torch.float32, allow_missing: bool = False
+) -> tuple[SmolVLA, dict[str, Tensor]]:
+    """Build a policy on one file's weights; give also the statistics that older checkpoints keep among them.
 
-    def mode(self, feature: str) -> str:
-        return self.raw["normalization_mapping"]["ACTION" if feature == "action" else "STATE"]
-
-    def normalise(self, feature: str, x: Tensor, eps: float = 1e-8) -> Tensor:
-        """Normalise a state or an action (..., width) with the checkpoint's statistics."""
-        s = {name: value.to(x) for name, value in self.stats.get(feature, {}).items()}
-        if self.mode(feature) == "MEAN_STD":
-            return (x - s["mean"]) / (s["std"] + eps)
-        if self.mode(feature) == "MIN_MAX":
-            span = s["max"] - s["min"]
-            return 2 * (x - s["min"]) / torch.where(span == 0, eps, span) - 1
-        return x
-
-    def unnormalise(self, action: Tensor, eps: float = 1e-8) -> Tensor:
-        """Give actions (..., A) in the robot's units."""
-        s = {name: value.to(action) for name, value in self.stats.get("action", {}).items()}
-        if self.mode("action") == "MEAN_STD":
-            return action * s["std"] + s["mean"]
-        if self.mode("action") == "MIN_MAX":
-            span = s["max"] - s["min"]
-            return (action + 1) / 2 * torch.where(span == 0, eps, span) + s["min"]
-        return action
-
-    def tokenize(self, tasks: list[str]) -> tuple[Tensor, Tensor]:
-        """Turn instructions into token ids and mask, (B, n) each; an empty instruction is an error."""
-        for task in tasks:
-            if not task or not task.strip():
-                raise ValueError(
-                    f"an instruction is empty ({task!r}): a policy without one cannot know its task"
-                )
-            if task not in self._ids:
-                text = task if task.endswith("\n") else task + "\n"
-                ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-                self._ids[task] = ids[: self.config.tokenizer_max_length]
-        rows = [self._ids[task] for task in tasks]
-        fixed = self.raw["pad_language_to"] == "max_length"
-        length = self.config.tokenizer_max_length if fixed else max(map(len, rows))
-        tokens = torch.full((len(rows), length), self.vlm.get("pad_token_id") or 0)
-        mask = torch.zeros(len(rows), length, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = True
-        return tokens, mask
-
-    def __call__(self, batch: dict) -> dict:
-        """Make the policy's inputs from a batch under lerobot's feature names.
-
-        Args: batch with camera images (B, 3, h, w) uint8 or float in [0, 1], "observation.state" (B, S),
-        "task" (list of str), and for training "action" (B, C, A) and "action_is_pad" (B, C);
-        "<camera>_padding_mask" (B,) where given. Raises ValueError when no camera of the checkpoint is in
-        the batch.
-        """
-        cameras = [name for name in self.config.cameras if name in batch]
-        if not cameras:
-            raise ValueError(
-                f"none of the cameras {', '.join(self.config.cameras)} is in the batch: {', '.join(batch)}"
-            )
-        images = [
-            batch[name].float() / 255 if batch[name].dtype == torch.uint8 else batch[name] for name in cameras
-        ]
-        masks = [batch.get(f"{name}_padding_mask") for name in cameras]
-        state = self.normalise("observation.state", batch["observation.state"].float())
-        for _ in range(min(self.config.empty_cameras, len(self.config.cameras) - len(cameras))):
-            images.append(images[0].new_zeros(1, 3, self.config.image_size, self.config.image_size))
-            masks.append(torch.zeros(len(state), dtype=torch.bool, device=state.device))
-        tokens, token_mask = (x.to(state.device) for x in self.tokenize(batch["task"]))
-        inputs = {
-            "images": images,
-            "image_masks": masks,
-            "state": state,
-            "tokens": tokens,
-            "token_mask": token_mask,
-        }
-        if "action" in batch:
-            inputs |= {
-                "action": self.normalise("action", batch["action"]),
-                "is_pad": batch.get("action_is_pad"),
-            }
-        return inputs
+    Nothing is built when anything does not fit. Tensors of the wanted dtype stay memory-mapped: pages are
+    read when they are used, and copied when changed.
+    """
+    tensors, statistics = {}, {}
+    for key, value in read_tensors(path).items():
+        plain = plain_key(key)
+        if plain in tensors:
+            raise ValueError(f"{path} has two tensors for {plain}, one of them {key}: keep one")
+        (statistics if "normalize_" in plain else tensors)[plain] = value
+    with torch.device("meta"):  # no memory and no random draws for weights that are about to be replaced
+        policy = SmolVLA(config)
+    place(policy, tensors, path, dtype, allow_missing)
+    return policy, statistics
 
 
 # ---- reading ------------------------------------------------------------------------------------------
 
 
-def load_policy(name: str | Path, revision: str | None = None) -> tuple[SmolVLA, Processor]:
-    """Load a policy in float32 and its processor: a folder in lerobot's layout, or a hub id at a revision.
+def load_policy(
+    name: str | Path,
+    revision: str | None = None,
+    vlm: str | None = None,
+    stats_of: str | None = None,
+    allow_missing: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[SmolVLA, Processor]:
+    """Load a policy and its processor: a folder in lerobot's layout, or a hub id at a revision.
 
+    Args: vlm names the language model's folder or hub id in the checkpoint's stead; stats_of chooses among
+    the statistics of several data sets; allow_missing goes on without tensors or statistics that are missing;
+    dtype is that of tower, trunk and expert, while the projections stay in float32.
     Raises ValueError, one line, for missing or broken files, tensors that do not fit and missing statistics.
     """
-    folder = find_folder(str(name), revision)
+    folder, raw, language, config = open_checkpoint(str(name), revision, vlm)
+    policy, among_weights = load_weights(config, folder / WEIGHTS, dtype, allow_missing)
+    return policy, load_processor(folder, config, raw, language, among_weights, stats_of, allow_missing)
+
+
+def open_checkpoint(
+    name: str, revision: str | None, vlm: str | None
+) -> tuple[Path, dict, Language, SmolVLAConfig]:
+    """Find a checkpoint and read what it is: its folder, config.json, language model and sizes."""
+    folder = find_folder(name, revision)
     raw = LEROBOT_DEFAULTS | read_json(folder / "config.json")
-    vlm_folder = folder / "vlm"  # what we save is complete; lerobot's name a folder or a hub id
-    if not vlm_folder.is_dir():
-        vlm_folder = find_folder(raw["vlm_model_name"], relative_to=folder, patterns=("*.json",))
-    vlm = read_json(vlm_folder / "config.json")
-    config = policy_config(raw, vlm)
-    tokenizer = Tokenizer.from_file(str(vlm_folder / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    processor = Processor(config, raw, vlm, load_statistics(folder), tokenizer)
-    return load_weights(config, folder / WEIGHTS), processor
+    language = find_language(raw["vlm_model_name"], folder, vlm)
+    return folder, raw, language, policy_config(raw, language)
 
 
-def load_weights(config: SmolVLAConfig, path: Path) -> SmolVLA:
-    """Build a policy on one file's weights, float32; every tensor must fit, none be missing or left."""
+def find_language(name: str, folder: Path, vlm: str | None) -> Language:
+    """Read the language model's folder: the one asked for, else the checkpoint's own, else what it names."""
+    if vlm is None and (folder / "vlm").is_dir():
+        return read_language(folder / "vlm")
+    text = ("*.json", "*.txt", "*.jinja")
+    return read_language(find_folder(vlm or name, relative_to=None if vlm else folder, patterns=text))
+
+
+def load_processor(
+    folder: Path,
+    config: SmolVLAConfig,
+    raw: dict,
+    language: Language,
+    among_weights: dict[str, Tensor],
+    stats_of: str | None,
+    allow_missing: bool,
+) -> Processor:
+    """Read both processors with their statistics; before there were processors, the weights held these."""
+    features = [*raw["input_features"], *raw["output_features"]]
+    before, after, found, found_after = {}, {}, sort_statistics(among_weights, features), {}
+    if (folder / f"{PRE}.json").is_file():
+        before, after = read_json(folder / f"{PRE}.json"), read_json(folder / f"{POST}.json")
+        found = read_statistics(folder, before, features) or found
+        found_after = read_statistics(folder, after, features)
     try:
-        tensors = {plain_key(key): value for key, value in load_file(path).items()}
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing: a checkpoint folder needs it") from error
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} cannot be read ({error}): copy the checkpoint again") from error
-    with torch.device("meta"):  # no memory and no random draws for weights that are about to be replaced
-        policy = SmolVLA(config)
-    wanted = {lerobot_key(name): (name, p) for name, p in policy.state_dict().items()}
-    state, problems = {}, [f"unexpected {key}" for key in tensors if key not in wanted]
-    for key, (ours, parameter) in wanted.items():
-        if key not in tensors and ours in UNUSED:
-            state[ours] = torch.zeros(parameter.shape)
-        elif key not in tensors:
-            problems.append(f"missing {key}")
-        elif tensors[key].shape != parameter.shape:
-            problems.append(f"{key} is {tuple(tensors[key].shape)}, not {tuple(parameter.shape)}")
-        else:
-            state[ours] = tensors[key].float()
-    if problems:
-        raise ValueError(f"{path} does not fit its config.json: {'; '.join(problems)}")
-    policy.load_state_dict(state, assign=True)
-    return policy
+        stats, stats_after = (choose_statistics(x, stats_of) for x in (found, found_after or found))
+        return Processor(config, raw, language, stats, before, after, stats_after, allow_missing)
+    except ValueError as error:
+        named = ", ".join(sorted(name for name in found if name))
+        hint = f"; there are those of {named}: choose with --stats-of" if named and stats_of is None else ""
+        raise ValueError(f"{folder}: {error}{hint}") from error
 
 
-def load_statistics(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """Read the normaliser's statistics, feature -> statistic -> tensor, from the file that the JSON names."""
-    steps = read_json(folder / "policy_preprocessor.json")["steps"]
-    file = next((s["state_file"] for s in steps if s["registry_name"] == "normalizer_processor"), None)
-    stats: dict[str, dict[str, Tensor]] = {}
-    if file is None:
-        return stats
-    for key, value in load_file(folder / file).items():
-        feature, name = key.rsplit(".", 1)
-        stats.setdefault(feature, {})[name] = value.float()
-    return stats
-
-
-# ---- writing ------------------------------------------------------------------------------------------
+# ---- starting -----------------------------------------------------------------------------------------
 
 
 def fresh_processor(
     config: SmolVLAConfig,
-    stats: dict[str, dict[str, Tensor]],
+    stats: Statistics,
     instructions: list[str],
     image_shape: tuple[int, int, int],
 ) -> Processor:
     """Make the processor of a policy from scratch; its tokenizer is built from the instructions."""
     raw = lerobot_config(config, "vlm", image_shape)
-    return Processor(config, raw, vlm_config(config), stats, build_tokenizer(instructions, config.vocab_size))
+    return Processor(config, raw, fresh_language(language_config(config), instructions), stats)
+
+
+def start_from_vlm(
+    preset: SmolVLAConfig, vlm: str, stats: Statistics, image_shape: tuple[int, int, int]
+) -> tuple[SmolVLA, Processor]:
+    """Start from a language model's own folder or hub id, with a fresh expert beside it.
+
+    The preset says what the folder does not: layers kept, the expert's share of the width, the chunk. Draws
+    from torch's global generator; expert layers as lerobot does, with deviation 0.02.
+    """
+    folder = find_folder(vlm)
+    language = read_language(folder)
+    raw = lerobot_config(preset, vlm, image_shape)
+    sizes = language_sizes(language.config, raw)
+    width = int(sizes["width"] * preset.expert_width / preset.width)
+    config = dataclasses.replace(preset, **sizes, expert_width=width)
+    with torch.device("meta"):
+        policy = SmolVLA(config)
+    tensors = {}
+    for key, value in read_tensors(folder / WEIGHTS).items():
+        key = plain_key(f"model.vlm_with_expert.vlm.{key}")
+        layer = re.search(r"text_model\.layers\.(\d+)\.", key)
+        if layer is None or int(layer[1]) < config.layers:
+            tensors[key] = value
+    fresh = {n: p for n, p in policy.state_dict().items() if not n.startswith(VLM_PARTS)}
+    draw(policy, set(fresh))
+    for layer in policy.expert.layers:
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear) and not (layer.cross and name.endswith(("k_proj", "v_proj"))):
+                nn.init.normal_(module.weight, std=0.02)
+    drawn = {lerobot_key(name): p for name, p in policy.state_dict().items() if name in fresh}
+    place(policy, tensors | drawn, folder / WEIGHTS)
+    return policy, Processor(config, raw, language, stats)
+
+
+# ---- writing ------------------------------------------------------------------------------------------
 
 
 def save_policy(folder: Path, policy: SmolVLA, processor: Processor) -> None:
-    """Write what lerobot loads: config, weights under its names, processors, the language model's config.
+    """Write what lerobot loads: config, weights under its names, processors; beside them the language folder.
 
-    Memory modules (`fusion.`) are not lerobot's and are left out; arm.py writes them beside.
+    Memory modules (`fusion.`) are not lerobot's and are left out; arm.py writes them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     raw = processor.raw | {name: getattr(policy.config, name) for name in SAME_NAME}
-    weights = {
-        lerobot_key(n): p.contiguous() for n, p in policy.state_dict().items() if not n.startswith("fusion.")
-    }
-    save_file(weights, folder / WEIGHTS)
-    write_json(folder / "config.json", raw)
-    save_processors(folder, raw, processor.stats)
-    vlm = folder / "vlm"
-    vlm.mkdir(exist_ok=True)
-    write_json(vlm / "config.json", processor.vlm)
-    write_json(
-        vlm / "tokenizer_config.json", {"tokenizer_class": "TokenizersBackend", "pad_token": "<|im_end|>"}
-    )
-    processor.tokenizer.save(str(vlm / "tokenizer.json"))
+    weights = {lerobot_key(n): p for n, p in policy.state_dict().items() if not n.startswith("fusion.")}
+    save_tensors(weights, folder / WEIGHTS)
+    (folder / "config.json").write_text(to_json(raw, indent=4))
+    processor.save(folder)
+    (folder / "vlm").mkdir(exist_ok=True)
+    for name, content in processor.language.files.items():
+        (folder / "vlm" / name).write_bytes(content)
 
 
-def save_processors(folder: Path, raw: dict, stats: dict[str, dict[str, Tensor]]) -> None:
-    """Write lerobot's pre- and postprocessor descriptions and the statistics that they name."""
-    norm = {"eps": 1e-8, "norm_map": raw["normalization_mapping"]}
-    files = (
-        "policy_preprocessor_step_5_normalizer_processor",
-        "policy_postprocessor_step_0_unnormalizer_processor",
-    )
-    tokens = {
-        "max_length": raw["tokenizer_max_length"],
-        "task_key": "task",
-        "padding_side": "right",
-        "padding": raw["pad_language_to"],
-        "truncation": True,
-        "tokenizer_name": raw["vlm_model_name"],
-    }
-    device = {"registry_name": "device_processor", "config": {"device": "cpu", "float_dtype": None}}
-    steps = [
-        {"registry_name": "rename_observations_processor", "config": {"rename_map": {}}},
-        {"registry_name": "to_batch_processor", "config": {}},
-        {"registry_name": "smolvla_new_line_processor", "config": {}},
-        {"registry_name": "tokenizer_processor", "config": tokens},
-        device,
-        {
-            "registry_name": "normalizer_processor",
-            "config": norm | {"features": raw["input_features"] | raw["output_features"]},
-            "state_file": f"{files[0]}.safetensors",
-        },
-    ]
-    write_json(folder / "policy_preprocessor.json", {"name": "policy_preprocessor", "steps": steps})
-    post = {
-        "registry_name": "unnormalizer_processor",
-        "config": norm | {"features": raw["output_features"]},
-        "state_file": f"{files[1]}.safetensors",
-    }
-    write_json(
-        folder / "policy_postprocessor.json", {"name": "policy_postprocessor", "steps": [post, device]}
-    )
-    flat = {
-        f"{feature}.{name}": t.contiguous() for feature, entry in stats.items() for name, t in entry.items()
-    }
-    for file in files:
-        save_file(flat, folder / f"{file}.safetensors")
+# ---- describing ---------------------------------------------------------------------------------------
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write indented JSON."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
+def describe_checkpoint(
+    checkpoint: str, revision: str | None, vlm: str | None, stats_of: str | None, allow_missing: bool
+) -> str:
+    """Say what a checkpoint is, in a screenful: sizes, pattern, cameras, widths, statistics, tokenizer."""
+    folder, raw, language, c = open_checkpoint(checkpoint, revision, vlm)
+    policy, among_weights = load_weights(c, folder / WEIGHTS, allow_missing=allow_missing)
+    processor = load_processor(folder, c, raw, language, among_weights, stats_of, allow_missing=True)
+    stored = sorted({str(t.dtype).removeprefix("torch.") for t in read_tensors(folder / WEIGHTS).values()})
+    total = sum(p.numel() for p in policy.parameters())
+    rows = [
+        ("checkpoint", f"{folder}, stored in {', '.join(stored)}"),
+        ("parameters", f"{total:,}; trained with {count_trained(policy, raw)}"),
+        ("vision", f"{c.vision_layers} layers of width {c.vision_width}, {c.vision_heads} heads"),
+        ("pictures", f"{c.image_size} x {c.image_size} by {c.patch_size}, {c.image_tokens} tokens"),
+        ("text", f"{c.layers} layers of width {c.width}, {c.heads} heads ({c.kv_heads} key) of {c.head_dim}"),
+        ("expert", f"{c.expert_layers} layers of width {c.expert_width}: {describe_pattern(c)}"),
+        *(("camera", f"{name} {describe_camera(raw, name)}") for name in c.cameras),
+        ("state", f"{c.state_dim} of at most {c.max_state_dim}; {describe_statistics(processor, STATE)}"),
+        ("action", f"{c.action_dim} of at most {c.max_action_dim}; {describe_statistics(processor, ACTION)}"),
+        ("chunk", f"{c.chunk_size} actions, n_action_steps {c.n_action_steps}, {c.num_steps} Euler steps"),
+        ("language", f"at most {c.tokenizer_max_length} tokens, padded to {raw['pad_language_to']}"),
+        ("tokenizer", f"{language.tokenizer.get_vocab_size():,} of {c.vocab_size:,} ids, {language.source}"),
+    ]  # fmt: skip
+    if (folder / "world.safetensors").is_file():
+        with safetensors.safe_open(folder / "world.safetensors", "pt") as file:
+            arm = json.loads(file.metadata()["config"])
+        memory = "" if arm["fusion"] == ["none"] else f" --memory {arm['memory']}"
+        rows.append(("memory", f"--fusion {' '.join(arm['fusion'])}{memory}"))
+    return "\n".join(f"{name:12s} {text}" for name, text in rows)
+
+
+def count_trained(policy: SmolVLA, raw: dict) -> str:
+    counts = []
+    for what in ("expert", "vision", "none"):
+        policy.freeze(what, raw["train_state_proj"])
+        live = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+        counts.append(f"--freeze {what} {live:,}")
+    return ", ".join(counts)
+
+
+def describe_pattern(config: SmolVLAConfig) -> str:
+    """Say what each expert layer attends to: `s` itself and the prefix, `c` the prefix alone."""
+    kinds = ["s" if config.is_self_layer(i * config.stride) else "c" for i in range(config.expert_layers)]
+    beside = "every text layer" if config.stride == 1 else f"one in {config.stride} text layers"
+    return f"{''.join(kinds)} (s self and prefix, c prefix alone), beside {beside}"
+
+
+def describe_camera(raw: dict, name: str) -> str:
+    shape = raw["input_features"].get(name, {}).get("shape")
+    return f"{shape[1]} x {shape[2]}" if shape else "(a black picture stands in)"
+
+
+def describe_statistics(processor: Processor, feature: str) -> str:
+    mode, missing = processor.mode(feature), " ".join(processor.missing())
+    if mode == "IDENTITY":
+        return "taken as it is"
+    return f"{mode}, statistics {'MISSING' if f' of {feature} ' in missing else 'found'}"

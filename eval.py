@@ -31,9 +31,10 @@ import tyro
 from torch import Tensor
 
 from arm import Arm, load_arm
-from checkpoint import Processor, read_json
 from data import sample_rng
+from files import read_json
 from pool import EnvPool, Observation, SimCrash
+from processor import Processor
 from prophet import MODES, MemoryMode
 from render import setup_gl
 from sim import CAMERAS, NUM_INIT_STATES, SUITES, SimConfig, parse_ids
@@ -80,6 +81,15 @@ class EvalConfig:
 
     max_steps: int | None = None
     """Step limit of an episode; default: the suite's."""
+
+    vlm: str | None = None
+    """Folder or hub id of the language model; default: what the checkpoint holds or names."""
+
+    stats_of: str | None = None
+    """Data set whose statistics to use, where a checkpoint holds those of several."""
+
+    allow_missing: bool = False
+    """Go on when tensors or statistics of the checkpoint are missing, or tensors unexpected."""
 
     seed: int = 7
     """Seed of the environments and of the policy's noise."""
@@ -411,7 +421,8 @@ def main(config: EvalConfig) -> None:
     check_simulator()
     run_folder, folder = find_checkpoint(config.checkpoint or newest_run(Path("runs")))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    arm, processor = load_arm(folder)
+    how = {name: getattr(config, name) for name in ("vlm", "stats_of", "allow_missing")}
+    arm, processor = load_arm(folder, **how)
     arm.to(device).eval()
     run = read_json(run_folder / "config.json") if (run_folder / "config.json").is_file() else {}
     plan = make_plan(config, run, arm)

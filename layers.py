@@ -89,6 +89,20 @@ class VisionBlock(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
+def patch_positions(side: int, table: int) -> list[int]:
+    """Give each patch of a side x side grid its row in a position table made for table x table.
+
+    SmolVLM sorts fractional coordinates into the table's buckets, in float32. On the table's own grid that is
+    the plain row-major number but for some sizes (19, 25, 29 a side), where rounding picks a neighbour's row.
+    """
+    with torch.device("cpu"):  # also while a policy is laid out without memory
+        edges = torch.arange(1 / table, 1.0, 1 / table)
+        coordinate = torch.arange(side, dtype=torch.float32) * (1.0 / torch.tensor(side))
+    coordinate = coordinate.clamp(max=1.0 - 1e-6)
+    bucket = torch.bucketize(coordinate, edges, right=True).tolist()
+    return [row * table + column for row in bucket for column in bucket]
+
+
 class VisionTower(nn.Module):
     """SigLIP without pooling: images (B, 3, S, S) in [-1, 1] -> patches (B, (S/p)^2, Wv), row-major."""
 
@@ -96,13 +110,17 @@ class VisionTower(nn.Module):
         super().__init__()
         width, patch = config.vision_width, config.patch_size
         self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
-        self.position_embedding = nn.Embedding((config.image_size // patch) ** 2, width)
+        table = (config.vision_size or config.image_size) // patch
+        self.position_embedding = nn.Embedding(table**2, width)
+        positions = patch_positions(config.image_size // patch, table)
+        self.positions = None if positions == list(range(table**2)) else positions
         self.layers = nn.ModuleList(VisionBlock(config) for _ in range(config.vision_layers))
         self.post_layernorm = nn.LayerNorm(width, config.vision_eps)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (B, 3, S, S) -> (B, patches, Wv)
-        x = x + self.position_embedding.weight
+        table = self.position_embedding.weight
+        x = x + (table if self.positions is None else table[torch.tensor(self.positions, device=x.device)])
         for layer in self.layers:
             x = layer(x)
         return self.post_layernorm(x)

@@ -5,8 +5,9 @@ noise into a chunk of actions, attending to them in every layer. Nothing in the 
 so training and cached inference are one code path: `prefix(...)`, then `velocity(...)`. Memory of imagined
 futures enters through `fusion.py`.
 
-    python tests/golden.py tests/golden/smolvla      # every intermediate tensor against lerobot's
     python model.py                                  # sizes of the presets
+    python model.py runs/demo/E0-n64000-s0/last      # what a checkpoint is, before a run is spent on it
+    python tests/golden.py tests/golden/smolvla      # every intermediate tensor against lerobot's
 
 Shapes: B batch, P prefix tokens, C actions in a chunk, A action width, W hidden width, H query heads, G
 key/value heads, d head width. Sources: lerobot 0.6.1 (policies/smolvla), SmolVLA (arXiv 2506.01844), SigLIP,
@@ -15,13 +16,16 @@ SmolVLM2.
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from collections import deque
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import tyro
 from torch import Tensor
 
 from fusion import Fusion, MemoryCache
@@ -55,9 +59,11 @@ class SmolVLAConfig:
     vision_layers: int = 12
     vision_heads: int = 12
     vision_eps: float = 1e-6
-    image_size: int = 512
+    image_size: int = 512  # side that pictures are brought to
+    vision_size: int | None = None  # side that the tower's positions are made for, where it is another one
     patch_size: int = 16
     scale_factor: int = 4
+    image_special_ids: tuple[int, ...] = ()  # (fake image token, global image token) around pictures, or none
 
     width: int = 960
     mlp: int = 2560
@@ -74,19 +80,41 @@ class SmolVLAConfig:
     self_attn_every_n_layers: int = 2
 
     def __post_init__(self) -> None:
-        if self.layers % self.expert_layers:
-            raise ValueError(
-                f"{self.expert_layers} expert layers cannot be spread over {self.layers} text layers: "
-                "the second must be a multiple of the first"
-            )
-        if self.image_size % (self.patch_size * self.scale_factor):
-            raise ValueError(
-                f"image size {self.image_size} is not a multiple of patch size x scale factor "
-                f"({self.patch_size} x {self.scale_factor}): choose one that is"
-            )
+        """Raise ValueError for what no policy can have; each names the sizes and what would do."""
+        for part, whole, share in (
+            ("layers", self.layers, "expert_layers"),
+            ("width", self.vision_width, "vision_heads"),
+            ("heads", self.heads, "kv_heads"),
+            ("head_dim", self.head_dim, 2),
+            ("expert_width", self.expert_width, 2),
+            ("image_size", self.image_size, "patch_size"),
+            ("patches a side", self.image_size // self.patch_size, "scale_factor"),
+        ):
+            by = share if isinstance(share, int) else getattr(self, share)
+            if by < 1 or whole < 1 or whole % by:
+                named = share if isinstance(share, int) else f"{share} {by}"
+                raise ValueError(f"{part} {whole} must be a positive multiple of {named}")
+        for name in ("state", "action"):
+            width, room = getattr(self, f"{name}_dim"), getattr(self, f"max_{name}_dim")
+            if width > room:
+                raise ValueError(
+                    f"{name} is {width} wide and the model takes {room}: start from a checkpoint whose "
+                    f"max_{name}_dim is at least {width}, or leave dimensions out"
+                )
         if not 0 < self.n_action_steps <= self.chunk_size:
             raise ValueError(
                 f"n_action_steps {self.n_action_steps} must lie in 1..{self.chunk_size}, the chunk"
+            )
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps {self.num_steps} must be at least 1 Euler step")
+        if not self.cameras:
+            raise ValueError("a policy needs a camera: config.json's input_features name none of type VISUAL")
+        experts = range(self.expert_layers)
+        if [self.is_self_layer(i) for i in experts] != [self.is_self_layer(i * self.stride) for i in experts]:
+            raise ValueError(
+                f"self_attn_every_n_layers {self.self_attn_every_n_layers} with {self.expert_layers} expert "
+                f"layers over {self.layers} text layers: lerobot builds expert layers by their own number "
+                "and runs them by the text layer's, and the two differ; 0 (cross attention only) works"
             )
 
     @property
@@ -103,6 +131,11 @@ class SmolVLAConfig:
     def stride(self) -> int:
         """Text layers an expert layer: text layer i meets expert layer i // stride where stride divides i."""
         return self.layers // self.expert_layers
+
+    @property
+    def trunk_depth(self) -> int:
+        """Text layers that run whole; of the next, beside the last expert layer, keys and values are read."""
+        return (self.expert_layers - 1) * self.stride
 
     def is_self_layer(self, text_layer: int) -> bool:
         """Whether actions attend to one another (and the prefix) there; elsewhere they only cross-attend."""
@@ -176,16 +209,20 @@ class SmolVLA(nn.Module):
         """Freeze as lerobot does: `expert` trains expert and projections, `vision` the trunk too, `none` all.
 
         The language head, the trunk's final norm and its last layer (the last two where expert layers are
-        fewer) stay frozen always: lerobot's rule, which keeps parameters without a gradient out of
-        distributed training.
+        fewer) stay frozen always, as lerobot has it; so does all that no loss can reach, since distributed
+        training waits for every gradient that is asked for.
         """
         if what not in ("expert", "vision", "none"):
             raise ValueError(f"--freeze {what!r} is unknown: choose expert, vision or none")
         self.requires_grad_(True)
         self.lm_head.requires_grad_(False)
         self.text.norm.requires_grad_(False)
-        for layer in self.text.layers[-1 if self.config.stride == 1 else -2 :]:
-            layer.requires_grad_(False)
+        depth = self.config.trunk_depth
+        read = self.text.layers[depth]  # for its keys and values only
+        unread = (read.self_attn.q_proj, read.self_attn.o_proj, read.post_attention_layernorm, read.mlp)
+        last = self.text.layers[-1 if self.config.stride == 1 else -2 :]
+        for module in (*unread, *self.text.layers[depth + 1 :], *last):
+            module.requires_grad_(False)
         if what in ("expert", "vision"):
             self.vision.requires_grad_(False)
         if what == "expert":
@@ -197,12 +234,18 @@ class SmolVLA(nn.Module):
 
     def prepare_image(self, image: Tensor) -> Tensor:
         """Resize and pad (B, 3, h, w) in [0, 1] to (B, 3, S, S) in [-1, 1]."""
-        return resize_with_pad(image, self.config.image_size) * 2 - 1
+        return (resize_with_pad(image, self.config.image_size) * 2 - 1).to(self.lm_head.weight.dtype)
 
     def embed_images(self, images: list[Tensor]) -> list[Tensor]:
         """Embed each camera's prepared images, (b, 3, S, S) -> (b, n, W), all in one pass of the tower."""
         tokens = self.connector(self.vision(torch.cat(images))) * self.config.width**0.5
         return list(tokens.split([len(x) for x in images]))
+
+    def embed_special(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Embed what stands before and after each picture, (B, 2, W) and (B, 1, W) or nothing; not scaled."""
+        ids = torch.tensor(self.config.image_special_ids, dtype=torch.long, device=device)
+        around = self.text.embed_tokens(ids).expand(batch, -1, -1)
+        return around, around[:, :1]
 
     def embed_language(self, tokens: Tensor) -> Tensor:
         return self.text.embed_tokens(tokens) * self.config.width**0.5  # (B, n) -> (B, n, W)
@@ -228,15 +271,17 @@ class SmolVLA(nn.Module):
         starts.
         """
         batch, device = len(tokens), tokens.device
-        present = torch.ones(batch, dtype=torch.bool, device=device)
+        present = torch.ones(batch, 1, dtype=torch.bool, device=device)
+        before, after = self.embed_special(batch, device)
         parts, masks = [], []
-        for x, mask in zip(
-            self.embed_images([self.prepare_image(i) for i in images]), image_masks, strict=True
-        ):
-            parts.append(x.expand(batch, -1, -1))
-            masks.append((present if mask is None else mask)[:, None].expand(-1, x.shape[1]))
+        pictures = self.embed_images([self.prepare_image(i) for i in images])
+        for x, mask in zip(pictures, image_masks, strict=True):
+            parts += [before, x.expand(batch, -1, -1), after]
+            seen = present if mask is None else mask[:, None]
+            masks += [present.expand(-1, before.shape[1]), seen.expand(-1, x.shape[1])]
+            masks += [present.expand(-1, after.shape[1])]  # special tokens stay when their picture is masked
         parts += [self.embed_language(tokens), self.embed_state(state)]
-        masks += [token_mask, present[:, None]]
+        masks += [token_mask, present]
         embs, mask = torch.cat(parts, dim=1), torch.cat(masks, dim=1)
         flags = torch.zeros(embs.shape[1], dtype=torch.long, device=device)
         flags[-1] = 1  # images and language cannot see the state
@@ -257,7 +302,7 @@ class SmolVLA(nn.Module):
         block = flags.cumsum(0)
         # Padded queries attend like any other: a row masked whole has no softmax, and nobody reads theirs.
         allowed = ((block[None, :] <= block[:, None]) & mask[:, None, :])[:, None]  # (B, 1, P, P)
-        x, kv = embs, []
+        x, kv = embs.to(self.lm_head.weight.dtype), []
         for layer in self.text.layers[:depth]:
             x, pair = layer(x, rope, allowed)
             kv.append(pair)
@@ -269,7 +314,7 @@ class SmolVLA(nn.Module):
 
         The trunk stops where the last expert layer reads: of that text layer only keys and values are needed.
         """
-        _, kv = self.trunk(embs, mask, flags, depth=(self.config.expert_layers - 1) * self.config.stride)
+        _, kv = self.trunk(embs, mask, flags, depth=self.config.trunk_depth)
         pairs = zip(self.expert.layers, kv[:: self.config.stride], strict=True)
         return Prefix(
             [layer.project(*pair) if layer.cross else pair for layer, pair in pairs], mask, mask.sum(1)
@@ -294,7 +339,7 @@ class SmolVLA(nn.Module):
         self, x_t: Tensor, time: Tensor, prefix: Prefix, memory: MemoryCache | None = None
     ) -> Tensor:
         """Predict the flow's velocity (B, C, A_max) at noisy actions x_t (B, C, A_max) and times (B,)."""
-        h = self.embed_suffix(x_t, time)
+        h = self.embed_suffix(x_t, time).to(self.expert.norm.weight.dtype)
         batch, chunk = h.shape[:2]
         own = torch.arange(chunk, device=h.device)
         causal = (own[None, :] <= own[:, None]).expand(batch, -1, -1)
@@ -307,10 +352,10 @@ class SmolVLA(nn.Module):
                 h, _ = layer(h, rope_cross, sees_prefix[:, None], past)
             else:
                 h, _ = layer(h, rope_self, mask_self, past)
-        h = self.expert.norm(h)
+        h = self.expert.norm(h).float()
         if self.fusion is not None:
             h = self.fusion("late", h, memory)
-        return self.action_out_proj(h.float())
+        return self.action_out_proj(h)
 
     # ---- training and inference -----------------------------------------------------------------------
 
@@ -399,11 +444,48 @@ def masked_mean(loss: Tensor, is_pad: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.where(keep, loss, 0).sum(), keep.sum() * loss.shape[1] * loss.shape[-1]
 
 
-def main() -> None:
-    """Print the presets' sizes."""
-    for name, config in PRESETS.items():
+def sample_means(loss: Tensor, is_pad: Tensor | None) -> Tensor:
+    """Average losses (B, R, C, A) over each sample's own unpadded steps, (B,); 0 where all are padded."""
+    if is_pad is None:
+        return loss.flatten(1).mean(1)
+    keep = ~is_pad[:, None, :, None]  # (B, C) -> (B, 1, C, 1)
+    terms = keep.flatten(1).sum(1) * loss.shape[1] * loss.shape[-1]
+    return torch.where(keep, loss, 0).flatten(1).sum(1) / terms.clamp(min=1)
+
+
+# ---- command line -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DescribeConfig:
+    """Say what a checkpoint is; without one, what the presets are."""
+
+    checkpoint: Annotated[str | None, tyro.conf.Positional] = None
+    """Checkpoint folder or hub id."""
+
+    revision: str | None = None
+    """Revision of the hub id, to pin it."""
+
+    vlm: str | None = None
+    """Folder or hub id of the language model; default: what the checkpoint names."""
+
+    stats_of: str | None = None
+    """Data set whose statistics to use, where a checkpoint holds those of several."""
+
+    allow_missing: bool = False
+    """Go on when tensors are missing or unexpected; missing statistics are shown in any case."""
+
+
+def main(config: DescribeConfig) -> None:
+    """Print one checkpoint, or the presets' sizes."""
+    if config.checkpoint is not None:
+        from checkpoint import describe_checkpoint  # which imports this file
+
+        print(describe_checkpoint(**dataclasses.asdict(config)))
+        return
+    for name, preset in PRESETS.items():
         with torch.device("meta"):
-            policy = SmolVLA(config)
+            policy = SmolVLA(preset)
         policy.freeze("expert")
         total = sum(p.numel() for p in policy.parameters())
         live = sum(p.numel() for p in policy.parameters() if p.requires_grad)
@@ -411,4 +493,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main(tyro.cli(DescribeConfig))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

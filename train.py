@@ -38,9 +38,11 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from arm import Arm, ArmConfig, load_arm, save_arm
-from checkpoint import Processor, fresh_processor, load_policy, read_json, write_json
+from checkpoint import fresh_processor, load_policy, start_from_vlm
 from data import CAMERAS, Demos, load, sample_order, sample_rng, statistics
+from files import read_json, write_json
 from model import PRESETS, SmolVLA, masked_mean
+from processor import Processor
 from prophet import NEEDS_HISTORY, NEEDS_NOISE
 from world import Latents, change_statistics, prepare
 
@@ -65,6 +67,16 @@ class TrainConfig(ArmConfig):
 
     revision: str | None = None
     """Revision of the hub id, to pin it."""
+
+    vlm: str | None = None
+    """Folder or hub id of the language model. With a checkpoint: its sizes and tokenizer, instead of what the
+    checkpoint names. With a preset: its weights too, and a fresh expert beside them."""
+
+    stats_of: str | None = None
+    """Data set whose statistics to use, where a checkpoint holds those of several."""
+
+    allow_missing: bool = False
+    """Go on when tensors or statistics of a checkpoint are missing, or tensors unexpected."""
 
     freeze: Literal["expert", "vision", "none"] = "expert"
     """What stays frozen: all but the expert (lerobot's default), only the vision tower, or nothing."""
@@ -231,16 +243,18 @@ def build_arm(config: TrainConfig, demos: Demos, latents: Latents | None) -> tup
 
 
 def build_policy(config: TrainConfig, demos: Demos) -> tuple[SmolVLA, Processor]:
-    """A fresh preset, its statistics and tokenizer from the data; or a checkpoint as it stands."""
-    if config.init not in PRESETS:
-        return load_policy(config.init, config.revision)
+    """A fresh preset with statistics and tokenizer from the data, or on a language model; or a checkpoint."""
     torch.manual_seed(config.seed)
+    if config.init not in PRESETS:
+        return load_policy(config.init, config.revision, config.vlm, config.stats_of, config.allow_missing)
     preset = dataclasses.replace(PRESETS[config.init], cameras=tuple(demos.images))
     size = next(iter(demos.images.values())).shape[1]
     stats = statistics(demos)
     floors = {"observation.state": config.state_std_floor, "action": config.action_std_floor}
     for feature, floor in floors.items():
         stats[feature]["std"] = stats[feature]["std"].clamp(min=floor)
+    if config.vlm is not None:
+        return start_from_vlm(preset, config.vlm, stats, (3, size, size))
     processor = fresh_processor(preset, stats, demos.tasks, (3, size, size))
     return SmolVLA(preset).initialise(), processor
 
@@ -469,7 +483,7 @@ def main(config: TrainConfig) -> None:
     done = step = 0
     resumed = (config.out / "last" / "state.json").is_file()
     if resumed:
-        arm, processor = load_arm(config.out / "last")
+        arm, processor = load_arm(config.out / "last", allow_missing=config.allow_missing)
         state = read_json(config.out / "last" / "state.json")
         done, step = state["samples"], state["step"]
     else:

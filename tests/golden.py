@@ -21,8 +21,17 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import Processor, lerobot_key, load_policy
-from model import ActionQueue, SmolVLA, flow_target, masked_mean, prefix_inputs, resize_with_pad
+from checkpoint import lerobot_key, load_policy
+from model import (
+    ActionQueue,
+    SmolVLA,
+    flow_target,
+    masked_mean,
+    prefix_inputs,
+    resize_with_pad,
+    sample_means,
+)  # fmt: skip
+from processor import Processor
 
 ATOL = RTOL = 1e-5
 
@@ -32,35 +41,44 @@ def recompute(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     policy, processor = load_policy(folder / "checkpoint")
     info = json.loads((folder / "info.json").read_text())
     given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
-    raw = json.loads((folder / "checkpoint" / "config.json").read_text())
-    policy.freeze("expert", train_state_proj=raw["train_state_proj"])
+    policy.freeze(frozen_part(processor.raw), train_state_proj=processor.raw["train_state_proj"])
     batch = {"task": info["tasks"], "observation.state": given["raw_state"], "action": given["raw_action"]}
-    batch |= {name: given[f"{name}.uint8"] for name in policy.config.cameras if f"{name}.uint8" in given}
+    batch |= {name.removesuffix(".uint8"): x for name, x in given.items() if name.endswith(".uint8")}
     batch |= {name: value for name, value in given.items() if name.endswith("_padding_mask")}
     batch["action_is_pad"] = given.get("action_is_pad")
     inputs = processor(batch)
 
-    out = preprocessing(policy, inputs, given, info["cams"])
+    out = preprocessing(policy, inputs, processor.rename(batch), info["cams"])
     out |= prefix_tensors(policy, inputs)
     out |= suffix_tensors(policy, inputs, given, out["prefix.pad_masks"], out["prefix.att_masks"])
     out |= losses(policy, inputs, given, info)
     out |= inference(policy, processor, inputs, given)
+    out |= {f"trains.{lerobot_key(n)}": torch.tensor(p.requires_grad) for n, p in policy.named_parameters()}
     out |= five_steps(policy, inputs, given)
+    still = (*info["frozen"], *info["trainable_without_grad"])  # we freeze what no loss can reach
+    expected |= {f"trains.{k}": torch.tensor(k not in still) for k in (*info["grad_norms"], *still)}
     expected |= {f"grad_norm.{k}": torch.tensor(v) for k, v in info["grad_norms"].items()}
-    expected |= {"lang_tokens": given["lang_tokens"], "lang_mask": given["lang_mask"]}
+    expected |= {"lang_tokens": given["lang_tokens"], "lang_mask": given["lang_mask"].bool()}
+    expected["pre.state"] = processor.last(expected["pre.state"], 2)  # we keep the observation that counts
     blank_padding(out, expected)
     return out, expected
 
 
-def preprocessing(policy: SmolVLA, inputs: dict, given: dict, cameras: list[str]) -> dict[str, Tensor]:
+def frozen_part(raw: dict) -> str:
+    """Our name of what a config.json freezes."""
+    if raw["train_expert_only"]:
+        return "expert"
+    return "vision" if raw["freeze_vision_encoder"] else "none"
+
+
+def preprocessing(policy: SmolVLA, inputs: dict, batch: dict, cameras: list[str]) -> dict[str, Tensor]:
     config, out = policy.config, {"pre.state": inputs["state"], "pre.action": inputs["action"]}
     out["lang_tokens"], out["lang_mask"] = inputs["tokens"], inputs["token_mask"]
     out["state_padded"] = F.pad(inputs["state"], (0, config.max_state_dim - config.state_dim))
     out["actions_padded"] = F.pad(inputs["action"], (0, config.max_action_dim - config.action_dim))
     for name in cameras:
-        image = given.get(f"observation.images.{name}.uint8")
-        if image is not None:
-            out[f"resize_with_pad.{name}"] = resize_with_pad(image[:1].float() / 255, config.image_size)
+        image = Processor.last(batch[f"observation.images.{name}"], 4)
+        out[f"resize_with_pad.{name}"] = resize_with_pad(image[:1].float() / 255, config.image_size)
     batch = len(inputs["state"])
     for i, (image, mask) in enumerate(zip(inputs["images"], inputs["image_masks"], strict=True)):
         out[f"image{i}.prepared"] = policy.prepare_image(image).expand(batch, -1, -1, -1)
@@ -116,11 +134,6 @@ def losses(policy: SmolVLA, inputs: dict, given: dict, info: dict) -> dict[str, 
     loss = policy(inputs, noise, time)
     total, count = masked_mean(loss, inputs["is_pad"])
     mean = total / count
-    rows = zip(
-        loss.split(1),
-        [None] * len(loss) if inputs["is_pad"] is None else inputs["is_pad"].split(1),
-        strict=True,
-    )
     policy.zero_grad()
     mean.backward()
     grads = {lerobot_key(n): p.grad for n, p in policy.named_parameters() if p.grad is not None}
@@ -129,7 +142,8 @@ def losses(policy: SmolVLA, inputs: dict, given: dict, info: dict) -> dict[str, 
         "losses_elementwise_padded_dims": (target - velocity) ** 2,
         "loss": mean[None],
         "loss_without_is_pad": loss.mean()[None],
-        "loss_per_sample": torch.stack([torch.div(*masked_mean(*row)) for row in rows]),
+        "loss_per_sample": sample_means(loss, inputs["is_pad"]),
+        "loss_per_sample_without_is_pad": sample_means(loss, None),
         "grad_total_norm": torch.stack([g.norm() for g in grads.values()]).norm()[None],
     }
     out |= {

@@ -13,11 +13,22 @@ import torch
 from golden import compare
 from safetensors.torch import load_file, save_file
 
-from model import PRESETS, ActionQueue, SmolVLA, SmolVLAConfig, masked_mean, prefix_inputs, resize_with_pad
+from layers import patch_positions
+from model import (
+    PRESETS,
+    ActionQueue,
+    SmolVLA,
+    SmolVLAConfig,
+    masked_mean,
+    prefix_inputs,
+    resize_with_pad,
+    sample_means,
+)
 
 
-def test_every_tensor_of_the_golden_case_is_lerobots():
-    rows = compare(tiny.golden())
+@pytest.mark.parametrize("name", sorted(p.parent.name for p in tiny.golden().parent.glob("*/info.json")))
+def test_every_tensor_of_a_golden_case_is_lerobots(name):
+    rows = compare(tiny.golden().parent / name)
     assert len(rows) > 100
     assert [row for row in rows if not row[2]] == []
 
@@ -91,14 +102,21 @@ def test_fewer_expert_layers_than_text_layers_run_and_bad_ratios_are_refused():
     config = dataclasses.replace(tiny.CONFIG, layers=4, expert_layers=2, self_attn_every_n_layers=0)
     policy, (noise, _) = tiny.policy(config), tiny.flow()
     assert policy.predict_chunk(tiny.inputs(), noise[:, 0]).isfinite().all()
-    with pytest.raises(ValueError, match="3 expert layers cannot be spread over 4 text layers"):
+    with pytest.raises(ValueError, match="layers 4 must be a positive multiple of expert_layers 3"):
         dataclasses.replace(tiny.CONFIG, layers=4, expert_layers=3)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_size": 36}, "image size 36 is not a multiple"),
+        ({"image_size": 36}, "image_size 36 must be a positive multiple of patch_size 8"),
+        ({"image_size": 24}, "patches a side 3 must be a positive multiple of scale_factor 2"),
+        ({"head_dim": 7}, "head_dim 7 must be a positive multiple of 2"),
+        ({"vision_heads": 5}, "width 32 must be a positive multiple of vision_heads 5"),
+        ({"kv_heads": 0}, "heads 2 must be a positive multiple of kv_heads 0"),
+        ({"max_state_dim": 7}, "state is 8 wide and the model takes 7"),
+        ({"cameras": ()}, "a policy needs a camera"),
+        ({"num_steps": 0}, "num_steps 0"),
         ({"n_action_steps": 9}, r"n_action_steps 9 must lie in 1\.\.6"),
     ],
 )
@@ -137,6 +155,21 @@ def test_padded_steps_do_not_count_in_the_mean():
     total, count = masked_mean(loss, pad)
     assert (total.item(), count.item()) == (16.0, 16)
     assert masked_mean(torch.ones(1, 2, 3, 4), None)[1].item() == 24
+
+
+def test_a_samples_mean_is_over_its_own_steps_and_zero_where_there_are_none():
+    loss = torch.arange(24.0).reshape(2, 1, 3, 4)
+    pad = torch.tensor([[False, True, True], [True, True, True]])
+    assert sample_means(loss, pad).tolist() == [1.5, 0.0]
+    assert sample_means(loss, None).tolist() == [5.5, 17.5]
+
+
+def test_patches_take_their_row_of_the_position_table_and_its_neighbours_where_smolvlm_rounds():
+    assert patch_positions(4, 4) == list(range(16))
+    assert patch_positions(2, 4) == [0, 2, 8, 10]  # smaller pictures spread over the table
+    assert patch_positions(4, 2) == [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]
+    odd = [n for n in range(1, 41) if patch_positions(n, n) != list(range(n * n))]
+    assert odd == [19, 25, 29, 31, 38, 40]  # as transformers 5.5.4 computes them in float32
 
 
 def test_pictures_keep_their_aspect_and_sit_bottom_right():

@@ -41,6 +41,19 @@ def inputs(batch: int = 2, config: SmolVLAConfig = CONFIG, seed: int = 1) -> dic
     }
 
 
+def batch(
+    size: int = 2, config: SmolVLAConfig = CONFIG, image: tuple[int, int] = (32, 32), seed: int = 1
+) -> dict:
+    """A batch under lerobot's names, as a Processor takes it."""
+    g = torch.Generator().manual_seed(seed)
+    pictures = {name: torch.rand(size, 3, *image, generator=g) for name in config.cameras}
+    return pictures | {
+        "observation.state": torch.randn(size, config.state_dim, generator=g),
+        "action": torch.randn(size, config.chunk_size, config.action_dim, generator=g),
+        "task": ["open the drawer", "go"] * (size // 2),
+    }
+
+
 def flow(batch: int = 2, draws: int = 1, config: SmolVLAConfig = CONFIG, seed: int = 2):
     """Noise (B, R, C, A_max) and times (B, R)."""
     g = torch.Generator().manual_seed(seed)

@@ -1,0 +1,52 @@
+"""JSON and tensors on disk: one-line errors that name the file, and writing beside before renaming.
+
+    from files import read_json, read_tensors
+    weights = read_tensors(Path("runs/demo/E0-n64000-s0/last/model.safetensors"))    # name -> tensor
+
+Tensors that are read stay mapped from their file; what replaces it is another file under the same name.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import safetensors
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON file; a missing or broken one is a ValueError that names it."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: a checkpoint folder needs it")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"{path} is not JSON ({error}): copy the checkpoint again") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file, memory-mapped; a missing or broken one is a ValueError that names it."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: a checkpoint folder needs it")
+    try:
+        return load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): copy the checkpoint again") from error
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file beside, then rename it: tensors may be mapped from the one it replaces."""
+    partial = path.with_name(f".{path.name}.partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    partial.replace(path)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write indented JSON."""
+    path.write_text(to_json(content) + "\n")
+
+
+def to_json(content: dict, indent: int = 2) -> str:
+    return json.dumps(content, indent=indent)
