@@ -277,8 +277,10 @@ def load_policy(
 def open_checkpoint(
     name: str, revision: str | None, vlm: str | None
 ) -> tuple[Path, dict, Language, SmolVLAConfig]:
-    """Find a checkpoint and read what it is: its folder, config.json, language model and sizes."""
+    """Find a checkpoint, a run folder's last one too, and read what it is: config, language model, sizes."""
     folder = find_folder(name, revision)
+    if (folder / "last").is_dir():
+        folder = folder / "last"
     raw = LEROBOT_DEFAULTS | read_json(folder / "config.json")
     language = find_language(raw["vlm_model_name"], folder, vlm)
     return folder, raw, language, policy_config(raw, language)

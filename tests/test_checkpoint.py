@@ -275,6 +275,13 @@ def test_heads_that_do_not_divide_and_other_activations_are_refused(folder):
         load_policy(folder)
 
 
+def test_a_run_folder_stands_for_its_last_checkpoint(folder, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "run" / "last").symlink_to(folder)
+    assert load_policy(tmp_path / "run", vlm=str(folder.parent / "vlm"))[0].config.cameras
+
+
 def test_fields_that_nobody_knows_are_ignored_and_handed_back(folder, tmp_path):
     edit_json(folder / "config.json", from_the_future={"a": 1})
     save_policy(tmp_path / "copy", *load_policy(folder))
