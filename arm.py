@@ -16,7 +16,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import safetensors
 import torch
@@ -25,13 +25,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoint import load_policy, save_policy
-from fusion import Fusion
+from files import read_tensors
+from fusion import Fusion, Site
 from model import SmolVLA
 from processor import Processor
 from prophet import (
-    NEEDS_HISTORY,
-    NEEDS_NOISE,
-    NEEDS_PROPHET,
+    NEEDS,
+    ROLLOUT_MODES,
     MemoryMode,
     Prophet,
     absolute,
@@ -49,11 +49,21 @@ WORLD_FILE = "world.safetensors"
 class ArmConfig(WorldConfig):
     """What makes one arm differ from another."""
 
-    fusion: tuple[Literal["none", "late"], ...] = ("none",)
-    """Where memory enters the policy: none (E0), late (F1); several may be named."""
+    fusion: tuple[Literal["none"] | Site, ...] = ("none",)
+    """Where memory enters the policy: none (E0), late (F1), suffix_in (F2), prefix_tokens (F3a), prefix_cross
+    (F3b); several may be named."""
 
     memory: MemoryMode = "pred"
     """Memory that the policy is trained with (ignored with --fusion none)."""
+
+    prefix_tokens: int = 8
+    """World tokens of --fusion prefix_tokens, a multiple of the hypotheses."""
+
+    prefix_block: Literal["prefix", "state"] = "prefix"
+    """Where they stand: in the block of images and language, or in one of their own that these can't see."""
+
+    detach_memory: bool = False
+    """Stop the action loss at the prophet: it learns from the world loss alone."""
 
     blind: bool = False
     """Replace every image by the data set's mean picture (E0b): what the benchmark gives away unseen."""
@@ -96,6 +106,11 @@ class ArmConfig(WorldConfig):
             if getattr(self, flag) < 1:
                 raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)} must be at least 1")
 
+    # Fields in which a run that goes on from an arm's checkpoint may differ from it.
+    free_to_change: ClassVar = (
+        "memory", "blind", "detach_memory", "lambda_world", "lambda_mag", "gate_init",
+    )  # fmt: skip
+
     @property
     def sites(self) -> tuple[str, ...]:
         return tuple(site for site in self.fusion if site != "none")
@@ -107,7 +122,29 @@ class ArmConfig(WorldConfig):
 
     @property
     def has_prophet(self) -> bool:
-        return self.mode in NEEDS_PROPHET
+        return "prophet" in NEEDS[self.mode]
+
+    @property
+    def trains_on(self) -> tuple[str, ...]:
+        """The latents and noise that a training batch must hold."""
+        needed = [name for name in NEEDS[self.mode] if name != "prophet"]
+        if self.has_prophet:
+            needed += ["z_hist", "z_future", "valid"]  # for the world loss
+        return tuple(dict.fromkeys(needed))
+
+
+class Summary(NamedTuple):
+    """What of the training data's latents travels with an arm."""
+
+    scale: Tensor  # (K,), the RMS length of each change
+    mean_change: Tensor  # (K, D), the mean of each, a baseline for the prophet
+    partners: Tensor  # (n, T, D), pasts that `shuffle` takes in rollouts
+
+    @classmethod
+    def none(cls, config: ArmConfig) -> Summary:
+        """That of an arm without memory."""
+        K, D = config.future, config.world_dim
+        return cls(torch.ones(K), torch.zeros(K, D), torch.zeros(0, config.history, D))
 
 
 class Arm(nn.Module):
@@ -118,25 +155,31 @@ class Arm(nn.Module):
         config: ArmConfig,
         policy: SmolVLA,
         encoder: PCA | None,
-        scale: Tensor,
+        summary: Summary,
         mean_images: dict[str, Tensor],
     ) -> None:
-        """Args: encoder, None for an arm without memory; scale (K,), each change's RMS length;
-        mean_images per camera (3, S, S) uint8, for a blind arm."""
+        """Args: encoder, None for an arm without memory; mean_images per camera (3, S, S) uint8, for a blind
+        arm."""
         super().__init__()
         self.config, self.policy, self.encoder = config, policy, encoder
         self.prophet: Prophet | None = None
-        latent = config.world_dim
         if config.sites:
-            widths = {"late": policy.config.expert_width}
             policy.fusion = Fusion(
-                config.sites, widths, latent, config.future, config.heads, config.gate_init
+                config.sites,
+                site_widths(policy),
+                config.world_dim,
+                config.future,
+                config.heads,
+                config.gate_init,
+                prefix_tokens=config.prefix_tokens,
+                prefix_block=config.prefix_block,
             )
         if config.has_prophet:
             self.prophet = Prophet(
-                latent, config.history, config.future, config.prophet_layers, config.prophet_heads
+                config.world_dim, config.history, config.future, config.prophet_layers, config.prophet_heads
             )
-        self.register_buffer("scale", scale)
+        for name, value in summary._asdict().items():
+            self.register_buffer(name, value)
         self.mean_images = nn.Module()  # of buffers, so that pictures do not count as parameters
         for name, picture in mean_images.items():
             self.mean_images.register_buffer(name.replace(".", "/"), picture)
@@ -152,57 +195,69 @@ class Arm(nn.Module):
         pictures = self.mean_images.named_buffers()
         return batch | {name.replace("/", "."): picture[None] for name, picture in pictures}
 
-    def needs(self, mode: str) -> dict[str, bool]:
-        """What a rollout under `mode` must supply: past latents, Gaussian noise.
+    def needs(self, mode: str, rollout: bool = True) -> tuple[str, ...]:
+        """Name the latents and noise that `mode` is made from: "z_hist", "z_future", "z_partner", "noise".
 
-        Raises ValueError for a mode that this arm cannot have.
+        Raises ValueError for a mode that this arm cannot have, or no rollout.
         """
+        if mode not in NEEDS:
+            raise ValueError(f"--memory {mode} is unknown: choose from {', '.join(NEEDS)}")
+        if rollout and mode not in ROLLOUT_MODES:
+            raise ValueError(
+                f"--memory {mode} needs the future, which a rollout has not: choose from "
+                f"{', '.join(ROLLOUT_MODES)}, or evaluate offline"
+            )
         if mode not in ("off", "zero") and not self.config.sites:
             raise ValueError(
                 f"--memory {mode}: this arm has no fusion site to give memory to; only off applies"
             )
-        if mode in NEEDS_PROPHET and self.prophet is None:
-            raise ValueError(
-                f"--memory {mode} needs a prophet, and this arm has none: choose off, zero, random or current"
-            )
-        return {"history": mode in NEEDS_HISTORY, "noise": mode in NEEDS_NOISE}
+        if "prophet" in NEEDS[mode] and self.prophet is None:
+            without = ", ".join(m for m in ROLLOUT_MODES if "prophet" not in NEEDS[m])
+            raise ValueError(f"--memory {mode} needs a prophet, and this arm has none: choose {without}")
+        return tuple(name for name in NEEDS[mode] if name != "prophet")
 
-    def memory(
-        self, mode: str, like: Tensor, z_hist: Tensor | None, noise: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Make the memory (B, N*K, D) of `mode` and, where the prophet ran, its raw predictions (B, N, K, D).
+    def memory(self, mode: str, like: Tensor, world: dict, predicted: Tensor | None = None) -> Tensor | None:
+        """Make the memory (B, N*K, D) of `mode`.
 
-        Args: like (B, D) gives batch, width and type; z_hist (B, T, D); noise (B, N*K, D).
+        Args: like (B, D) gives batch, width and type; world with what `needs` names: z_hist and z_partner
+        (B, T, D), z_future (B, K, D), noise (B, N*K, D), unit Gaussian; predicted (B, N, K, D), what the
+        prophet makes of z_hist, where it has run already.
         """
-        predicted = futures = None
-        if mode in NEEDS_PROPHET and self.prophet is not None:
-            predicted = self.prophet(z_hist)
-            futures = absolute(predicted, z_hist, self.config.delta)
-        dim_std = self.encoder.stats.dim_std.to(like) if mode in NEEDS_NOISE else None
-        steps = self.config.future
+        futures, noise = None, world.get("noise")
+        if "prophet" in NEEDS[mode] and self.prophet is not None:
+            past = world["z_partner" if mode == "shuffle" else "z_hist"]
+            fresh = predicted is None or mode == "shuffle"
+            futures = absolute(self.prophet(past) if fresh else predicted, past, self.config.delta)
+        if "noise" in NEEDS[mode]:
+            noise = noise * self.encoder.stats.dim_std.to(noise)
+        past, future = world.get("z_hist"), world.get("z_future")
         memory = make_memory(
-            mode, steps, z_hist=z_hist, futures=futures, noise=noise, dim_std=dim_std, like=like
+            mode, self.config.future, like=like, futures=futures, z_hist=past, z_future=future, noise=noise
         )
-        return memory, predicted
+        return memory.detach() if self.config.detach_memory and memory is not None else memory
 
     def forward(self, inputs: dict, world: dict, noise: Tensor, time: Tensor) -> dict[str, Tensor]:
         """Compute a batch's losses before any reduction.
 
-        Args: inputs as `Processor` makes them; world with "z_hist" (B, T, D), "z_future" (B, K, D), "valid"
-        (B, K) and "noise" (B, N*K, D) where the arm's mode needs them; noise (B, R, C, A_max), time (B, R).
-        Returns: "action" (B, R, C, A); with a prophet "world" (B, N), "counted" (B,) and "world_cos" (B, N).
+        Args: inputs as `Processor` makes them; world with what the configuration's `trains_on` names, "valid"
+        (B, K) among it; noise (B, R, C, A_max), time (B, R).
+        Returns: "action" (B, R, C, A); with a prophet "predicted" (B, N, K, D), "world" (B, N), "counted"
+        (B,) and "world_cos" (B, N).
         """
-        mode = self.config.mode
-        like = world.get("z_hist", noise.new_zeros(len(noise), 1, self.config.world_dim))[:, -1]
-        memory, predicted = self.memory(mode, like, world.get("z_hist"), world.get("noise"))
+        predicted = None if self.prophet is None else self.prophet(world["z_hist"])
+        memory = self.memory(self.config.mode, self.like(noise), world, predicted)
         out = {"action": self.policy(inputs, noise, time, memory)}
         if predicted is not None:
             target = change_target(world["z_hist"], world["z_future"], self.config.delta)
             loss, counted, cosine = world_loss(
                 predicted, target, world["valid"], self.scale, self.config.lambda_mag
             )
-            out |= {"world": loss, "counted": counted, "world_cos": cosine}
+            out |= {"predicted": predicted, "world": loss, "counted": counted, "world_cos": cosine}
         return out
+
+    def like(self, noise: Tensor) -> Tensor:
+        """A tensor (B, D) of the batch, type and device of the flow noise (B, ...)."""
+        return noise.new_zeros(len(noise), self.config.world_dim)
 
     def counts(self, world: dict) -> Tensor:
         """Which samples (B,) bool the world loss will count: train.py divides by their number."""
@@ -210,19 +265,16 @@ class Arm(nn.Module):
         return counted_steps(target, world["valid"], self.scale).any(1)
 
     @torch.no_grad()
-    def act(
-        self,
-        inputs: dict,
-        noise: Tensor,
-        mode: str,
-        z_hist: Tensor | None = None,
-        memory_noise: Tensor | None = None,
-    ) -> Tensor:
-        """Predict a chunk of normalised actions (B, C, A) under a memory mode."""
-        memory, _ = self.memory(
-            mode, noise.new_zeros(len(noise), self.config.world_dim), z_hist, memory_noise
-        )
+    def act(self, inputs: dict, noise: Tensor, mode: str, world: dict | None = None) -> Tensor:
+        """Predict a chunk of normalised actions (B, C, A) under a memory mode; world as `needs` names it."""
+        memory = self.memory(mode, self.like(noise), world or {})
         return self.policy.predict_chunk(inputs, noise, memory)
+
+
+def site_widths(policy: SmolVLA) -> dict[str, int]:
+    """The width of the hidden states at each fusion site."""
+    width, expert = policy.config.width, policy.config.expert_width
+    return {"late": expert, "suffix_in": expert, "prefix_tokens": width, "prefix_cross": width}
 
 
 def save_arm(folder: Path, arm: Arm, processor: Processor) -> None:
@@ -248,15 +300,11 @@ def load_arm(folder: str | Path, **how: object) -> tuple[Arm, Processor]:
     Raises ValueError, one line, where the folder is incomplete or its files do not fit one another.
     """
     policy, processor = load_policy(folder, **how)
-    path = Path(folder) / WORLD_FILE
-    if not path.is_file():
-        return Arm(ArmConfig(), policy, None, torch.ones(ArmConfig.future), {}), processor
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-            config = ArmConfig(**{k: as_tuple(v) for k, v in json.loads(file.metadata()["config"]).items()})
-    except (safetensors.SafetensorError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): take the checkpoint before it") from error
+    path = world_file(Path(folder))
+    config = stored_config(Path(folder))
+    if config is None:
+        return Arm(ArmConfig(), policy, None, Summary.none(ArmConfig()), {}), processor
+    tensors = read_tensors(path)
     encoded = {n.removeprefix("encoder."): tensors.pop(n) for n in list(tensors) if n.startswith("encoder.")}
     images = {
         n.removeprefix("mean_images.").replace("/", "."): t
@@ -264,7 +312,11 @@ def load_arm(folder: str | Path, **how: object) -> tuple[Arm, Processor]:
         if n.startswith("mean_images.")
     }
     encoder = encoder_from_state(encoded, config) if encoded else None
-    arm = Arm(config, policy, encoder, tensors["scale"], images)
+    absent = [name for name in Summary._fields if name not in tensors]
+    if absent:
+        raise ValueError(f"{path} has no {', '.join(absent)}: an older version wrote it; train the arm again")
+    summary = Summary(*(tensors[name] for name in Summary._fields))
+    arm = Arm(config, policy, encoder, summary, images)
     wanted = {name for name in arm.state_dict() if is_ours(name)}
     if wanted != set(tensors):
         raise ValueError(
@@ -272,6 +324,26 @@ def load_arm(folder: str | Path, **how: object) -> tuple[Arm, Processor]:
         )
     arm.load_state_dict(tensors, strict=False)
     return arm, processor
+
+
+def world_file(folder: Path) -> Path:
+    """Where a checkpoint folder, or the last one of a run folder, keeps what is ours."""
+    return (folder / "last" if (folder / "last").is_dir() else folder) / WORLD_FILE
+
+
+def stored_config(folder: Path) -> ArmConfig | None:
+    """Read the configuration that an arm was saved with; None for a checkpoint without memory's file.
+
+    Raises ValueError where the file is damaged or of another version.
+    """
+    path = world_file(folder)
+    if not path.is_file():
+        return None
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return ArmConfig(**{k: as_tuple(v) for k, v in json.loads(file.metadata()["config"]).items()})
+    except (safetensors.SafetensorError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): take the checkpoint before it") from error
 
 
 def as_tuple(value: object) -> object:

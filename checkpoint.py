@@ -25,9 +25,10 @@ import torch.nn as nn
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
+from config import SmolVLAConfig
 from files import read_json, read_tensors, save_tensors, to_json
 from language import Language, fresh_language, language_config, language_sizes, read_language
-from model import SmolVLA, SmolVLAConfig
+from model import SmolVLA
 from processor import (
     ACTION,
     POST,

@@ -7,6 +7,7 @@ as a crash: neither success nor failure.
 
     python eval.py                             # the newest run, its own memory mode, unseen init states
     python eval.py runs/demo/E2-s0 --memory pred off zero --episodes-per-task 40
+    python eval.py runs/demo/E2-s0 --offline data/other     # action loss under every mode, no simulator
     python eval.py --help
 
 Shapes: B batch (fixed, padded), C chunk, A action, T history, K future, D latent width, S picture side.
@@ -31,15 +32,16 @@ import tyro
 from torch import Tensor
 
 from arm import Arm, load_arm
-from data import sample_rng
+from data import load, sample_rng
 from files import read_json
+from offline import measurable, measure, record, table
 from pool import EnvPool, Observation, SimCrash
 from processor import Processor
-from prophet import MODES, MemoryMode
+from prophet import ROLLOUT_MODES, MemoryMode
 from render import setup_gl
 from sim import CAMERAS, NUM_INIT_STATES, SUITES, SimConfig, parse_ids
-
-FLOW_STREAM, MEMORY_STREAM = 11, 12  # keep apart what one decision draws, and rollouts from training
+from source import FLOW, MEMORY, PARTNER, ROLLOUT, Source
+from world import latents_of
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,10 @@ class EvalConfig:
 
     memory: tuple[MemoryMode, ...] = ()
     """Memory modes to roll out, one after the other; default: the one that the arm was trained with."""
+
+    offline: Path | None = None
+    """Demonstrations to measure the action loss on, instead of rolling out: those episodes of the run's own
+    data that it held out, or all of other data. Default modes then: all that the arm can have."""
 
     suite: str | None = None
     """LIBERO suite; default: the training data's."""
@@ -258,8 +264,8 @@ class Rollout:
     ) -> None:
         self.arm, self.processor, self.mode = arm, processor, mode
         self.plan, self.pool, self.device = plan, pool, device
-        needs = arm.needs(mode)
-        self.keep_history, self.draw_noise = needs["history"], needs["noise"]
+        self.needs = arm.needs(mode)
+        self.keep_history = "z_hist" in self.needs
         blind = arm.config.blind
         self.cameras = () if blind else tuple(c for c in arm.policy.config.cameras if c in CAMERAS)
         self.world_cameras = arm.config.latent_cameras if self.keep_history else ()
@@ -313,11 +319,10 @@ class Rollout:
             batch[camera] = torch.cat([as_images(latest(o, camera)) for _, o in padded])
         batch = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         inputs = self.processor(self.arm.blindfold(batch))
-        noise, memory_noise = self.noise(episodes)
-        z_hist = None
+        noise, world = self.draw(episodes)
         if self.keep_history:
-            z_hist = torch.stack([e.history(self.arm.config) for e in episodes]).to(self.device)
-        chunk = self.arm.act(inputs, noise, self.mode, z_hist, memory_noise)
+            world["z_hist"] = torch.stack([e.history(self.arm.config) for e in episodes]).to(self.device)
+        chunk = self.arm.act(inputs, noise, self.mode, world)
         actions = self.processor.unnormalise(chunk).clamp(-1, 1).cpu().numpy()
         actions[..., 6] = np.where(actions[..., 6] > 0, 1.0, -1.0)  # of the gripper's only the sign counts
         seconds = (time.perf_counter() - started) / len(rows)
@@ -335,18 +340,22 @@ class Rollout:
             frames += [(k, camera) for k in steps if k < n for camera in self.world_cameras]
         self.pool.run(i, actions[:n], frames)
 
-    def noise(self, episodes: list[Episode]) -> tuple[Tensor, Tensor | None]:
-        """Flow noise (B, C, A_max) and memory noise (B, N*K, D): the same for every arm and mode."""
+    def draw(self, episodes: list[Episode]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Draw flow noise (B, C, A_max), the same for every arm and mode, and what of memory is random."""
         policy, config, seed = self.arm.policy.config, self.arm.config, self.plan.sim.seed
-        flow, memory = [], []
-        for e in episodes:
-            key = (SUITES.index(self.plan.sim.suite), e.task, e.init_state, e.decisions)
-            shape = (policy.chunk_size, policy.max_action_dim)
-            flow.append(sample_rng(seed, FLOW_STREAM, *key).standard_normal(shape, np.float32))
-            rng = sample_rng(seed, MEMORY_STREAM, *key, 0)
-            memory.append(rng.standard_normal((config.future, config.world_dim), np.float32))
-        noise = torch.from_numpy(np.stack(flow)).to(self.device)
-        return noise, torch.from_numpy(np.stack(memory)).to(self.device) if self.draw_noise else None
+        keys = [(SUITES.index(self.plan.sim.suite), e.task, e.init_state, e.decisions) for e in episodes]
+        rng = lambda what, *key: sample_rng(seed, ROLLOUT + what, *key)  # noqa: E731
+        shape = (policy.chunk_size, policy.max_action_dim)
+        flow = [rng(FLOW, *key).standard_normal(shape, np.float32) for key in keys]
+        world = {}
+        if "noise" in self.needs:
+            shape = (config.future, config.world_dim)
+            rows = [rng(MEMORY, *key, 0).standard_normal(shape, np.float32) for key in keys]
+            world["noise"] = torch.from_numpy(np.stack(rows)).to(self.device)  # (B, N*K, D)
+        if "z_partner" in self.needs:
+            chosen = [int(rng(PARTNER, *key).integers(len(self.arm.partners))) for key in keys]
+            world["z_partner"] = self.arm.partners[chosen]  # (B, T, D)
+        return torch.from_numpy(np.stack(flow)).to(self.device), world
 
 
 def latest(observation: Observation, camera: str) -> np.ndarray:
@@ -418,18 +427,22 @@ def main(config: EvalConfig) -> None:
     """Roll out every mode on every start that has no line yet."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    check_simulator()
+    if config.offline is None:
+        check_simulator()
     run_folder, folder = find_checkpoint(config.checkpoint or newest_run(Path("runs")))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     how = {name: getattr(config, name) for name in ("vlm", "stats_of", "allow_missing")}
     arm, processor = load_arm(folder, **how)
     arm.to(device).eval()
     run = read_json(run_folder / "config.json") if (run_folder / "config.json").is_file() else {}
+    if config.offline is not None:
+        evaluate_offline(config, arm, processor, run, run_folder, folder)
+        return
     plan = make_plan(config, run, arm)
     modes = config.memory or (arm.config.mode,)
     for mode in modes:
         arm.needs(mode)
-    print(f"checkpoint {folder}, memory {' '.join(modes)} of {' '.join(MODES)}")
+    print(f"checkpoint {folder}, memory {' '.join(modes)} of {' '.join(ROLLOUT_MODES)}")
     print(f"protocol {json.dumps(plan.record())}")
     overlap = sum(start in plan.seen for start in plan.starts)
     if overlap:
@@ -438,6 +451,31 @@ def main(config: EvalConfig) -> None:
     with EnvPool(config.num_envs, plan.sim) as pool:
         for mode in modes:
             evaluate(Rollout(arm, processor, plan, mode, pool, device), folder.name, path)
+
+
+def evaluate_offline(
+    config: EvalConfig, arm: Arm, processor: Processor, run: dict, run_folder: Path, folder: Path
+) -> None:
+    """Print the action loss of held-out episodes under each mode, and append it to offline.jsonl."""
+    modes = list(config.memory) or measurable(arm)
+    for mode in modes:
+        arm.needs(mode, rollout=False)
+    demos = load(config.offline, arm.policy.config.cameras)
+    episodes = np.arange(len(demos.first))
+    if demos.fingerprint == run.get("data_fingerprint"):
+        episodes = np.array(run.get("held_out", []), np.int64)
+        if not len(episodes):
+            raise ValueError(
+                f"--offline {config.offline}: {run_folder} was trained on all episodes of it; record others, "
+                "or train with --val-every, which holds some out"
+            )
+    latents = None if arm.encoder is None else latents_of(arm.encoder, demos)
+    source = Source(arm, processor, demos, latents, arm.scale.device, seed=0)
+    found = measure(source, episodes, modes)
+    print(f"checkpoint {folder}, data {config.offline}\n{table(found)}")
+    line = {"checkpoint": folder.name, "data": str(config.offline), "fingerprint": demos.fingerprint}
+    with (run_folder / "offline.jsonl").open("a") as file:
+        file.write(json.dumps(line | record(found)) + "\n")
 
 
 def evaluate(rollout: Rollout, checkpoint: str, path: Path) -> None:

@@ -1,44 +1,86 @@
-"""Where memory enters the policy: gated cross-attention from its hidden states to imagined futures.
+"""Where memory enters the policy: four sites, each behind a gate that starts closed.
 
-A site is a place in the policy; each has a gate, a learned scalar whose tanh scales what the branch adds.
-Gates start closed. With gradients on, the branch always runs, so that a closed gate can open: `h +
-tanh(gate) * branch` is bit-identical to `h` at gate 0, while the gate's own gradient is not zero. Without
+A site is a place in the policy with a learned scalar, its gate, of strength tanh(gate). Three sites add a
+gated cross-attention to hidden states: `h + tanh(gate) * branch`. The fourth inserts world tokens into the
+prefix; there the gate sits on every attention that can see them, `o0 + tanh(gate) * (o1 - o0)`, with o0 the
+output without them (layers.attend). Gates start closed. With gradients on, a branch always runs, so that a
+closed gate can open: gate 0 leaves the policy as it is, while the gate's own gradient is not zero. Without
 gradients, a closed site is skipped.
 
-    python train.py --fusion late --memory pred      # F1: after the expert's final norm
+    python train.py --fusion late --memory pred                     # F1: after the expert's final norm
+    python train.py --fusion suffix_in                              # F2: on the actions before the expert
+    python train.py --fusion prefix_tokens --prefix-block state     # F3a: tokens of the prefix
+    python train.py --fusion prefix_cross                           # F3b: from the prefix's own embeddings
     pytest tests/test_fusion.py
 
 Shapes: B batch, N hypotheses, K future frames, M = N*K memory tokens (flat index n*K + k), D latent width,
-L tokens of the site, W its width, H heads. Sources: Flamingo's gated cross-attention (arXiv 2204.14198).
+m world tokens, L tokens of the site, W its width, H heads. Source: Flamingo's gated cross-attention
+(arXiv 2204.14198).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-SITES = ("late",)
-GATE_NAMES = {"late": "world_gate"}  # as logged
+Site = Literal["late", "suffix_in", "prefix_tokens", "prefix_cross"]
+SITES: tuple[str, ...] = get_args(Site)
+SUFFIX_SITES = ("late", "suffix_in")  # once a denoising step; the others once a decision
+GATE_NAMES = {  # as logged
+    "late": "world_gate",
+    "suffix_in": "world_gate_suffix_in",
+    "prefix_tokens": "world_gate_prefix",
+    "prefix_cross": "world_gate_prefix_cross",
+}
 CLOSED = 1e-6  # |tanh(gate)| below this is closed where no gradient is wanted
 
 
 class SiteMemory(NamedTuple):
-    """One site's view of the memory, projected once a decision."""
+    """A cross-attention's view of the memory, projected once a decision."""
 
     k: Tensor  # (B, H, M, W/H)
     v: Tensor  # (B, H, M, W/H)
     finite: Tensor  # (B, M) bool: rows that may be attended to
 
 
-MemoryCache = dict[str, SiteMemory]
+class WorldTokens(NamedTuple):
+    """Memory as tokens of the prefix."""
+
+    x: Tensor  # (B, m, W)
+    finite: Tensor  # (B, m) bool: tokens that may be attended to
+    strength: Tensor  # (), tanh(gate)
+
+
+MemoryCache = dict[str, SiteMemory | WorldTokens]
+
+
+class MemoryTokens(nn.Module):
+    """`LN(W_m memory + step code)`: memory rows at a site's width; the code tells the K steps apart."""
+
+    def __init__(self, width: int, memory_width: int, steps: int) -> None:
+        super().__init__()
+        self.memory_proj = nn.Linear(memory_width, width)
+        self.step_code = nn.Parameter(torch.randn(steps, width) * width**-0.5)
+        self.memory_norm = nn.LayerNorm(width)
+
+    def forward(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Project memory (B, M, D) to tokens (B, M, W); give also which rows (B, M) are finite.
+
+        A row with a non-finite value is blanked here and masked in attention.
+        """
+        finite = memory.isfinite().all(-1)
+        # torch.where, not a product: 0 * NaN is NaN, in value and in gradient.
+        memory = torch.where(finite[..., None], memory, 0.0)
+        code = self.step_code.repeat(memory.shape[1] // len(self.step_code), 1)  # (K, W) -> (N*K, W)
+        return self.memory_norm(self.memory_proj(memory) + code), finite
 
 
 class GatedCrossAttention(nn.Module):
-    """`h + tanh(gate) * MHA(LN(h), LN(W_m memory + step code))`."""
+    """`h + tanh(gate) * MHA(LN(h), memory tokens)`."""
 
     def __init__(
         self, width: int, memory_width: int, steps: int, heads: int = 8, gate_init: float = 0.0
@@ -46,36 +88,66 @@ class GatedCrossAttention(nn.Module):
         super().__init__()
         if width % heads:
             raise ValueError(f"--heads {heads} does not divide the fused width {width}: choose a divisor")
-        self.heads, self.steps = heads, steps
+        self.heads = heads
         self.gate = nn.Parameter(torch.tensor(float(gate_init)))
         self.norm = nn.LayerNorm(width)
-        self.memory_proj = nn.Linear(memory_width, width)
-        self.step_code = nn.Parameter(torch.randn(steps, width) * width**-0.5)
-        self.memory_norm = nn.LayerNorm(width)
+        self.tokens = MemoryTokens(width, memory_width, steps)
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, L, W) -> (B, H, L, W/H)
 
     def prepare(self, memory: Tensor) -> SiteMemory:
-        """Project memory (B, M, D); a row with a non-finite value is blanked here and masked in attention."""
-        finite = memory.isfinite().all(-1)
-        # torch.where, not a product: 0 * NaN is NaN, in value and in gradient.
-        memory = torch.where(finite[..., None], memory, 0.0)
-        code = self.step_code.repeat(memory.shape[1] // self.steps, 1)  # (K, W) -> (N*K, W)
-        tokens = self.memory_norm(self.memory_proj(memory) + code)
+        """Project memory (B, M, D)."""
+        tokens, finite = self.tokens(memory)
         return SiteMemory(self.split(self.k_proj(tokens)), self.split(self.v_proj(tokens)), finite)
 
-    def forward(self, h: Tensor, memory: SiteMemory) -> Tensor:
-        """Add the gated branch to h (B, L, W); a sample whose rows are all non-finite gets nothing added."""
+    def branch(self, h: Tensor, memory: SiteMemory) -> Tensor:
+        """What the gate scales, (B, L, W); 0 for a sample whose rows are all non-finite."""
         any_row = memory.finite.any(-1)
         # With no row left the mask is lifted, so that softmax stays finite, and the result is dropped below.
         mask = (memory.finite | ~any_row[:, None])[:, None, None]  # (B, M) -> (B, 1, 1, M)
         context = F.scaled_dot_product_attention(
             self.split(self.q_proj(self.norm(h))), memory.k, memory.v, attn_mask=mask
         )
-        branch = self.out_proj(context.transpose(1, 2).flatten(2))  # (B, H, L, W/H) -> (B, L, W)
-        return h + torch.tanh(self.gate) * torch.where(any_row[:, None, None], branch, 0.0)
+        out = self.out_proj(context.transpose(1, 2).flatten(2))  # (B, H, L, W/H) -> (B, L, W)
+        return torch.where(any_row[:, None, None], out, 0.0)
+
+    def forward(self, h: Tensor, memory: SiteMemory) -> Tensor:
+        """Add the gated branch to h (B, L, W)."""
+        return h + torch.tanh(self.gate) * self.branch(h, memory)
+
+
+class PrefixTokens(nn.Module):
+    """Memory rows as tokens of the prefix; the gate's strength goes with them to every attention."""
+
+    def __init__(
+        self, width: int, memory_width: int, steps: int, count: int, hypotheses: int, gate_init: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.tensor(float(gate_init)))
+        self.tokens = MemoryTokens(width, memory_width, steps)
+        self.rows = token_rows(count, hypotheses, steps)
+
+    def prepare(self, memory: Tensor) -> WorldTokens:
+        """Make world tokens (B, m, W) of memory (B, M, D)."""
+        x, finite = self.tokens(memory)
+        return WorldTokens(x[:, self.rows], finite[:, self.rows], torch.tanh(self.gate))
+
+
+def token_rows(count: int, hypotheses: int, steps: int) -> list[int]:
+    """Choose the memory rows that become `count` world tokens: of each hypothesis evenly, its last step too.
+
+    Raises ValueError where they cannot be shared out evenly, or are more than there are rows.
+    """
+    each = count // hypotheses
+    if count < 1 or count % hypotheses or each > steps:
+        raise ValueError(
+            f"--prefix-tokens {count} must be a multiple of {hypotheses} hypotheses and at most "
+            f"{hypotheses * steps}, the memory's rows"
+        )
+    chosen = [-(-(j + 1) * steps // each) - 1 for j in range(each)]  # ceil((j + 1) K / each) - 1
+    return [n * steps + k for n in range(hypotheses) for k in chosen]
 
 
 class Fusion(nn.Module):
@@ -89,6 +161,9 @@ class Fusion(nn.Module):
         steps: int,
         heads: int = 8,
         gate_init: float = 0.0,
+        hypotheses: int = 1,
+        prefix_tokens: int = 8,
+        prefix_block: str = "prefix",
     ) -> None:
         super().__init__()
         unknown = [s for s in sites if s not in SITES]
@@ -96,11 +171,16 @@ class Fusion(nn.Module):
             raise ValueError(
                 f"--fusion {' '.join(unknown) or '(nothing)'} is unknown: choose from {', '.join(SITES)}"
             )
-        self.memory_width = memory_width
-        self.sites = nn.ModuleDict(
-            {s: GatedCrossAttention(widths[s], memory_width, steps, heads, gate_init) for s in sites}
-        )
-        self.open: tuple[str, ...] = sites
+        self.memory_width, self.prefix_block = memory_width, prefix_block
+        self.sites = nn.ModuleDict()
+        for site in sites:
+            width = widths[site]
+            if site == "prefix_tokens":
+                made = PrefixTokens(width, memory_width, steps, prefix_tokens, hypotheses, gate_init)
+            else:
+                made = GatedCrossAttention(width, memory_width, steps, heads, gate_init)
+            self.sites[site] = made
+        self.open: tuple[str, ...] = tuple(sites)
 
     def gates(self) -> dict[str, float]:
         """Read each site's strength, tanh(gate), under the name that is logged."""
@@ -118,19 +198,24 @@ class Fusion(nn.Module):
         """Name the sites that run now: all, with gradients on, since a skipped gate never opens."""
         return tuple(self.sites) if torch.is_grad_enabled() or self.training else self.open
 
-    def prepare(self, memory: Tensor | None, repeat: int = 1) -> MemoryCache | None:
-        """Project memory (B, M, D) for each active site, then repeat samples in a row; None stays None."""
+    def prepare(self, memory: Tensor | None) -> MemoryCache | None:
+        """Project memory (B, M, D) for each active site; None stays None."""
         if memory is None:
             return None
         if memory.shape[-1] != self.memory_width:
             raise ValueError(f"memory has width {memory.shape[-1]}, fusion was built for {self.memory_width}")
-        caches = {name: self.sites[name].prepare(memory) for name in self.active()}
-        if repeat == 1:
-            return caches
-        return {n: SiteMemory(*(x.repeat_interleave(repeat, dim=0) for x in c)) for n, c in caches.items()}
+        return {name: self.sites[name].prepare(memory) for name in self.active()}
 
     def forward(self, site: str, h: Tensor, memory: MemoryCache | None) -> Tensor:
-        """Fuse at `site` if it is this arm's, is active and has memory; else give h back untouched."""
+        """Fuse at a cross-attending `site` if it is this arm's and has memory; else give h back untouched."""
         if memory is None or site not in memory:
             return h
         return self.sites[site](h, memory[site])
+
+
+def repeat_memory(memory: MemoryCache | None, times: int) -> MemoryCache | None:
+    """Repeat each sample `times` times in a row for the sites that run once a denoising step."""
+    if memory is None or times == 1:
+        return memory
+    each = lambda x: x.repeat_interleave(times, dim=0)  # noqa: E731
+    return {name: SiteMemory(*map(each, memory[name])) for name in SUFFIX_SITES if name in memory}

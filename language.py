@@ -15,14 +15,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from config import SmolVLAConfig
 from files import read_json, to_json
-
-if TYPE_CHECKING:
-    from model import SmolVLAConfig
 
 SPECIAL_TOKENS = {
     "fake_image_token": "<fake_token_around_image>",

@@ -11,15 +11,14 @@ d head width. Sources: SigLIP and llama as in transformers (SmolVLM, Llama); rot
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from model import SmolVLAConfig
+from config import SmolVLAConfig
 
 ROPE_BASE = 10_000.0  # fixed: SmolVLA ignores the language model's own rope_theta
 
@@ -38,12 +37,25 @@ def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+class WorldMask(NamedTuple):
+    """Who sees whom where some keys are world tokens, behind a gate (fusion.py)."""
+
+    hidden: Tensor  # (B, 1, L, S) bool, without world tokens
+    shown: Tensor  # (B, 1, L, S) bool, with them
+    strength: Tensor  # (), tanh(gate): 0 is the output without them, 1 the one with them
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | WorldMask | None) -> Tensor:
     """Attend with grouped heads: q (B, H, L, d), k, v (B, G, S, d), mask (B, 1, L, S) -> (B, L, H*d)."""
     groups = q.shape[1] // k.shape[1]
     # Heads are repeated, not passed with enable_gqa: with a mask, that form stays on fused kernels on ROCm.
     k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))  # G -> H heads
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if isinstance(mask, WorldMask):
+        without = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.hidden)
+        within = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.shown)
+        out = without + mask.strength.to(q.dtype) * (within - without)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.transpose(1, 2).flatten(2)  # (B, H, L, d) -> (B, L, H*d)
 
 
@@ -204,7 +216,11 @@ class Block(nn.Module):
         return self.self_attn.keys_values(self.input_layernorm(x), rope)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, past: tuple[Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | WorldMask,
+        past: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Give the block's output and the keys and values it attended to; `past` comes before its own."""
         h = self.input_layernorm(x)

@@ -28,152 +28,43 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from fusion import Fusion, MemoryCache
-from layers import Connector, Expert, TextModel, VisionTower, rope_table
-
-
-@dataclass(frozen=True)
-class SmolVLAConfig:
-    """Sizes and constants of one policy; the defaults are the published base model's.
-
-    Everything here is read from a checkpoint's `config.json` and its language model's (checkpoint.py), never
-    assumed.
-    """
-
-    cameras: tuple[str, ...] = ("observation.images.image", "observation.images.image2")
-    state_dim: int = 8
-    action_dim: int = 7
-    max_state_dim: int = 32
-    max_action_dim: int = 32
-    chunk_size: int = 50
-    n_action_steps: int = 50
-    num_steps: int = 10
-    prefix_length: int = -1
-    tokenizer_max_length: int = 48
-    min_period: float = 4e-3
-    max_period: float = 4.0
-    empty_cameras: int = 0
-
-    vision_width: int = 768
-    vision_mlp: int = 3072
-    vision_layers: int = 12
-    vision_heads: int = 12
-    vision_eps: float = 1e-6
-    image_size: int = 512  # side that pictures are brought to
-    vision_size: int | None = None  # side that the tower's positions are made for, where it is another one
-    patch_size: int = 16
-    scale_factor: int = 4
-    image_special_ids: tuple[int, ...] = ()  # (fake image token, global image token) around pictures, or none
-
-    width: int = 960
-    mlp: int = 2560
-    layers: int = 16
-    heads: int = 15
-    kv_heads: int = 5
-    head_dim: int = 64
-    vocab_size: int = 49280
-    eps: float = 1e-5
-
-    expert_layers: int = 16
-    expert_width: int = 720
-    attention_mode: str = "cross_attn"
-    self_attn_every_n_layers: int = 2
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for what no policy can have; each names the sizes and what would do."""
-        for part, whole, share in (
-            ("layers", self.layers, "expert_layers"),
-            ("width", self.vision_width, "vision_heads"),
-            ("heads", self.heads, "kv_heads"),
-            ("head_dim", self.head_dim, 2),
-            ("expert_width", self.expert_width, 2),
-            ("image_size", self.image_size, "patch_size"),
-            ("patches a side", self.image_size // self.patch_size, "scale_factor"),
-        ):
-            by = share if isinstance(share, int) else getattr(self, share)
-            if by < 1 or whole < 1 or whole % by:
-                named = share if isinstance(share, int) else f"{share} {by}"
-                raise ValueError(f"{part} {whole} must be a positive multiple of {named}")
-        for name in ("state", "action"):
-            width, room = getattr(self, f"{name}_dim"), getattr(self, f"max_{name}_dim")
-            if width > room:
-                raise ValueError(
-                    f"{name} is {width} wide and the model takes {room}: start from a checkpoint whose "
-                    f"max_{name}_dim is at least {width}, or leave dimensions out"
-                )
-        if not 0 < self.n_action_steps <= self.chunk_size:
-            raise ValueError(
-                f"n_action_steps {self.n_action_steps} must lie in 1..{self.chunk_size}, the chunk"
-            )
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps {self.num_steps} must be at least 1 Euler step")
-        if not self.cameras:
-            raise ValueError("a policy needs a camera: config.json's input_features name none of type VISUAL")
-        experts = range(self.expert_layers)
-        if [self.is_self_layer(i) for i in experts] != [self.is_self_layer(i * self.stride) for i in experts]:
-            raise ValueError(
-                f"self_attn_every_n_layers {self.self_attn_every_n_layers} with {self.expert_layers} expert "
-                f"layers over {self.layers} text layers: lerobot builds expert layers by their own number "
-                "and runs them by the text layer's, and the two differ; 0 (cross attention only) works"
-            )
-
-    @property
-    def image_tokens(self) -> int:
-        """Tokens a camera."""
-        return (self.image_size // self.patch_size // self.scale_factor) ** 2
-
-    @property
-    def expert_mlp(self) -> int:
-        """llama's rule: 4 x two thirds of the width, rounded up to a multiple of 256."""
-        return -(-int(2 * self.expert_width / 3) * 4 // 256) * 256
-
-    @property
-    def stride(self) -> int:
-        """Text layers an expert layer: text layer i meets expert layer i // stride where stride divides i."""
-        return self.layers // self.expert_layers
-
-    @property
-    def trunk_depth(self) -> int:
-        """Text layers that run whole; of the next, beside the last expert layer, keys and values are read."""
-        return (self.expert_layers - 1) * self.stride
-
-    def is_self_layer(self, text_layer: int) -> bool:
-        """Whether actions attend to one another (and the prefix) there; elsewhere they only cross-attend."""
-        every = self.self_attn_every_n_layers
-        return "cross" not in self.attention_mode or (every > 0 and text_layer % every == 0)
-
-
-PRESETS: dict[str, SmolVLAConfig] = {
-    # Every part of SmolVLA at a size that learns a LIBERO task on two CPU cores in minutes.
-    "tiny": SmolVLAConfig(
-        chunk_size=16, n_action_steps=8, tokenizer_max_length=32,
-        vision_width=96, vision_mlp=288, vision_layers=3, vision_heads=4,
-        image_size=128, patch_size=16, scale_factor=2,
-        width=128, mlp=384, layers=4, heads=4, kv_heads=2, head_dim=32, vocab_size=512,
-        expert_layers=4, expert_width=96,
-    ),
-    "base": SmolVLAConfig(),
-    "libero": SmolVLAConfig(
-        n_action_steps=1, layers=32, expert_layers=32, expert_width=480, self_attn_every_n_layers=0,
-    ),
-}  # fmt: skip
+from config import PRESETS, SmolVLAConfig
+from fusion import Fusion, MemoryCache, WorldTokens, repeat_memory
+from layers import Connector, Expert, TextModel, VisionTower, WorldMask, rope_table
 
 
 class Prefix(NamedTuple):
     """What a decision keeps of its prefix: computed once, read at every denoising step."""
 
-    kv: list[
-        tuple[Tensor, Tensor]
-    ]  # per expert layer, (B, G, P, d) each, projected where the layer cross-attends
-    mask: Tensor  # (B, P) bool, false at padding
+    # Per expert layer keys and values, (B, G, P, d) each, projected where the layer cross-attends.
+    kv: list[tuple[Tensor, Tensor]]
+    mask: Tensor  # (B, P) bool, false at padding and at world tokens
     offset: Tensor  # (B,) number of unpadded tokens: where the actions' positions start
+    shown: Tensor | None = None  # (B, P) bool, with world tokens, where there are any
+    strength: Tensor | None = None  # () their gate's
 
     def repeat(self, times: int) -> Prefix:
         """Repeat each sample `times` times in a row: several flow draws then share one prefix pass."""
         if times == 1:
             return self
-        each = lambda x: x.repeat_interleave(times, dim=0)  # noqa: E731
-        return Prefix([(each(k), each(v)) for k, v in self.kv], each(self.mask), each(self.offset))
+        each = lambda x: None if x is None else x.repeat_interleave(times, dim=0)  # noqa: E731
+        kv = [(each(k), each(v)) for k, v in self.kv]
+        return Prefix(kv, each(self.mask), each(self.offset), each(self.shown), self.strength)
+
+    def masks(self, chunk: int) -> tuple[Tensor | WorldMask, Tensor | WorldMask]:
+        """Say what actions may see in self layers, (B, 1, C, P + C), and in cross layers, (B, 1, C, P)."""
+        own = torch.arange(chunk, device=self.mask.device)
+        causal = (own[None, :] <= own[:, None]).expand(len(self.mask), -1, -1)
+
+        def over(keys: Tensor) -> tuple[Tensor, Tensor]:
+            cross = keys[:, None, :].expand(-1, chunk, -1)  # (B, P) -> (B, C, P)
+            return torch.cat([cross, causal], dim=2)[:, None], cross[:, None]
+
+        hidden = over(self.mask)
+        if self.shown is None:
+            return hidden
+        both = zip(hidden, over(self.shown), strict=True)
+        return tuple(WorldMask(a, b, self.strength) for a, b in both)
 
 
 class SmolVLA(nn.Module):
@@ -289,19 +180,21 @@ class SmolVLA(nn.Module):
         return F.pad(embs, (0, 0, 0, short)), F.pad(mask, (0, short)), F.pad(flags, (0, short))
 
     def trunk(
-        self, embs: Tensor, mask: Tensor, flags: Tensor, depth: int
+        self, embs: Tensor, mask: Tensor, flags: Tensor, depth: int, world: WorldTokens | None = None
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Run the first `depth` text layers over (B, P, W).
+        """Run the first `depth` text layers over (B, P, W), with world tokens (B, m, W) behind them.
 
         Returns: the hidden states after them, and the keys and values of each and of the layer that comes
         next.
         """
-        rope = rope_table(
-            mask.cumsum(1) - 1, self.config.head_dim
-        )  # padded tokens do not advance the position
+        position = mask.cumsum(1) - 1  # padded tokens do not advance it
         block = flags.cumsum(0)
         # Padded queries attend like any other: a row masked whole has no softmax, and nobody reads theirs.
         allowed = ((block[None, :] <= block[:, None]) & mask[:, None, :])[:, None]  # (B, 1, P, P)
+        if world is not None:
+            embs = torch.cat([embs, world.x.to(embs.dtype)], dim=1)  # (B, P, W) -> (B, P + m, W)
+            position, allowed = self.place_world(position, allowed, block, mask, world)
+        rope = rope_table(position, self.config.head_dim)
         x, kv = embs.to(self.lm_head.weight.dtype), []
         for layer in self.text.layers[:depth]:
             x, pair = layer(x, rope, allowed)
@@ -309,16 +202,40 @@ class SmolVLA(nn.Module):
         kv += [layer.keys_values(x, rope) for layer in self.text.layers[depth : depth + 1]]
         return x, kv
 
-    def prefix(self, embs: Tensor, mask: Tensor, flags: Tensor) -> Prefix:
+    def place_world(
+        self, position: Tensor, allowed: Tensor, block: Tensor, mask: Tensor, world: WorldTokens
+    ) -> tuple[Tensor, WorldMask]:
+        """Extend positions (B, P) and what may be seen (B, 1, P, P) by m world tokens, stored last.
+
+        Their positions go on from the unpadded images and language, whose number the state's is too: nothing
+        else moves. They see images, language and one another. Who sees them: in block `prefix` every token,
+        in block `state` only the state (and actions, in `velocity`).
+        """
+        count = world.x.shape[1]
+        early = mask & (block == 0)  # (B, P), images and language
+        own = early.sum(1, keepdim=True) + torch.arange(count, device=mask.device)
+        rows = early[:, None, None, :].expand(-1, -1, count, -1)  # (B, 1, m, P)
+        hidden = F.pad(torch.cat([allowed, rows], dim=2), (0, count))  # (B, 1, P + m, P + m)
+        sees = F.pad(block >= (self.fusion.prefix_block == "state"), (0, count), value=True)  # (P + m,)
+        late = sees[None, :, None] & world.finite[:, None, :]  # (B, P + m, m)
+        shown = torch.cat([hidden[..., : len(block)], late[:, None]], dim=3)
+        return torch.cat([position, own], dim=1), WorldMask(hidden, shown, world.strength)
+
+    def prefix(self, embs: Tensor, mask: Tensor, flags: Tensor, memory: MemoryCache | None = None) -> Prefix:
         """Run the trunk over (B, P, W) and keep each expert layer's keys and values.
 
         The trunk stops where the last expert layer reads: of that text layer only keys and values are needed.
         """
-        _, kv = self.trunk(embs, mask, flags, depth=self.config.trunk_depth)
+        if self.fusion is not None:
+            embs = self.fusion("prefix_cross", embs, memory)
+        world = None if memory is None else memory.get("prefix_tokens")
+        _, kv = self.trunk(embs, mask, flags, self.config.trunk_depth, world)
         pairs = zip(self.expert.layers, kv[:: self.config.stride], strict=True)
-        return Prefix(
-            [layer.project(*pair) if layer.cross else pair for layer, pair in pairs], mask, mask.sum(1)
-        )
+        kv = [layer.project(*pair) if layer.cross else pair for layer, pair in pairs]
+        if world is None:
+            return Prefix(kv, mask, mask.sum(1))
+        shown = torch.cat([mask, world.finite], dim=1)  # (B, P) -> (B, P + m)
+        return Prefix(kv, F.pad(mask, (0, world.x.shape[1])), mask.sum(1), shown, world.strength)
 
     # ---- suffix ---------------------------------------------------------------------------------------
 
@@ -339,17 +256,17 @@ class SmolVLA(nn.Module):
         self, x_t: Tensor, time: Tensor, prefix: Prefix, memory: MemoryCache | None = None
     ) -> Tensor:
         """Predict the flow's velocity (B, C, A_max) at noisy actions x_t (B, C, A_max) and times (B,)."""
-        h = self.embed_suffix(x_t, time).to(self.expert.norm.weight.dtype)
-        batch, chunk = h.shape[:2]
-        own = torch.arange(chunk, device=h.device)
-        causal = (own[None, :] <= own[:, None]).expand(batch, -1, -1)
-        sees_prefix = prefix.mask[:, None, :].expand(-1, chunk, -1)  # (B, P) -> (B, C, P)
-        mask_self = torch.cat([sees_prefix, causal], dim=2)[:, None]  # (B, 1, C, P + C)
+        h = self.embed_suffix(x_t, time)
+        if self.fusion is not None:
+            h = self.fusion("suffix_in", h, memory)
+        h = h.to(self.expert.norm.weight.dtype)
+        own = torch.arange(h.shape[1], device=h.device)
+        mask_self, mask_cross = prefix.masks(h.shape[1])
         rope_self = rope_table(prefix.offset[:, None] + own, self.config.head_dim)
         rope_cross = rope_table(own[None], self.config.head_dim)  # restarts at 0 in cross layers
         for layer, past in zip(self.expert.layers, prefix.kv, strict=True):
             if layer.cross:
-                h, _ = layer(h, rope_cross, sees_prefix[:, None], past)
+                h, _ = layer(h, rope_cross, mask_cross, past)
             else:
                 h, _ = layer(h, rope_self, mask_self, past)
         h = self.expert.norm(h).float()
@@ -366,9 +283,10 @@ class SmolVLA(nn.Module):
         and time (B, R): R draws a sample share one prefix pass; memory (B, M, D).
         """
         batch, draws = time.shape
-        prefix = self.prefix(*self.embed_prefix(*prefix_inputs(inputs))).repeat(draws)
+        cache = None if self.fusion is None else self.fusion.prepare(memory)
+        prefix = self.prefix(*self.embed_prefix(*prefix_inputs(inputs)), cache).repeat(draws)
         x_t, target = flow_target(inputs["action"], noise, time)
-        cache = None if self.fusion is None else self.fusion.prepare(memory, repeat=draws)
+        cache = repeat_memory(cache, draws)
         v = self.velocity(x_t.flatten(0, 1), time.flatten(), prefix, cache)  # (B*R, C, A_max)
         loss = (target - v.unflatten(0, (batch, draws))) ** 2
         return loss[..., : self.config.action_dim]
@@ -391,7 +309,7 @@ class SmolVLA(nn.Module):
     def predict_chunk(self, inputs: dict, noise: Tensor, memory: Tensor | None = None) -> Tensor:
         """Predict chunks of normalised actions (B, C, A) from observations and noise (B, C, A_max)."""
         cache = None if self.fusion is None else self.fusion.prepare(memory)
-        prefix = self.prefix(*self.embed_prefix(*prefix_inputs(inputs)))
+        prefix = self.prefix(*self.embed_prefix(*prefix_inputs(inputs)), cache)
         return self.denoise(noise, prefix, cache)[..., : self.config.action_dim]
 
 

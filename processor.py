@@ -17,16 +17,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from config import SmolVLAConfig
 from files import read_tensors, save_tensors, to_json
 from language import Language
-
-if TYPE_CHECKING:
-    from model import SmolVLAConfig
 
 Statistics = dict[str, dict[str, Tensor]]  # feature -> statistic -> (width,)
 

@@ -1,9 +1,21 @@
 """How memory is made: the prophet that imagines futures from past latents, its loss, and the memory modes.
 
 The prophet reads T world latents of the past and predicts the change to each of K future ones; the policy is
-handed absolute latents. Which memory it is handed is a mode: `pred`, or a control that takes the prophet's
-place (`zero`, `random`, `current`), or `off`. One pure function, `make_memory`, serves training and rollout;
-everything random comes in as a tensor, so results do not depend on what else is in the batch.
+handed absolute latents. Which memory it is handed is a mode: `pred`, or a control that takes its place. One
+pure function, `make_memory`, serves training, offline evaluation and rollout; everything random comes in as a
+tensor, so results do not depend on what else is in the batch.
+
+| mode | memory |
+| --- | --- |
+| `off` | none: fusion is bypassed |
+| `pred` | the prophet's futures |
+| `oracle` | the true futures: in training and offline, never in a rollout |
+| `zero` | zeros: not `off`, since biases still speak |
+| `random` | Gaussian, with the data set's deviation per dimension |
+| `shuffle` | the prophet's futures of another episode's past |
+| `signflip` | `pred` times a fixed sign per dimension |
+| `current` | the present latent K times: a second encoder without prediction |
+| `history` | the T past latents, the oldest repeated to fill K: memory of the past without prediction |
 
     python train.py --fusion late --memory pred
     pytest tests/test_prophet.py
@@ -20,11 +32,24 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-MemoryMode = Literal["off", "pred", "zero", "random", "current"]
+MemoryMode = Literal[
+    "off", "pred", "oracle", "zero", "random", "shuffle", "signflip", "current", "history"
+]  # fmt: skip
 MODES: tuple[str, ...] = get_args(MemoryMode)
-NEEDS_PROPHET = ("pred",)
-NEEDS_HISTORY = ("pred", "current")
-NEEDS_NOISE = ("random",)
+# What each mode is made from: the prophet, and tensors under the names that batches have.
+NEEDS: dict[str, tuple[str, ...]] = {
+    "off": (),
+    "pred": ("prophet", "z_hist"),
+    "oracle": ("z_future",),
+    "zero": (),
+    "random": ("noise",),
+    "shuffle": ("prophet", "z_partner"),
+    "signflip": ("prophet", "z_hist"),
+    "current": ("z_hist",),
+    "history": ("z_hist",),
+}
+ROLLOUT_MODES = tuple(mode for mode in MODES if "z_future" not in NEEDS[mode])  # nobody has the future there
+SIGN_SEED = 0x51F  # of `signflip`: the same signs in every run
 STILL = 0.01  # a change shorter than this share of the usual one has no direction to learn
 
 
@@ -82,35 +107,55 @@ def make_memory(
     mode: str,
     steps: int,
     *,
-    z_hist: Tensor | None = None,
+    like: Tensor,
     futures: Tensor | None = None,
+    z_hist: Tensor | None = None,
+    z_future: Tensor | None = None,
     noise: Tensor | None = None,
-    dim_std: Tensor | None = None,
-    like: Tensor | None = None,
     hypotheses: int = 1,
 ) -> Tensor | None:
     """Make the memory (B, N*K, D) of a mode; `off` gives None.
 
-    Args: steps K; z_hist (B, T, D) for `current`; futures (B, N, K, D), the prophet's absolute ones, for
-    `pred`; noise (B, N*K, D), unit Gaussian, and dim_std (D,), the data set's deviation per dimension, for
-    `random`; like (B, D), any tensor of the right batch, width and type, for `zero`. Raises ValueError for
-    an unknown mode, or `pred` without a prophet's futures.
+    Args: steps K; like (B, D), any tensor of the right batch, width and type; futures (B, N, K, D), the
+    prophet's absolute ones, for `pred` and `signflip`, of a partner's past for `shuffle`; z_hist (B, T, D)
+    for `current` and `history`; z_future (B, K, D) for `oracle`; noise (B, N*K, D), with the data set's
+    deviation per dimension, for `random`. Raises ValueError for an unknown mode, or where what it needs is
+    not there.
     """
     if mode not in MODES:
         raise ValueError(f"memory mode {mode!r} is unknown: choose from {', '.join(MODES)}")
+    source = {
+        "pred": futures, "shuffle": futures, "signflip": futures, "oracle": z_future, "random": noise,
+        "current": z_hist, "history": z_hist,
+    }.get(mode, like)  # fmt: skip
+    if source is None:
+        raise ValueError(f"memory mode {mode!r} needs {' and '.join(NEEDS[mode])}, which is not there")
     if mode == "off":
         return None
-    if mode == "pred":
-        if futures is None:
-            raise ValueError(
-                "memory mode 'pred' needs a prophet, which this arm lacks: choose off, zero, random, current"
-            )
-        return futures.flatten(1, 2)  # (B, N, K, D) -> (B, N*K, D)
+    if mode == "zero":
+        return like.new_zeros(len(like), hypotheses * steps, like.shape[-1])
     if mode == "random":
-        return noise * dim_std
+        return noise
+    if source is futures:
+        memory = futures.flatten(1, 2)  # (B, N, K, D) -> (B, N*K, D)
+        return memory * signs(memory.shape[-1]).to(memory) if mode == "signflip" else memory
+    rows = source
     if mode == "current":
-        return z_hist[:, -1:].expand(-1, hypotheses * steps, -1)  # (B, T, D) -> (B, N*K, D)
-    return like.new_zeros(len(like), hypotheses * steps, like.shape[-1])
+        rows = z_hist[:, -1:].expand(-1, steps, -1)  # (B, T, D) -> (B, K, D)
+    if mode == "history":
+        rows = z_hist[:, past_rows(z_hist.shape[1], steps)]  # (B, T, D) -> (B, K, D)
+    return rows.repeat(1, hypotheses, 1)  # (B, K, D) -> (B, N*K, D)
+
+
+def signs(width: int) -> Tensor:
+    """One fixed +-1 a latent dimension (D,), drawn on the CPU whatever the device."""
+    generator = torch.Generator().manual_seed(SIGN_SEED)
+    return torch.randint(2, (width,), generator=generator, device="cpu") * 2.0 - 1.0
+
+
+def past_rows(history: int, steps: int) -> list[int]:
+    """Which of T past latents fill K rows, in time order: the oldest repeated, or the newest K."""
+    return [max(0, history - steps + k) for k in range(steps)]
 
 
 def change_target(z_hist: Tensor, z_future: Tensor, delta: bool) -> Tensor:

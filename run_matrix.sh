@@ -13,10 +13,17 @@ cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
 
 # ---- arms: name | flags of train.py | memory modes rolled out, the arm's own first
 ARM_TABLE='
-E2  | --fusion late --memory pred | pred off zero
-E0  | --fusion none               | off
-E1  | --fusion late --memory zero | zero
-E0b | --fusion none --blind       | off
+E2   | --fusion late --memory pred                                        | pred off zero
+E0   | --fusion none                                                      | off
+E1   | --fusion late --memory zero                                        | zero
+E0b  | --fusion none --blind                                              | off
+E2c  | --fusion late --memory current                                     | current off zero
+E2h  | --fusion late --memory history                                     | history off zero
+E2d  | --fusion late --memory pred --detach-memory                        | pred off zero
+F2   | --fusion suffix_in --memory pred                                   | pred off zero
+F3a  | --fusion prefix_tokens --prefix-block prefix --memory pred         | pred off zero
+F3as | --fusion prefix_tokens --prefix-block state --memory pred          | pred off zero
+F3b  | --fusion prefix_cross --memory pred                                | pred off zero
 '
 
 # ---- presets

@@ -37,16 +37,16 @@ import tyro
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from arm import Arm, ArmConfig, load_arm, save_arm
+from arm import Arm, ArmConfig, Summary, load_arm, save_arm, stored_config
 from checkpoint import fresh_processor, load_policy, start_from_vlm
-from data import CAMERAS, Demos, load, sample_order, sample_rng, statistics
+from config import PRESETS
+from data import CAMERAS, Demos, load, statistics
 from files import read_json, write_json
-from model import PRESETS, SmolVLA, masked_mean
+from model import SmolVLA, masked_mean
+from offline import measure
 from processor import Processor
-from prophet import NEEDS_HISTORY, NEEDS_NOISE
-from world import Latents, change_statistics, prepare
-
-FLOW_STREAM, MEMORY_STREAM = 1, 2  # keep apart what one sample number draws
+from source import Source, held_out, saved_partners
+from world import Latents, change_statistics, latents_of, prepare
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,12 @@ class TrainConfig(ArmConfig):
     seed: int = 0
     """Seed of weights, data order and noise."""
 
+    val_every: int = 0
+    """Samples between two measurements on held-out episodes (offline.py); 0: never, and none are held out."""
+
+    val_share: float = 0.1
+    """Share of the episodes that are held out, where --val-every is set."""
+
     log_every: int = 20
     """Optimiser steps between two log lines."""
 
@@ -169,76 +175,45 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-# ---- batches ------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Source:
-    """What batches are made from: samples are numbered over the run; a number decides all that is random."""
-
-    config: TrainConfig
-    demos: Demos
-    latents: Latents | None
-    arm: Arm
-    processor: Processor
-    device: torch.device
-
-    def batch(self, numbers: np.ndarray) -> tuple[dict, dict, Tensor, Tensor]:
-        """Make `Arm.forward`'s arguments for these global sample numbers."""
-        # The numbers of a micro batch are consecutive; the data have one permutation an epoch.
-        index = sample_order(len(self.demos), self.config.seed, int(numbers[0]), len(numbers))
-        policy = self.arm.policy.config
-        cameras = () if self.config.blind else policy.cameras
-        batch = self.demos.batch(index, policy.chunk_size, cameras)
-        batch = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        inputs = self.processor(self.arm.blindfold(batch))
-        noise, times = self.flow(numbers)
-        return inputs, self.world(numbers, index), noise.to(self.device), times.to(self.device)
-
-    def flow(self, numbers: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Noise (B, R, C, A_max) and times (B, R), Beta(1.5, 1) * 0.999 + 0.001."""
-        policy, draws = self.arm.policy.config, self.config.flow_draws
-        shape = (draws, policy.chunk_size, policy.max_action_dim)
-        noise = np.empty((len(numbers), *shape), np.float32)
-        times = np.empty((len(numbers), draws), np.float32)
-        for i, number in enumerate(numbers):
-            rng = sample_rng(self.config.seed, FLOW_STREAM, int(number))
-            noise[i] = rng.standard_normal(shape, np.float32)
-            times[i] = rng.beta(1.5, 1.0, draws) * 0.999 + 0.001
-        return torch.from_numpy(noise), torch.from_numpy(times)
-
-    def world(self, numbers: np.ndarray, index: np.ndarray) -> dict[str, Tensor]:
-        """Past and future latents and memory noise, where the arm's mode needs them."""
-        config, out = self.config, {}
-        if config.mode in NEEDS_HISTORY:
-            past = self.demos.history(index, config.history, config.world_stride)
-            future, valid = self.demos.future(index, config.future, config.world_stride)
-            z = self.latents.z
-            out |= {"z_hist": z[past], "z_future": z[future], "valid": torch.as_tensor(valid)}  # (B, T|K, D)
-        if config.mode in NEEDS_NOISE:
-            shape = (config.future, config.world_dim)
-            rows = [
-                sample_rng(config.seed, MEMORY_STREAM, int(n), 0).standard_normal(shape, np.float32)
-                for n in numbers
-            ]
-            out["noise"] = torch.from_numpy(np.stack(rows))
-        return {name: tensor.to(self.device) for name, tensor in out.items()}
-
-
 # ---- arm and optimiser --------------------------------------------------------------------------------
 
 
-def build_arm(config: TrainConfig, demos: Demos, latents: Latents | None) -> tuple[Arm, Processor]:
+def build_arm(
+    config: TrainConfig, demos: Demos, latents: Latents | None, frames: np.ndarray
+) -> tuple[Arm, Processor]:
     """Build the arm at its start; arms of one seed share the policy's initial weights."""
+    stored = None if config.init in PRESETS else stored_config(Path(config.init))
+    if stored is not None and stored.sites:
+        return continue_arm(config, stored)
     policy, processor = build_policy(config, demos)
     images = {}
     if config.blind:
         images = {name: mean_image(demos, name) for name in policy.config.cameras}
-    scale = torch.ones(config.future)
+    summary, encoder = Summary.none(config), None
     if latents is not None:
-        scale, _ = change_statistics(demos, latents.z, config.future, config.world_stride, config.delta)
+        scale, mean = change_statistics(demos, latents.z, config.future, config.world_stride, config.delta)
+        partners = saved_partners(demos, latents.z, config.history, config.world_stride, frames)
+        summary, encoder = Summary(scale, mean, partners), latents.encoder
     torch.manual_seed(config.seed + 1)
-    arm = Arm(arm_config(config), policy, None if latents is None else latents.encoder, scale, images)
+    return Arm(arm_config(config), policy, encoder, summary, images), processor
+
+
+def continue_arm(config: TrainConfig, stored: ArmConfig) -> tuple[Arm, Processor]:
+    """Go on from an arm's checkpoint, memory modules included; ValueError where it is built another way."""
+    for field in dataclasses.fields(ArmConfig):
+        there, asked = getattr(stored, field.name), getattr(config, field.name)
+        if field.name not in ArmConfig.free_to_change and there != asked:
+            raise ValueError(
+                f"--init {config.init} was trained with {field.name} {there!r}, not {asked!r}: ask for the "
+                "same, or start from a checkpoint without memory"
+            )
+    if stored.has_prophet != config.has_prophet:
+        raise ValueError(
+            f"--init {config.init} was trained with --memory {stored.memory}, --memory {config.memory} "
+            f"{'needs a prophet that it lacks' if config.has_prophet else 'would drop its prophet'}"
+        )
+    arm, processor = load_arm(config.init, vlm=config.vlm, allow_missing=config.allow_missing)
+    arm.config = arm_config(config)
     return arm, processor
 
 
@@ -311,6 +286,7 @@ def shares(first: int, count: int, rank: int, ranks: int, accumulate: int) -> li
 
 
 def optimizer_step(
+    config: TrainConfig,
     source: Source,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -325,7 +301,6 @@ def optimizer_step(
     that count over the whole step, all ranks and micro batches: ranks and accumulation change nothing but
     the order of a sum.
     """
-    config = source.config
     micro = [
         (source.batch(numbers), weight)
         for numbers, weight in shares(first, count, rank, ranks, config.accumulate)
@@ -479,6 +454,9 @@ def main(config: TrainConfig) -> None:
     if rank == 0 and ranks > 1:
         dist.barrier()
 
+    out_episodes = held_out(demos, config.val_share) if config.val_every else np.empty(0, np.int64)
+    frames = np.flatnonzero(~np.isin(demos.episode, out_episodes))
+
     # arm, at its start or at the last checkpoint
     done = step = 0
     resumed = (config.out / "last" / "state.json").is_file()
@@ -487,7 +465,9 @@ def main(config: TrainConfig) -> None:
         state = read_json(config.out / "last" / "state.json")
         done, step = state["samples"], state["step"]
     else:
-        arm, processor = build_arm(config, demos, latents)
+        arm, processor = build_arm(config, demos, latents, frames)
+    if latents is not None and not torch.equal(latents.encoder.mean, arm.encoder.mean):
+        latents = latents_of(arm.encoder, demos)  # of a checkpoint that was trained on other data
     arm.policy.freeze(config.freeze, processor.raw["train_state_proj"])
     arm.to(device).train()
     live = sum(p.numel() for p in arm.parameters() if p.requires_grad)
@@ -496,6 +476,7 @@ def main(config: TrainConfig) -> None:
         "arm": config.arm_name,
         "data_fingerprint": demos.fingerprint,
         "data_provenance": demos.provenance,
+        "held_out": out_episodes.tolist(),
         "params_total": total,
         "params_trainable": live,
     }
@@ -516,12 +497,12 @@ def main(config: TrainConfig) -> None:
         return
 
     # loop
-    source = Source(config, demos, latents, arm, processor, device)
+    source = Source(arm, processor, demos, latents, device, config.seed, config.flow_draws, frames=frames)
     model = DistributedDataParallel(arm, gradient_as_bucket_view=True) if ranks > 1 else arm
     clock, since = time.perf_counter(), done
     while done < config.total_samples:
         count = min(config.batch_size, config.total_samples - done)
-        out = optimizer_step(source, model, optimizer, done, count, rank, ranks)
+        out = optimizer_step(config, source, model, optimizer, done, count, rank, ranks)
         step, done, before = step + 1, done + count, done
         finished = done >= config.total_samples
         if step % config.log_every == 0 or finished:
@@ -530,6 +511,10 @@ def main(config: TrainConfig) -> None:
             if rank == 0:
                 log(config, line)
             clock, since = time.perf_counter(), done
+        if config.val_every and (finished or done // config.val_every > before // config.val_every):
+            line = {"samples": done, "step": step} | validate(source, out_episodes, rank, ranks)
+            if rank == 0:
+                log_validation(config, line)
         if rank == 0 and (finished or done // config.save_every > before // config.save_every):
             save(config, arm, processor, optimizer, done, step)
     say(f"done: {config.out / 'last'}")
@@ -563,6 +548,26 @@ def log_line(config: TrainConfig, arm: Arm, out: dict, step: int, done: int, rat
     if arm.policy.fusion is not None:
         line |= arm.policy.fusion.gates()
     return line
+
+
+def validate(source: Source, episodes: np.ndarray, rank: int, ranks: int) -> dict[str, float]:
+    """Measure the action loss on held-out episodes, each rank its share, under the run's modes and oracle."""
+    arm = source.arm
+    modes = list(dict.fromkeys(("off", arm.config.mode, "zero", "oracle"))) if arm.config.sites else ["off"]
+    found = measure(source, episodes[rank::ranks], modes)
+    sums = [values.sum() for values in found.losses.values()]
+    sums = sum_over_ranks(
+        torch.tensor([*sums, len(found.episodes)], dtype=torch.float64, device=source.device)
+    )
+    return {f"val_loss_{mode}": value for mode, value in zip(modes, (sums[:-1] / sums[-1]).tolist())}
+
+
+def log_validation(config: TrainConfig, line: dict[str, float]) -> None:
+    """Append a measurement to metrics.jsonl and print it."""
+    with (config.out / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    losses = "".join(f"  {k.removeprefix('val_loss_')} {line[k]:.4f}" for k in line if k.startswith("val_"))
+    print(f"{line['samples']:>9,} samples  held-out action loss{losses}", flush=True)
 
 
 def log(config: TrainConfig, line: dict[str, float]) -> None:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_checkpoint import STATS
 
-from arm import WORLD_FILE, ArmConfig, load_arm, save_arm
+from arm import WORLD_FILE, ArmConfig, Summary, load_arm, save_arm
 from checkpoint import WEIGHTS, fresh_processor
 
 
@@ -23,8 +23,8 @@ def test_an_arm_is_saved_and_loaded_whole(tmp_path, memory):
     save_arm(tmp_path, arm.eval(), processor())
     again, _ = load_arm(tmp_path)
     assert again.config == arm.config
-    noise, z_hist = tiny.flow()[0][:, 0], tiny.world()["z_hist"]
-    a, b = (x.eval().act(tiny.inputs(), noise, memory, z_hist) for x in (arm, again))
+    noise, world = tiny.flow()[0][:, 0], tiny.world()
+    a, b = (x.eval().act(tiny.inputs(), noise, memory, world) for x in (arm, again))
     assert torch.equal(a, b)
     frames = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     assert torch.equal(*(x.encoder.embed(frames) for x in (arm, again)))
@@ -34,7 +34,7 @@ def test_lerobot_finds_only_its_own_tensors_in_its_own_file(tmp_path):
     save_arm(tmp_path, tiny.arm(), processor())
     assert not [k for k in load_file(tmp_path / WEIGHTS) if not k.startswith("model.") or "fusion" in k]
     ours = load_file(tmp_path / WORLD_FILE)
-    assert {k.split(".")[0] for k in ours} == {"policy", "prophet", "encoder", "scale"}
+    assert {k.split(".")[0] for k in ours} == {"policy", "prophet", "encoder", *Summary._fields}
 
 
 def test_a_checkpoint_without_our_file_is_an_arm_without_memory():
@@ -69,8 +69,11 @@ def load_file_with_config(path, content):
 def test_modes_that_an_arm_cannot_have_are_refused_before_any_rollout():
     with pytest.raises(ValueError, match="--memory pred needs a prophet, and this arm has none"):
         tiny.arm("zero").needs("pred")
-    assert tiny.arm("zero").needs("random") == {"history": False, "noise": True}
-    assert tiny.arm("pred").needs("current") == {"history": True, "noise": False}
+    assert tiny.arm("zero").needs("random") == ("noise",)
+    assert tiny.arm("pred").needs("current") == tiny.arm("pred").needs("signflip") == ("z_hist",)
+    with pytest.raises(ValueError, match="--memory oracle needs the future, which a rollout has not"):
+        tiny.arm("pred").needs("oracle")
+    assert tiny.arm("pred").needs("oracle", rollout=False) == ("z_future",)
 
 
 def test_arms_whose_memory_needs_no_prophet_build_none():

@@ -27,8 +27,8 @@ from checkpoint import (
     save_policy,
     start_from_vlm,
 )
+from config import PRESETS
 from language import read_language
-from model import PRESETS
 
 ROOT = Path(__file__).parent.parent
 VLM = "model.vlm_with_expert.vlm."

@@ -13,12 +13,11 @@ import torch
 from golden import compare
 from safetensors.torch import load_file, save_file
 
+from config import PRESETS, SmolVLAConfig
 from layers import patch_positions
 from model import (
-    PRESETS,
     ActionQueue,
     SmolVLA,
-    SmolVLAConfig,
     masked_mean,
     prefix_inputs,
     resize_with_pad,

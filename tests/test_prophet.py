@@ -10,7 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prophet import MODES, Prophet, absolute, change_target, counted_steps, make_memory, world_loss
+from prophet import (
+    MODES,
+    NEEDS,
+    ROLLOUT_MODES,
+    Prophet,
+    absolute,
+    change_target,
+    counted_steps,
+    make_memory,
+    signs,
+    world_loss,
+)
 
 
 def prophet() -> Prophet:
@@ -41,27 +52,46 @@ def test_memory_is_absolute_whatever_is_predicted():
 
 def test_each_mode_is_what_it_says():
     world, futures = tiny.world(), torch.randn(2, 2, tiny.FUTURE, tiny.LATENT)
-    std, like = torch.linspace(0.5, 1.5, tiny.LATENT), torch.zeros(2, tiny.LATENT)
+    like = torch.zeros(2, tiny.LATENT)
     make = lambda mode, **more: make_memory(mode, tiny.FUTURE, like=like, hypotheses=2, **more)  # noqa: E731
     assert make("off") is None
     assert make("zero").shape == (2, 2 * tiny.FUTURE, tiny.LATENT) and make("zero").abs().max() == 0
     current = make("current", z_hist=world["z_hist"])
     assert all(torch.equal(row, world["z_hist"][:, -1]) for row in current.unbind(1))
-    assert torch.equal(
-        make("pred", futures=futures)[:, tiny.FUTURE + 1], futures[:, 1, 1]
-    )  # flat index n*K + k
-    noise = torch.randn(4000, tiny.FUTURE, tiny.LATENT)
-    torch.testing.assert_close(
-        make("random", noise=noise, dim_std=std).std((0, 1)), std, atol=0.05, rtol=0.05
-    )
+    for mode in ("pred", "shuffle"):
+        memory = make(mode, futures=futures)
+        assert torch.equal(memory[:, tiny.FUTURE + 1], futures[:, 1, 1])  # flat index n*K + k
+    assert torch.equal(make("oracle", z_future=world["z_future"])[:, tiny.FUTURE :], world["z_future"])
+    assert torch.equal(make("random", noise=world["noise"]), world["noise"])
+
+
+def test_history_repeats_the_oldest_latent_and_keeps_time_order():
+    past, like = tiny.world()["z_hist"], torch.zeros(2, tiny.LATENT)
+    memory = make_memory("history", 5, like=like, z_hist=past)
+    assert torch.equal(memory, past[:, [0, 0, 0, 1, 2]])
+    assert torch.equal(make_memory("history", 2, like=like, z_hist=past), past[:, 1:])  # the newest
+
+
+def test_signflip_flips_some_dimensions_of_every_future_and_always_the_same():
+    futures, like = torch.randn(2, 3, tiny.FUTURE, tiny.LATENT), torch.zeros(2, tiny.LATENT)
+    plain, flipped = (make_memory(m, tiny.FUTURE, like=like, futures=futures) for m in ("pred", "signflip"))
+    sign = (flipped / plain)[0, 0].round()
+    assert set(sign.tolist()) == {-1.0, 1.0}
+    assert torch.equal(flipped, plain * sign)
+    assert torch.equal(signs(tiny.LATENT), sign)
+    state = torch.get_rng_state()
+    signs(7)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_unknown_modes_and_a_missing_prophet_are_errors():
     with pytest.raises(ValueError, match="memory mode 'prophecy' is unknown: choose from off, pred"):
-        make_memory("prophecy", 4)
-    with pytest.raises(ValueError, match="needs a prophet"):
-        make_memory("pred", 4)
-    assert "oracle" not in MODES
+        make_memory("prophecy", 4, like=torch.zeros(1, 2))
+    for mode, needs in NEEDS.items():
+        if needs:
+            with pytest.raises(ValueError, match=f"'{mode}' needs {needs[0]}"):
+                make_memory(mode, 4, like=torch.zeros(1, 2))
+    assert set(MODES) - set(ROLLOUT_MODES) == {"oracle"}
 
 
 @settings(max_examples=40, deadline=None)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from test_data import write_task
 
 import train as train_module
+from arm import Summary
 from train import TrainConfig, check_space, lr_factor, shares
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +36,7 @@ FLAGS = [
     "--world-dim",
     "16",
 ]
+TWO_RANKS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 MEMORY = ["--fusion", "late", "--memory", "pred", "--future", "3", "--world-resolution", "8"]
 
 
@@ -132,8 +134,7 @@ def test_accumulation_changes_nothing_but_rounding(data, straight, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_change_nothing_but_rounding(data, straight, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    train(data, tmp_path / "run", *MEMORY, "--total-samples", "28", launcher=launcher)
+    train(data, tmp_path / "run", *MEMORY, "--total-samples", "28", launcher=TWO_RANKS)
     assert_same_but_for_rounding(straight, tmp_path / "run")
 
 
@@ -146,7 +147,7 @@ def test_a_blind_arm_trains_on_the_mean_picture(data, tmp_path):
     train(data, tmp_path / "run", "--blind", "--total-samples", "8")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["arm"] == "none-blind"
     assert set(load_file(tmp_path / "run" / "last" / "world.safetensors")) == {
-        "scale", "mean_images.observation/images/image", "mean_images.observation/images/image2",
+        *Summary._fields, "mean_images.observation/images/image", "mean_images.observation/images/image2",
     }  # fmt: skip
 
 
@@ -194,3 +195,76 @@ def test_the_schedule_counts_samples():
     assert 0 < lr_factor(a, 0) < lr_factor(a, 250) < 1
     short = TrainConfig(total_samples=1000, warmup_samples=500, batch_size=10)
     assert lr_factor(short, 100) == 1.0  # at most a tenth of the budget warms up
+
+
+# ---- held-out episodes, and going on from an arm ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured(data, tmp_path_factory):
+    """A run that holds one of three episodes out and measures on it twice."""
+    out = tmp_path_factory.mktemp("runs") / "measured"
+    train(data, out, *MEMORY, "--total-samples", "16", "--val-every", "8", "--val-share", "0.34")
+    return out
+
+
+def test_held_out_losses_are_logged_under_the_runs_modes_and_oracle(measured):
+    lines = [line for line in metrics(measured) if "val_loss_off" in line]
+    assert [line["samples"] for line in lines] == [8, 16]
+    assert all(
+        math.isfinite(line[f"val_loss_{m}"]) for line in lines for m in ("off", "pred", "zero", "oracle")
+    )
+    assert len(json.loads((measured / "config.json").read_text())["held_out"]) == 1
+
+
+@pytest.mark.slow
+def test_a_run_that_measures_on_two_ranks_logs_the_same(data, tmp_path):
+    flags = (*MEMORY, "--total-samples", "16", "--val-every", "8", "--val-share", "0.67")
+    losses = []
+    for i, launcher in enumerate(((sys.executable,), TWO_RANKS)):
+        train(data, tmp_path / str(i), *flags, launcher=launcher)
+        losses.append(
+            [line["val_loss_pred"] for line in metrics(tmp_path / str(i)) if "val_loss_pred" in line]
+        )
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_eval_measures_the_held_out_episodes_offline(data, measured, straight):
+    command = [sys.executable, ROOT / "eval.py", measured, "--offline", data]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "1 episodes, action loss" in done.stdout and "oracle" in done.stdout
+    line = json.loads((measured / "offline.jsonl").read_text())
+    last = [line for line in metrics(measured) if "val_loss_pred" in line][-1]
+    assert line["modes"]["pred"]["loss"] == pytest.approx(last["val_loss_pred"], rel=1e-5)
+    done = subprocess.run(
+        [str(c) for c in [*command[:2], straight, *command[3:]]], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "was trained on all episodes of it" in done.stderr
+
+
+def test_a_run_goes_on_from_an_arms_checkpoint_and_refuses_another_site(data, straight, tmp_path):
+    flags = ("--init", straight, "--total-samples", "8")
+    train(data, tmp_path / "same", *MEMORY, *flags, "--lr", "0")
+    a, b = weights(straight), weights(tmp_path / "same")
+    assert all((a[name] == b[name]).all() for name in a)  # the memory's modules too
+    for other, message in (
+        (("--fusion", "suffix_in"), "was trained with fusion ('late',), not ('suffix_in',)"),
+        (("--fusion", "late", "--memory", "zero"), "--memory zero would drop its prophet"),
+    ):
+        done = train(data, tmp_path / "other", *MEMORY, *other, *flags, check=False)
+        assert done.returncode == 1 and message in done.stderr, done.stderr
+        assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("fusion", ["suffix_in", "prefix_tokens", "prefix_cross"])
+def test_every_site_trains_saves_and_resumes(data, fusion, tmp_path):
+    flags = ("--fusion", fusion, "--memory", "shuffle", "--prefix-tokens", "2", "--future", "2")
+    train(data, tmp_path / "run", *MEMORY, *flags, "--total-samples", "16", "--save-every", "8")
+    whole = weights(tmp_path / "run")
+    assert any(f"fusion.sites.{fusion}.gate" in name for name in whole)
+    (tmp_path / "run" / "last").unlink()
+    (tmp_path / "run" / "last").symlink_to("step_000001")
+    train(data, tmp_path / "run", *MEMORY, *flags, "--total-samples", "16", "--save-every", "8")
+    again = weights(tmp_path / "run")
+    assert all((whole[name] == again[name]).all() for name in whole)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from arm import Arm, ArmConfig
-from model import PRESETS, SmolVLA, SmolVLAConfig
+from arm import Arm, ArmConfig, Summary
+from config import PRESETS, SmolVLAConfig
+from model import SmolVLA
 from world import PCA, WorldStats
 
 CONFIG = dataclasses.replace(
@@ -61,7 +62,12 @@ def flow(batch: int = 2, draws: int = 1, config: SmolVLAConfig = CONFIG, seed: i
     return noise, torch.rand(batch, draws, generator=g) * 0.9 + 0.05
 
 
-def arm(memory: str = "pred", fusion: tuple[str, ...] = ("late",), **fields) -> Arm:
+def arm(
+    memory: str = "pred",
+    fusion: tuple[str, ...] = ("late",),
+    policy_config: SmolVLAConfig = CONFIG,
+    **fields,
+) -> Arm:
     """An arm with a made-up world encoder of width LATENT."""
     config = ArmConfig(
         fusion=fusion,
@@ -81,8 +87,10 @@ def arm(memory: str = "pred", fusion: tuple[str, ...] = ("late",), **fields) -> 
         if config.blind
         else {}
     )
-    out = Arm(config, policy(), encoder, torch.ones(FUTURE), images)
-    return out
+    g = torch.Generator().manual_seed(8)
+    partners = torch.randn(5, HISTORY, LATENT, generator=g)
+    summary = Summary(torch.ones(FUTURE), torch.randn(FUTURE, LATENT, generator=g) * 0.1, partners)
+    return Arm(config, policy(policy_config), encoder, summary, images)
 
 
 def world(batch: int = 2, seed: int = 4) -> dict:
@@ -93,6 +101,7 @@ def world(batch: int = 2, seed: int = 4) -> dict:
         "z_future": torch.randn(batch, FUTURE, LATENT, generator=g),
         "valid": torch.tensor([[True] * FUTURE, [True] * (FUTURE - 2) + [False] * 2])[:batch],
         "noise": torch.randn(batch, FUTURE, LATENT, generator=g),
+        "z_partner": torch.randn(batch, HISTORY, LATENT, generator=g),
     }
 
 

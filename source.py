@@ -1,0 +1,133 @@
+"""What a numbered sample stands for: its frame, its noise and flow times, its past, its future, its partner.
+
+Everything random about a sample is drawn here, on the CPU, from a generator keyed by (seed, number): never by
+batch, rank or the order of calls. Training, and the measurements on held-out episodes between, read the same
+demonstrations through this file, with different streams of randomness.
+
+    source = Source(arm, processor, demos, latents, torch.device("cpu"), seed=0)
+    inputs, world, noise, times = source.batch(np.arange(16))      # what `Arm.forward` takes
+
+Shapes: B batch, R flow draws a sample, C actions in a chunk, A_max the model's action width, T history, K
+future, N hypotheses, D latent width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arm import Arm
+from data import Demos, sample_order, sample_rng
+from processor import Processor
+from world import Latents
+
+FLOW, MEMORY, PARTNER = 1, 2, 3  # keep apart what one number draws
+TRAINING, ROLLOUT, HELD_OUT = 0, 10, 20  # and what it is drawn for
+SPLIT_STREAM = 31
+PARTNERS = 1024  # pasts that travel with an arm, for `shuffle` in rollouts
+
+
+@dataclass
+class Source:
+    """What batches are made from: samples are numbered over the run; a number decides all that is random."""
+
+    arm: Arm
+    processor: Processor
+    demos: Demos
+    latents: Latents | None
+    device: torch.device
+    seed: int
+    draws: int = 1
+    stream: int = TRAINING
+    frames: np.ndarray | None = None  # those that are drawn from; default: all
+
+    def __post_init__(self) -> None:
+        if self.frames is None:
+            self.frames = np.arange(len(self.demos))
+
+    def batch(self, numbers: np.ndarray) -> tuple[dict, dict, Tensor, Tensor]:
+        """Make `Arm.forward`'s arguments for these global sample numbers, consecutive ones."""
+        # The numbers of a micro batch are consecutive; the data have one permutation an epoch.
+        index = self.frames[sample_order(len(self.frames), self.seed, int(numbers[0]), len(numbers))]
+        world = self.world(index, numbers, self.arm.config.trains_on)
+        return self.observe(index), world, *self.flow(numbers)
+
+    def observe(self, index: np.ndarray) -> dict:
+        """Make the policy's inputs of these frames, actions included."""
+        policy = self.arm.policy.config
+        cameras = () if self.arm.config.blind else policy.cameras
+        batch = self.demos.batch(index, policy.chunk_size, cameras)
+        batch = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return self.processor(self.arm.blindfold(batch))
+
+    def flow(self, keys: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Draw noise (B, R, C, A_max) and times (B, R), Beta(1.5, 1) * 0.999 + 0.001."""
+        policy = self.arm.policy.config
+        shape = (self.draws, policy.chunk_size, policy.max_action_dim)
+        noise = np.empty((len(keys), *shape), np.float32)
+        times = np.empty((len(keys), self.draws), np.float32)
+        for i, key in enumerate(keys):
+            rng = self.rng(FLOW, key)
+            noise[i] = rng.standard_normal(shape, np.float32)
+            times[i] = rng.beta(1.5, 1.0, self.draws) * 0.999 + 0.001
+        return torch.from_numpy(noise).to(self.device), torch.from_numpy(times).to(self.device)
+
+    def world(self, index: np.ndarray, keys: np.ndarray, needed: tuple[str, ...]) -> dict[str, Tensor]:
+        """Gather past and future latents, partners' pasts and memory noise, those that are `needed`."""
+        config, out = self.arm.config, {}
+        if "z_hist" in needed:
+            out["z_hist"] = self.past(index)  # (B, T, D)
+        if "z_future" in needed:
+            future, valid = self.demos.future(index, config.future, config.world_stride)
+            out |= {"z_future": self.latents.z[future], "valid": torch.as_tensor(valid)}  # (B, K, D), (B, K)
+        if "z_partner" in needed:
+            out["z_partner"] = self.past(self.partners(index, keys))
+        if "noise" in needed:
+            shape = (config.future, config.world_dim)
+            rows = [self.rng(MEMORY, key, 0).standard_normal(shape, np.float32) for key in keys]
+            out["noise"] = torch.from_numpy(np.stack(rows))  # (B, N*K, D)
+        return {name: tensor.to(self.device) for name, tensor in out.items()}
+
+    def past(self, index: np.ndarray) -> Tensor:
+        """Look up the histories (B, T, D) of these frames."""
+        config = self.arm.config
+        return self.latents.z[self.demos.history(index, config.history, config.world_stride)]
+
+    def partners(self, index: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """Draw a frame of another episode for each frame (B,); ValueError where there is only one episode."""
+        episode = self.demos.episode
+        if len(np.unique(episode[self.frames])) < 2:
+            raise ValueError("--memory shuffle needs demonstrations of at least two episodes: record more")
+        found = []
+        for frame, key in zip(index, keys, strict=True):
+            rng = self.rng(PARTNER, key)
+            while episode[other := self.frames[rng.integers(len(self.frames))]] == episode[frame]:
+                continue
+            found.append(other)
+        return np.array(found)
+
+    def rng(self, what: int, *key: int) -> np.random.Generator:
+        return sample_rng(self.seed, self.stream + what, *map(int, key))
+
+
+def held_out(demos: Demos, share: float) -> np.ndarray:
+    """Choose the episodes that are not trained on: the same ones for every arm and seed.
+
+    Raises ValueError where nothing would be left on one side.
+    """
+    count = round(share * len(demos.first))
+    if not 0 < count < len(demos.first):
+        raise ValueError(
+            f"--val-share {share} of {len(demos.first)} episodes holds {count} out: at least one must be, "
+            "and one must be left"
+        )
+    return np.sort(sample_rng(0, SPLIT_STREAM).permutation(len(demos.first))[:count])
+
+
+def saved_partners(demos: Demos, z: Tensor, history: int, stride: int, frames: np.ndarray) -> Tensor:
+    """Choose pasts (n, T, D), evenly over the training frames, that travel with an arm."""
+    chosen = frames[np.linspace(0, len(frames) - 1, min(PARTNERS, len(frames))).round().astype(np.int64)]
+    return z[demos.history(chosen, history, stride)]

@@ -1,0 +1,105 @@
+"""A sample's number decides all that is random about it; partners come from other episodes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_data import write_task
+from test_processor import STATS
+
+from checkpoint import fresh_processor
+from data import load
+from prophet import NEEDS
+from source import HELD_OUT, Source, held_out, saved_partners
+from world import latents_of
+
+LENGTHS = (9, 24, 12, 5)
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_task(folder / "soup_demo.hdf5", lengths=LENGTHS, size=32)
+    return load(folder)
+
+
+def source(demos, memory: str = "shuffle", **fields) -> Source:
+    arm = tiny.arm(memory)
+    processor = fresh_processor(arm.policy.config, STATS, demos.tasks, (3, 32, 32))
+    return Source(arm, processor, demos, latents_of(arm.encoder, demos), torch.device("cpu"), 0, **fields)
+
+
+def test_a_partner_is_never_of_the_samples_own_episode_and_any_other_may_be(demos):
+    index = np.repeat(np.arange(len(demos)), 20)
+    partners = source(demos).partners(index, np.arange(len(index)))
+    own, other = demos.episode[index], demos.episode[partners]
+    assert (own != other).all()
+    assert {(a, b) for a, b in zip(own, other)} == {(a, b) for a in range(4) for b in range(4) if a != b}
+
+
+def test_one_episode_has_no_partner_and_says_so(demos):
+    alone = source(demos, frames=np.arange(LENGTHS[0]))
+    with pytest.raises(ValueError, match="--memory shuffle needs demonstrations of at least two episodes"):
+        alone.partners(np.arange(2), np.arange(2))
+
+
+def test_a_samples_tensors_depend_on_its_number_alone(demos):
+    needed = tuple({name for names in NEEDS.values() for name in names} - {"prophet"})
+    made = source(demos, draws=2)
+    index, keys = np.array([3, 40, 11, 20]), np.array([7, 2, 9, 4])
+    together, (noise, times) = made.world(index, keys, needed), made.flow(keys)
+    assert set(together) == {"z_hist", "z_future", "valid", "z_partner", "noise"}
+    for i in range(4):
+        alone = source(demos, draws=2)
+        apart = alone.world(index[i : i + 1], keys[i : i + 1], needed)
+        assert all(torch.equal(together[name][i : i + 1], apart[name]) for name in together)
+        n, t = alone.flow(keys[i : i + 1])
+        assert torch.equal(noise[i : i + 1], n) and torch.equal(times[i : i + 1], t)
+
+
+def test_every_modes_memory_is_the_same_alone_and_in_a_batch(demos):
+    made = source(demos, memory="pred")
+    index = np.arange(5) * 7
+    needed = tuple({name for names in NEEDS.values() for name in names} - {"prophet"})
+    world = made.world(index, index, needed)
+    like = torch.zeros(5, tiny.LATENT)
+    for mode in NEEDS:
+        together = made.arm.memory(mode, like, world)
+        if together is None:
+            continue
+        for i in range(5):
+            apart = made.arm.memory(mode, like[:1], {k: v[i : i + 1] for k, v in world.items()})
+            torch.testing.assert_close(together[i : i + 1], apart, atol=1e-6, rtol=1e-6)
+
+
+def test_streams_do_not_share_their_noise(demos):
+    keys = np.arange(3)
+    a, b = (source(demos, stream=stream).flow(keys)[0] for stream in (0, HELD_OUT))
+    assert not torch.equal(a, b)
+
+
+def test_an_epoch_of_training_frames_has_each_of_them_once_and_no_held_out_one(demos):
+    out = held_out(demos, 0.25)
+    frames = np.flatnonzero(~np.isin(demos.episode, out))
+    made = source(demos, memory="off", frames=frames)
+    seen = []
+    made.observe = lambda index: seen.extend(index) or {}
+    made.batch(np.arange(len(frames)))
+    assert sorted(seen) == frames.tolist()
+    assert len(out) == 1 and not np.isin(demos.episode[seen], out).any()
+
+
+def test_held_out_episodes_are_the_same_for_everyone_and_never_all(demos):
+    assert np.array_equal(held_out(demos, 0.5), held_out(demos, 0.5))
+    for share in (0.0, 0.1, 1.0):
+        with pytest.raises(ValueError, match=f"--val-share {share} of 4 episodes"):
+            held_out(demos, share)
+
+
+def test_saved_pasts_are_histories_of_training_frames(demos):
+    z, frames = torch.randn(len(demos), 3), np.arange(9, 33)
+    saved = saved_partners(demos, z, history=2, stride=1, frames=frames)
+    assert saved.shape == (24, 2, 3)
+    assert torch.equal(saved[0], z[[9, 9]]) and torch.equal(saved[-1], z[[31, 32]])
