@@ -16,13 +16,8 @@ width.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import json
 import math
 import os
-import platform
-import shutil
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -37,14 +32,16 @@ import tyro
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from arm import Arm, ArmConfig, Summary, load_arm, save_arm, stored_config
+from arm import Arm, ArmConfig, Summary, load_arm, stored_config
 from checkpoint import fresh_processor, load_policy, start_from_vlm
 from config import PRESETS
 from data import CAMERAS, Demos, load, statistics
-from files import read_json, write_json
+from diagnostics import attention_diagnostics, gradient_norms, memory_norm, world_diagnostics
+from files import read_json
 from model import SmolVLA, masked_mean
 from offline import measure
 from processor import Processor
+from runs import check_space, cut_metrics, log, log_validation, open_run, save
 from source import Source, held_out, saved_partners
 from world import Latents, change_statistics, latents_of, prepare
 
@@ -294,6 +291,7 @@ def optimizer_step(
     count: int,
     rank: int,
     ranks: int,
+    logged: bool = True,
 ) -> dict:
     """Take one step on samples first..first+count-1; gives this rank's sums for `log_line`, on the device.
 
@@ -321,11 +319,13 @@ def optimizer_step(
                 sums[1], sums[2] = world.detach(), out["world_cos"].mean(1).sum()
             (loss * ranks * weight).backward()  # DDP averages over ranks; times `ranks` makes it the sum
         logs += weight * torch.stack(sums)
+    norms = gradient_norms(source.arm) if logged else {}  # before they are clipped
     norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.clip)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * lr_factor(config, first)
     optimizer.step()
-    return {"sums": logs, "counts": counts, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
+    facts = {"sums": logs, "counts": counts, "lr": optimizer.param_groups[0]["lr"]}
+    return facts | {"norms": {"grad_norm": norm} | norms, "batch": batch, "predicted": out.get("predicted")}
 
 
 def count_terms(source: Source, batch: tuple) -> Tensor:
@@ -336,104 +336,6 @@ def count_terms(source: Source, batch: tuple) -> Tensor:
     if "valid" in world and source.arm.prophet is not None:
         moving = source.arm.counts(world).sum()
     return torch.stack([steps, moving]).double()
-
-
-# ---- run folder ---------------------------------------------------------------------------------------
-
-
-def open_run(config: TrainConfig, facts: dict) -> None:
-    """Create the run folder, or check that an existing one is of this configuration.
-
-    Raises ValueError, naming the field and both values, where it is another run's.
-    """
-    path = config.out / "config.json"
-    record = json.loads(json.dumps(dataclasses.asdict(config) | facts, default=str))
-    if path.is_file():
-        there = read_json(path)
-        for name in record:
-            if name not in config.free and there.get(name) != record[name]:
-                raise ValueError(
-                    f"{config.out} holds another run: {name} is {there.get(name)!r}, not {record[name]!r}; "
-                    "choose another --out"
-                )
-        return
-    config.out.mkdir(parents=True, exist_ok=True)
-    write_json(config.out / "env.json", environment())
-    write_json(path, record)
-
-
-def environment() -> dict:
-    """What the run ran on: versions, git hash, device, command line."""
-    packages = ("torch", "numpy", "tokenizers", "safetensors", "h5py")
-    changes = git("status", "--porcelain")
-    return {
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "git": git("rev-parse", "HEAD"),
-        "git_dirty": None if changes is None else bool(changes),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "argv": sys.argv,
-    }
-
-
-def git(*arguments: str) -> str | None:
-    """Ask git about this code; None for a copy without it."""
-    try:
-        here = Path(__file__).resolve().parent
-        answer = subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answer.stdout.strip()
-
-
-def save(
-    config: TrainConfig,
-    arm: Arm,
-    processor: Processor,
-    optimizer: torch.optim.Optimizer,
-    done: int,
-    step: int,
-) -> Path:
-    """Write a checkpoint beside, then rename it, then point `last` at it: a kill leaves the one before."""
-    check_space(config.out, arm)
-    folder = config.out / f"step_{step:06d}"
-    beside = folder.with_name(folder.name + ".part")
-    shutil.rmtree(beside, ignore_errors=True)
-    save_arm(beside, arm, processor)
-    torch.save(optimizer.state_dict(), beside / "optimizer.pt")
-    write_json(beside / "state.json", {"samples": done, "step": step})
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
-    link = config.out / "last.part"
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder.name)
-    link.rename(config.out / "last")
-    return folder
-
-
-def check_space(out: Path, arm: Arm) -> None:
-    """Raise ValueError where the disk cannot take a checkpoint: weights, and two moments of what trains."""
-    need = sum(p.numel() * (3 if p.requires_grad else 1) for p in arm.parameters()) * 4 + 10_000_000
-    free = shutil.disk_usage(out).free
-    if free < need:
-        raise ValueError(
-            f"--out {out}: a checkpoint needs {need / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB left; "
-            "free some and run the same command: it goes on from the last checkpoint"
-        )
-
-
-def cut_metrics(path: Path, done: int) -> None:
-    """Drop logged lines beyond the checkpoint that a run resumes from: they will be logged again."""
-    if path.is_file():
-        lines = [
-            line
-            for line in path.read_text().splitlines()
-            if line.endswith("}") and json.loads(line)["samples"] <= done
-        ]
-        path.write_text("".join(line + "\n" for line in lines))
 
 
 # ---- main ---------------------------------------------------------------------------------------------
@@ -502,10 +404,11 @@ def main(config: TrainConfig) -> None:
     clock, since = time.perf_counter(), done
     while done < config.total_samples:
         count = min(config.batch_size, config.total_samples - done)
-        out = optimizer_step(config, source, model, optimizer, done, count, rank, ranks)
+        finished = done + count >= config.total_samples
+        logged = (step + 1) % config.log_every == 0 or finished
+        out = optimizer_step(config, source, model, optimizer, done, count, rank, ranks, logged)
         step, done, before = step + 1, done + count, done
-        finished = done >= config.total_samples
-        if step % config.log_every == 0 or finished:
+        if logged:
             rate = (done - since) / (time.perf_counter() - clock)
             line = log_line(config, arm, out, step, done, rate)
             if rank == 0:
@@ -532,6 +435,8 @@ def banner(
     say(f"budget {config.total_samples:,} samples in steps of {config.batch_size}, {draws}")
     episodes = f"{len(demos.first)} episodes, {len(demos):,} frames"
     say(f"data {config.data}: {episodes}, fingerprint {demos.fingerprint}")
+    if len(config.sites) > 1:
+        say(f"warning: {len(config.sites)} fusion sites at once: what helps is harder to attribute to one")
     if config.sites:
         ahead, chunk = config.future * config.world_stride, arm.policy.config.n_action_steps
         say(f"memory {config.mode}: looks {ahead / 20:.1f} s ahead; a chunk executes {chunk / 20:.1f} s")
@@ -542,12 +447,20 @@ def log_line(config: TrainConfig, arm: Arm, out: dict, step: int, done: int, rat
     counts = out["counts"][[0, 1, 1]].clamp(min=1)
     action, world, cosine = (sum_over_ranks(out["sums"].double()) / counts).tolist()
     line = {"samples": done, "step": step, "action_loss": action, "loss": action, "lr": out["lr"]}
-    line |= {"grad_norm": out["grad_norm"].item(), "samples_per_second": rate}
+    line |= {name: float(norm) for name, norm in out["norms"].items()} | {"samples_per_second": rate}
     if arm.prophet is not None:
         line |= {"world_loss": world, "world_cos": cosine, "loss": action + config.lambda_world * world}
     if arm.policy.fusion is not None:
-        line |= arm.policy.fusion.gates()
+        line |= arm.policy.fusion.gates() | diagnose(arm, out)
     return line
+
+
+def diagnose(arm: Arm, out: dict) -> dict[str, float]:
+    """Measure how futures are predicted and attended to, on this rank's last micro batch of the step."""
+    inputs, world, noise, times = out["batch"]
+    found = {} if out["predicted"] is None else world_diagnostics(arm, world, out["predicted"])
+    found |= memory_norm(arm, world, noise)
+    return found | attention_diagnostics(arm, inputs, world, noise, times)
 
 
 def validate(source: Source, episodes: np.ndarray, rank: int, ranks: int) -> dict[str, float]:
@@ -560,27 +473,6 @@ def validate(source: Source, episodes: np.ndarray, rank: int, ranks: int) -> dic
         torch.tensor([*sums, len(found.episodes)], dtype=torch.float64, device=source.device)
     )
     return {f"val_loss_{mode}": value for mode, value in zip(modes, (sums[:-1] / sums[-1]).tolist())}
-
-
-def log_validation(config: TrainConfig, line: dict[str, float]) -> None:
-    """Append a measurement to metrics.jsonl and print it."""
-    with (config.out / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    losses = "".join(f"  {k.removeprefix('val_loss_')} {line[k]:.4f}" for k in line if k.startswith("val_"))
-    print(f"{line['samples']:>9,} samples  held-out action loss{losses}", flush=True)
-
-
-def log(config: TrainConfig, line: dict[str, float]) -> None:
-    """Append a line to metrics.jsonl and print its essence."""
-    with (config.out / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    rate = line["samples_per_second"]
-    speed = f"{rate:6.1f} samples/s  {(config.total_samples - line['samples']) / rate / 60:5.1f} min left"
-    extra = "".join(f"  {k} {line[k]:+.4f}" for k in line if k.startswith("world_"))
-    print(
-        f"{line['samples']:>9,} samples  loss {line['loss']:.4f}  lr {line['lr']:.1e}  {speed}{extra}",
-        flush=True,
-    )
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_data import write_task
 
-import train as train_module
+import runs
 from arm import Summary
-from train import TrainConfig, check_space, lr_factor, shares
+from runs import check_space
+from train import TrainConfig, lr_factor, shares
 
 ROOT = Path(__file__).parent.parent
 FLAGS = [
@@ -98,6 +99,9 @@ def test_a_run_spends_its_budget_exactly_and_logs_what_it_did(straight):
         for line in lines
         for k in ("loss", "action_loss", "world_loss", "world_cos", "world_gate")
     )
+    said = ("world_cos_k1", "world_cos_linear", "late/attn_entropy", "late/ctx_norm", "norm_memory")
+    assert all(k in lines[-1] for k in (*said, "grad_norm_gates", "grad_norm_fusion", "grad_norm_prophet"))
+    assert not any("hyp" in k or k == "oracle_gap" for k in lines[-1])  # with one hypothesis
     config = json.loads((straight / "config.json").read_text())
     assert config["arm"] == "late-pred" and config["params_trainable"] < config["params_total"]
     assert json.loads((straight / "last" / "state.json").read_text()) == {"samples": 28, "step": 4}
@@ -173,8 +177,8 @@ def test_bad_input_is_one_line_and_loses_nothing(data, straight, flags, message)
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     arm = tiny.arm()
     check_space(tmp_path, arm)
-    usage = train_module.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(train_module.shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    usage = runs.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
     with pytest.raises(ValueError, match=r"a checkpoint needs 0\.\d+ GB, the disk has 0\.00 GB left"):
         check_space(tmp_path, arm)
 
