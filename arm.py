@@ -26,15 +26,21 @@ from torch import Tensor
 
 from checkpoint import load_policy, save_policy
 from files import read_tensors
-from fusion import Fusion, Site
+from fusion import Fusion, Memory, Site
 from model import SmolVLA
 from processor import Processor
 from prophet import (
+    CHANCE,
+    CODED,
     NEEDS,
     ROLLOUT_MODES,
+    HypothesisMethod,
+    Imagined,
     MemoryMode,
     Prophet,
+    WorldLoss,
     absolute,
+    bank_loss,
     change_target,
     counted_steps,
     make_memory,
@@ -92,6 +98,29 @@ class ArmConfig(WorldConfig):
     gate_init: float = 0.0
     """Initial value of the gates' scalar, before tanh."""
 
+    num_hypotheses: int = 1
+    """Imagined futures N that the memory holds."""
+
+    hypothesis_method: HypothesisMethod = "none"
+    """What tells hypotheses apart: nothing (N = 1), dropout masks, noise in the queries, heads of their own
+    (ensemble), such heads with odds (mixture)."""
+
+    hypothesis_sigma: float = 0.5
+    """Size of the noise of --hypothesis-method noise, in units of the queries' own."""
+
+    prophet_dropout: float = 0.0
+    """Share that --hypothesis-method dropout blanks, in training and in rollouts."""
+
+    world_loss: WorldLoss = "softmin"
+    """How hypotheses' losses make one: of their mean prediction (single), mean, min, softmin, or relaxed
+    winner-takes-all (rwta); with one hypothesis all are the same."""
+
+    tau: float = 0.1
+    """Temperature of --world-loss softmin."""
+
+    rwta_eps: float = 0.05
+    """Share of the loss that --world-loss rwta leaves to the losers."""
+
     prophet_layers: int = 2
     """Transformer layers of the prophet."""
 
@@ -102,9 +131,27 @@ class ArmConfig(WorldConfig):
         super().__post_init__()
         if "none" in self.fusion and len(self.fusion) > 1:
             raise ValueError(f"--fusion {' '.join(self.fusion)}: none excludes the others; name either")
-        for flag in ("history", "future", "world_stride"):
+        for flag in ("history", "future", "world_stride", "num_hypotheses"):
             if getattr(self, flag) < 1:
                 raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)} must be at least 1")
+        count, method = self.num_hypotheses, self.hypothesis_method
+        if (count == 1) != (method == "none"):
+            raise ValueError(
+                f"--num-hypotheses {count} with --hypothesis-method {method}: one hypothesis needs none, "
+                "several need a method that tells them apart"
+            )
+        if (method == "dropout") != (self.prophet_dropout > 0) or not 0 <= self.prophet_dropout < 1:
+            raise ValueError(
+                f"--prophet-dropout {self.prophet_dropout} with --hypothesis-method {method}: dropout needs "
+                "a share between 0 and 1, other methods 0"
+            )
+        if self.tau <= 0 or not 0 <= self.rwta_eps <= 1:
+            raise ValueError(f"--tau {self.tau} must be positive and --rwta-eps {self.rwta_eps} in 0..1")
+        if method == "mixture" and self.detach_memory and self.world_loss != "softmin":
+            raise ValueError(
+                f"--hypothesis-method mixture with --detach-memory and --world-loss {self.world_loss}: "
+                "nothing would teach the odds; use softmin"
+            )
 
     # Fields in which a run that goes on from an arm's checkpoint may differ from it.
     free_to_change: ClassVar = (
@@ -127,10 +174,15 @@ class ArmConfig(WorldConfig):
     @property
     def trains_on(self) -> tuple[str, ...]:
         """The latents and noise that a training batch must hold."""
-        needed = [name for name in NEEDS[self.mode] if name != "prophet"]
+        needed = self.made_from(self.mode)
         if self.has_prophet:
-            needed += ["z_hist", "z_future", "valid"]  # for the world loss
+            needed += ("z_hist", "z_future", "valid")  # for the world loss
         return tuple(dict.fromkeys(needed))
+
+    def made_from(self, mode: str) -> tuple[str, ...]:
+        """The latents and noise that a mode's memory is made from."""
+        drawn = "prophet" in NEEDS[mode] and self.hypothesis_method in CHANCE
+        return tuple(name for name in NEEDS[mode] if name != "prophet") + (("chance",) if drawn else ())
 
 
 class Summary(NamedTuple):
@@ -171,12 +223,21 @@ class Arm(nn.Module):
                 config.future,
                 config.heads,
                 config.gate_init,
+                config.num_hypotheses,
+                coded=config.hypothesis_method in CODED,
                 prefix_tokens=config.prefix_tokens,
                 prefix_block=config.prefix_block,
             )
         if config.has_prophet:
             self.prophet = Prophet(
-                config.world_dim, config.history, config.future, config.prophet_layers, config.prophet_heads
+                config.world_dim,
+                config.history,
+                config.future,
+                config.prophet_layers,
+                config.prophet_heads,
+                config.num_hypotheses,
+                config.hypothesis_method,
+                config.hypothesis_sigma,
             )
         for name, value in summary._asdict().items():
             self.register_buffer(name, value)
@@ -196,7 +257,7 @@ class Arm(nn.Module):
         return batch | {name.replace("/", "."): picture[None] for name, picture in pictures}
 
     def needs(self, mode: str, rollout: bool = True) -> tuple[str, ...]:
-        """Name the latents and noise that `mode` is made from: "z_hist", "z_future", "z_partner", "noise".
+        """Name what `mode` is made from: "z_hist", "z_future", "z_partner", "noise", "chance".
 
         Raises ValueError for a mode that this arm cannot have, or no rollout.
         """
@@ -214,46 +275,67 @@ class Arm(nn.Module):
         if "prophet" in NEEDS[mode] and self.prophet is None:
             without = ", ".join(m for m in ROLLOUT_MODES if "prophet" not in NEEDS[m])
             raise ValueError(f"--memory {mode} needs a prophet, and this arm has none: choose {without}")
-        return tuple(name for name in NEEDS[mode] if name != "prophet")
+        return self.config.made_from(mode)
 
-    def memory(self, mode: str, like: Tensor, world: dict, predicted: Tensor | None = None) -> Tensor | None:
-        """Make the memory (B, N*K, D) of `mode`.
+    def imagine(self, past: Tensor, world: dict) -> Imagined:
+        """Run the prophet on a past (B, T, D); world has "chance" where hypotheses differ by it."""
+        return self.prophet(past, world.get("chance"))
+
+    def memory(self, mode: str, like: Tensor, world: dict, imagined: Imagined | None = None) -> Memory | None:
+        """Make the memory of `mode`, rows (B, N*K, D).
 
         Args: like (B, D) gives batch, width and type; world with what `needs` names: z_hist and z_partner
-        (B, T, D), z_future (B, K, D), noise (B, N*K, D), unit Gaussian; predicted (B, N, K, D), what the
-        prophet makes of z_hist, where it has run already.
+        (B, T, D), z_future (B, K, D), noise (B, N*K, D), unit Gaussian, chance (B, N, ., h); imagined, what
+        the prophet makes of z_hist, where it has run already.
         """
-        futures, noise = None, world.get("noise")
+        futures = log_pi = None
+        noise = world.get("noise")
         if "prophet" in NEEDS[mode] and self.prophet is not None:
             past = world["z_partner" if mode == "shuffle" else "z_hist"]
-            fresh = predicted is None or mode == "shuffle"
-            futures = absolute(self.prophet(past) if fresh else predicted, past, self.config.delta)
+            if imagined is None or mode == "shuffle":
+                imagined = self.imagine(past, world)
+            futures, log_pi = absolute(imagined.y, past, self.config.delta), imagined.log_pi
         if "noise" in NEEDS[mode]:
             noise = noise * self.encoder.stats.dim_std.to(noise)
-        past, future = world.get("z_hist"), world.get("z_future")
-        memory = make_memory(
-            mode, self.config.future, like=like, futures=futures, z_hist=past, z_future=future, noise=noise
+        rows = make_memory(
+            mode,
+            self.config.future,
+            like=like,
+            futures=futures,
+            z_hist=world.get("z_hist"),
+            z_future=world.get("z_future"),
+            noise=noise,
+            hypotheses=self.config.num_hypotheses,
         )
-        return memory.detach() if self.config.detach_memory and memory is not None else memory
+        if rows is None:
+            return None
+        if self.config.detach_memory:
+            rows, log_pi = rows.detach(), None if log_pi is None else log_pi.detach()
+        return Memory(rows, log_pi)
 
     def forward(self, inputs: dict, world: dict, noise: Tensor, time: Tensor) -> dict[str, Tensor]:
         """Compute a batch's losses before any reduction.
 
         Args: inputs as `Processor` makes them; world with what the configuration's `trains_on` names, "valid"
         (B, K) among it; noise (B, R, C, A_max), time (B, R).
-        Returns: "action" (B, R, C, A); with a prophet "predicted" (B, N, K, D), "world" (B, N), "counted"
-        (B,) and "world_cos" (B, N).
+        Returns: "action" (B, R, C, A); with a prophet "predicted" (B, N, K, D), "world" (B,), "counted" (B,)
+        and "world_cos" (B, N).
         """
-        predicted = None if self.prophet is None else self.prophet(world["z_hist"])
-        memory = self.memory(self.config.mode, self.like(noise), world, predicted)
+        imagined = None if self.prophet is None else self.imagine(world["z_hist"], world)
+        memory = self.memory(self.config.mode, self.like(noise), world, imagined)
         out = {"action": self.policy(inputs, noise, time, memory)}
-        if predicted is not None:
-            target = change_target(world["z_hist"], world["z_future"], self.config.delta)
-            loss, counted, cosine = world_loss(
-                predicted, target, world["valid"], self.scale, self.config.lambda_mag
-            )
-            out |= {"predicted": predicted, "world": loss, "counted": counted, "world_cos": cosine}
-        return out
+        return out if imagined is None else out | self.world_losses(imagined, world)
+
+    def world_losses(self, imagined: Imagined, world: dict) -> dict[str, Tensor]:
+        """Compare what was imagined with what came: one loss a sample, by the configuration's rule."""
+        config, single = self.config, None
+        target = change_target(world["z_hist"], world["z_future"], config.delta)
+        rest = target, world["valid"], self.scale, config.lambda_mag
+        losses, counted, cosine = world_loss(imagined.y, *rest)
+        if config.world_loss == "single":
+            single = world_loss(imagined.y.mean(1, keepdim=True), *rest)[0][:, 0]
+        loss = bank_loss(losses, config.world_loss, single, imagined.log_pi, config.tau, config.rwta_eps)
+        return {"predicted": imagined.y, "world": loss, "counted": counted, "world_cos": cosine}
 
     def like(self, noise: Tensor) -> Tensor:
         """A tensor (B, D) of the batch, type and device of the flow noise (B, ...)."""

@@ -77,8 +77,8 @@ def memory_norm(arm: Arm, world: dict[str, Tensor], noise: Tensor) -> dict[str, 
     memory = arm.memory(arm.config.mode, arm.like(noise), world)
     if memory is None:
         return {}
-    finite = memory.isfinite().all(-1)
-    found = sample_mean(torch.where(finite[..., None], memory, 0.0).norm(dim=-1), finite)
+    finite = memory.rows.isfinite().all(-1)
+    found = sample_mean(torch.where(finite[..., None], memory.rows, 0.0).norm(dim=-1), finite)
     return {} if found is None else {"norm_memory": found}
 
 
@@ -157,7 +157,7 @@ def attention_diagnostics(
     calls, mask = record(arm.policy, cache, inputs, noise[:, :1], time[:, :1])
     nearest = None
     if arm.prophet is not None and {"z_future", "valid"} <= world.keys():
-        nearest = nearest_hypothesis(memory.unflatten(1, (-1, steps)), world["z_future"], world["valid"])
+        nearest = nearest_hypothesis(memory.rows.unflatten(1, (-1, steps)), world["z_future"], world["valid"])
     out = {}
     for name, site in fusion.sites.items():
         if name == "prefix_tokens":
@@ -166,7 +166,7 @@ def attention_diagnostics(
         else:
             [(_, (h, prepared))] = calls[name]
             p, added = site_attention(site, h, prepared)
-            rows = range(memory.shape[1])
+            rows = range(memory.rows.shape[1])
             each = {"ctx_norm": added.float().norm(dim=-1), "act_norm": h.float().norm(dim=-1)}  # (B, L)
         finite = cache[name].finite.any(1, keepdim=True)
         kept = finite & mask if name == "prefix_cross" else finite.expand(-1, p.shape[2])  # (B, L)
@@ -203,16 +203,24 @@ def record(
     return calls, mask
 
 
-def attention_probabilities(q: Tensor, k: Tensor, allowed: Tensor) -> Tensor:
-    """Attend in float32: q (B, H, L, d), k (B, G, S, d) -> (B, H, L, S); NaN where nothing is `allowed`."""
+def attention_probabilities(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    """Attend in float32: q (B, H, L, d), k (B, G, S, d) -> (B, H, L, S); NaN where nothing may be seen.
+
+    The mask says what may be seen, or is added to the logits.
+    """
     k = k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # G -> H heads
     logits = q.float() @ k.transpose(2, 3) * q.shape[-1] ** -0.5
-    return logits.masked_fill(~allowed, -torch.inf).softmax(-1)
+    if mask.dtype == torch.bool:
+        return logits.masked_fill(~mask, -torch.inf).softmax(-1)
+    return (logits + mask).softmax(-1)
 
 
 def site_attention(site: GatedCrossAttention, h: Tensor, memory: SiteMemory) -> tuple[Tensor, Tensor]:
     """Recompute a cross-attending site on h (B, L, W): probabilities (B, H, L, M), what it adds (B, L, W)."""
-    p = attention_probabilities(site.split(site.q_proj(site.norm(h))), memory.k, memory.finite[:, None, None])
+    mask = memory.finite[:, None, None]
+    if memory.bias is not None:
+        mask = torch.where(mask, memory.bias[:, None, None], -torch.inf)
+    p = attention_probabilities(site.split(site.q_proj(site.norm(h))), memory.k, mask)
     context = p.to(memory.v.dtype) @ memory.v
     branch = site.out_proj(context.transpose(1, 2).flatten(2))  # (B, H, L, W/H) -> (B, L, W)
     return p, torch.tanh(site.gate) * branch

@@ -40,7 +40,7 @@ from processor import Processor
 from prophet import ROLLOUT_MODES, MemoryMode
 from render import setup_gl
 from sim import CAMERAS, NUM_INIT_STATES, SUITES, SimConfig, parse_ids
-from source import FLOW, MEMORY, PARTNER, ROLLOUT, Source
+from source import CHANCE, FLOW, MEMORY, PARTNER, ROLLOUT, Source, chance, memory_noise, stack
 from world import latents_of
 
 
@@ -348,10 +348,13 @@ class Rollout:
         shape = (policy.chunk_size, policy.max_action_dim)
         flow = [rng(FLOW, *key).standard_normal(shape, np.float32) for key in keys]
         world = {}
+        many = range(config.num_hypotheses)
         if "noise" in self.needs:
-            shape = (config.future, config.world_dim)
-            rows = [rng(MEMORY, *key, 0).standard_normal(shape, np.float32) for key in keys]
-            world["noise"] = torch.from_numpy(np.stack(rows)).to(self.device)  # (B, N*K, D)
+            rows = (memory_noise(config, [rng(MEMORY, *key, n) for n in many]) for key in keys)
+            world["noise"] = stack(rows).to(self.device)  # (B, N*K, D)
+        if "chance" in self.needs:  # without the decision: a hypothesis stays what it is for an episode
+            rows = (chance(config, [rng(CHANCE, *key[:-1], n) for n in many]) for key in keys)
+            world["chance"] = stack(rows).to(self.device)  # (B, N, ., h)
         if "z_partner" in self.needs:
             chosen = [int(rng(PARTNER, *key).integers(len(self.arm.partners))) for key in keys]
             world["z_partner"] = self.arm.partners[chosen]  # (B, T, D)

@@ -39,12 +39,20 @@ GATE_NAMES = {  # as logged
 CLOSED = 1e-6  # |tanh(gate)| below this is closed where no gradient is wanted
 
 
+class Memory(NamedTuple):
+    """What a decision may attend to: imagined futures and, from a mixture, how likely each hypothesis is."""
+
+    rows: Tensor  # (B, M, D)
+    log_pi: Tensor | None = None  # (B, N)
+
+
 class SiteMemory(NamedTuple):
     """A cross-attention's view of the memory, projected once a decision."""
 
     k: Tensor  # (B, H, M, W/H)
     v: Tensor  # (B, H, M, W/H)
     finite: Tensor  # (B, M) bool: rows that may be attended to
+    bias: Tensor | None = None  # (B, M), added to the attention's logits
 
 
 class WorldTokens(NamedTuple):
@@ -53,37 +61,56 @@ class WorldTokens(NamedTuple):
     x: Tensor  # (B, m, W)
     finite: Tensor  # (B, m) bool: tokens that may be attended to
     strength: Tensor  # (), tanh(gate)
+    bias: Tensor | None = None  # (B, m), added to the attention's logits
 
 
 MemoryCache = dict[str, SiteMemory | WorldTokens]
 
 
 class MemoryTokens(nn.Module):
-    """`LN(W_m memory + step code)`: memory rows at a site's width; the code tells the K steps apart."""
+    """`LN(W_m memory + step code [+ hypothesis code])`: memory rows at a site's width.
 
-    def __init__(self, width: int, memory_width: int, steps: int) -> None:
+    The codes tell the K steps apart and, where hypotheses have weights of their own (`coded` of them), these
+    too; hypotheses that differ by chance alone have no code, and may change places.
+    """
+
+    def __init__(self, width: int, memory_width: int, steps: int, coded: int = 0) -> None:
         super().__init__()
         self.memory_proj = nn.Linear(memory_width, width)
         self.step_code = nn.Parameter(torch.randn(steps, width) * width**-0.5)
         self.memory_norm = nn.LayerNorm(width)
+        self.hypothesis_code = nn.Parameter(torch.zeros(coded, width)) if coded else None
 
-    def forward(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Project memory (B, M, D) to tokens (B, M, W); give also which rows (B, M) are finite.
+    def forward(self, memory: Memory) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Project memory to tokens (B, M, W); give also which rows (B, M) are finite, and their log pi.
 
         A row with a non-finite value is blanked here and masked in attention.
         """
-        finite = memory.isfinite().all(-1)
+        steps, rows, bias = len(self.step_code), memory.rows, None
+        finite = rows.isfinite().all(-1)
+        if memory.log_pi is not None:
+            bias = memory.log_pi.repeat_interleave(steps, dim=1)  # (B, N) -> (B, N*K)
+            finite = finite & bias.isfinite()
+            bias = torch.where(finite, bias, 0.0)
         # torch.where, not a product: 0 * NaN is NaN, in value and in gradient.
-        memory = torch.where(finite[..., None], memory, 0.0)
-        code = self.step_code.repeat(memory.shape[1] // len(self.step_code), 1)  # (K, W) -> (N*K, W)
-        return self.memory_norm(self.memory_proj(memory) + code), finite
+        rows = torch.where(finite[..., None], rows, 0.0)
+        code = self.step_code.repeat(rows.shape[1] // steps, 1)  # (K, W) -> (N*K, W)
+        if self.hypothesis_code is not None:
+            code = code + self.hypothesis_code.repeat_interleave(steps, dim=0)  # (N, W) -> (N*K, W)
+        return self.memory_norm(self.memory_proj(rows) + code), finite, bias
 
 
 class GatedCrossAttention(nn.Module):
     """`h + tanh(gate) * MHA(LN(h), memory tokens)`."""
 
     def __init__(
-        self, width: int, memory_width: int, steps: int, heads: int = 8, gate_init: float = 0.0
+        self,
+        width: int,
+        memory_width: int,
+        steps: int,
+        heads: int = 8,
+        gate_init: float = 0.0,
+        coded: int = 0,
     ) -> None:
         super().__init__()
         if width % heads:
@@ -91,22 +118,24 @@ class GatedCrossAttention(nn.Module):
         self.heads = heads
         self.gate = nn.Parameter(torch.tensor(float(gate_init)))
         self.norm = nn.LayerNorm(width)
-        self.tokens = MemoryTokens(width, memory_width, steps)
+        self.tokens = MemoryTokens(width, memory_width, steps, coded)
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, L, W) -> (B, H, L, W/H)
 
-    def prepare(self, memory: Tensor) -> SiteMemory:
-        """Project memory (B, M, D)."""
-        tokens, finite = self.tokens(memory)
-        return SiteMemory(self.split(self.k_proj(tokens)), self.split(self.v_proj(tokens)), finite)
+    def prepare(self, memory: Memory | Tensor) -> SiteMemory:
+        """Project a memory, or its rows (B, M, D) alone."""
+        tokens, finite, bias = self.tokens(as_memory(memory))
+        return SiteMemory(self.split(self.k_proj(tokens)), self.split(self.v_proj(tokens)), finite, bias)
 
     def branch(self, h: Tensor, memory: SiteMemory) -> Tensor:
         """What the gate scales, (B, L, W); 0 for a sample whose rows are all non-finite."""
         any_row = memory.finite.any(-1)
         # With no row left the mask is lifted, so that softmax stays finite, and the result is dropped below.
         mask = (memory.finite | ~any_row[:, None])[:, None, None]  # (B, M) -> (B, 1, 1, M)
+        if memory.bias is not None:
+            mask = torch.where(mask, memory.bias[:, None, None], -torch.inf)
         context = F.scaled_dot_product_attention(
             self.split(self.q_proj(self.norm(h))), memory.k, memory.v, attn_mask=mask
         )
@@ -122,17 +151,25 @@ class PrefixTokens(nn.Module):
     """Memory rows as tokens of the prefix; the gate's strength goes with them to every attention."""
 
     def __init__(
-        self, width: int, memory_width: int, steps: int, count: int, hypotheses: int, gate_init: float = 0.0
+        self,
+        width: int,
+        memory_width: int,
+        steps: int,
+        count: int,
+        hypotheses: int,
+        gate_init: float = 0.0,
+        coded: int = 0,
     ) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.tensor(float(gate_init)))
-        self.tokens = MemoryTokens(width, memory_width, steps)
+        self.tokens = MemoryTokens(width, memory_width, steps, coded)
         self.rows = token_rows(count, hypotheses, steps)
 
-    def prepare(self, memory: Tensor) -> WorldTokens:
-        """Make world tokens (B, m, W) of memory (B, M, D)."""
-        x, finite = self.tokens(memory)
-        return WorldTokens(x[:, self.rows], finite[:, self.rows], torch.tanh(self.gate))
+    def prepare(self, memory: Memory | Tensor) -> WorldTokens:
+        """Make world tokens (B, m, W) of a memory, or of its rows (B, M, D) alone."""
+        x, finite, bias = self.tokens(as_memory(memory))
+        bias = None if bias is None else bias[:, self.rows]
+        return WorldTokens(x[:, self.rows], finite[:, self.rows], torch.tanh(self.gate), bias)
 
 
 def token_rows(count: int, hypotheses: int, steps: int) -> list[int]:
@@ -162,6 +199,7 @@ class Fusion(nn.Module):
         heads: int = 8,
         gate_init: float = 0.0,
         hypotheses: int = 1,
+        coded: bool = False,
         prefix_tokens: int = 8,
         prefix_block: str = "prefix",
     ) -> None:
@@ -172,13 +210,13 @@ class Fusion(nn.Module):
                 f"--fusion {' '.join(unknown) or '(nothing)'} is unknown: choose from {', '.join(SITES)}"
             )
         self.memory_width, self.prefix_block = memory_width, prefix_block
-        self.sites = nn.ModuleDict()
+        self.sites, codes = nn.ModuleDict(), hypotheses if coded else 0
         for site in sites:
             width = widths[site]
             if site == "prefix_tokens":
-                made = PrefixTokens(width, memory_width, steps, prefix_tokens, hypotheses, gate_init)
+                made = PrefixTokens(width, memory_width, steps, prefix_tokens, hypotheses, gate_init, codes)
             else:
-                made = GatedCrossAttention(width, memory_width, steps, heads, gate_init)
+                made = GatedCrossAttention(width, memory_width, steps, heads, gate_init, codes)
             self.sites[site] = made
         self.open: tuple[str, ...] = tuple(sites)
 
@@ -198,12 +236,14 @@ class Fusion(nn.Module):
         """Name the sites that run now: all, with gradients on, since a skipped gate never opens."""
         return tuple(self.sites) if torch.is_grad_enabled() or self.training else self.open
 
-    def prepare(self, memory: Tensor | None) -> MemoryCache | None:
-        """Project memory (B, M, D) for each active site; None stays None."""
+    def prepare(self, memory: Memory | Tensor | None) -> MemoryCache | None:
+        """Project a memory, or its rows (B, M, D) alone, for each active site; None stays None."""
         if memory is None:
             return None
-        if memory.shape[-1] != self.memory_width:
-            raise ValueError(f"memory has width {memory.shape[-1]}, fusion was built for {self.memory_width}")
+        memory = as_memory(memory)
+        width = memory.rows.shape[-1]
+        if width != self.memory_width:
+            raise ValueError(f"memory has width {width}, fusion was built for {self.memory_width}")
         return {name: self.sites[name].prepare(memory) for name in self.active()}
 
     def forward(self, site: str, h: Tensor, memory: MemoryCache | None) -> Tensor:
@@ -213,9 +253,13 @@ class Fusion(nn.Module):
         return self.sites[site](h, memory[site])
 
 
+def as_memory(memory: Memory | Tensor) -> Memory:
+    return memory if isinstance(memory, Memory) else Memory(memory)
+
+
 def repeat_memory(memory: MemoryCache | None, times: int) -> MemoryCache | None:
     """Repeat each sample `times` times in a row for the sites that run once a denoising step."""
     if memory is None or times == 1:
         return memory
-    each = lambda x: x.repeat_interleave(times, dim=0)  # noqa: E731
+    each = lambda x: None if x is None else x.repeat_interleave(times, dim=0)  # noqa: E731
     return {name: SiteMemory(*map(each, memory[name])) for name in SUFFIX_SITES if name in memory}

@@ -41,7 +41,7 @@ class WorldMask(NamedTuple):
     """Who sees whom where some keys are world tokens, behind a gate (fusion.py)."""
 
     hidden: Tensor  # (B, 1, L, S) bool, without world tokens
-    shown: Tensor  # (B, 1, L, S) bool, with them
+    shown: Tensor  # (B, 1, L, S) with them: bool, or what is added to the logits
     strength: Tensor  # (), tanh(gate): 0 is the output without them, 1 the one with them
 
 
@@ -52,7 +52,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | WorldMask | None) -> 
     k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))  # G -> H heads
     if isinstance(mask, WorldMask):
         without = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.hidden)
-        within = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.shown)
+        shown = mask.shown if mask.shown.dtype == torch.bool else mask.shown.to(q.dtype)
+        within = F.scaled_dot_product_attention(q, k, v, attn_mask=shown)
         out = without + mask.strength.to(q.dtype) * (within - without)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

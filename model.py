@@ -29,7 +29,7 @@ import tyro
 from torch import Tensor
 
 from config import PRESETS, SmolVLAConfig
-from fusion import Fusion, MemoryCache, WorldTokens, repeat_memory
+from fusion import Fusion, Memory, MemoryCache, WorldTokens, repeat_memory
 from layers import Connector, Expert, TextModel, VisionTower, WorldMask, rope_table
 
 
@@ -42,6 +42,7 @@ class Prefix(NamedTuple):
     offset: Tensor  # (B,) number of unpadded tokens: where the actions' positions start
     shown: Tensor | None = None  # (B, P) bool, with world tokens, where there are any
     strength: Tensor | None = None  # () their gate's
+    bias: Tensor | None = None  # (B, P), added to the logits of world tokens, where hypotheses have odds
 
     def repeat(self, times: int) -> Prefix:
         """Repeat each sample `times` times in a row: several flow draws then share one prefix pass."""
@@ -49,7 +50,8 @@ class Prefix(NamedTuple):
             return self
         each = lambda x: None if x is None else x.repeat_interleave(times, dim=0)  # noqa: E731
         kv = [(each(k), each(v)) for k, v in self.kv]
-        return Prefix(kv, each(self.mask), each(self.offset), each(self.shown), self.strength)
+        shown, bias = each(self.shown), each(self.bias)
+        return Prefix(kv, each(self.mask), each(self.offset), shown, self.strength, bias)
 
     def masks(self, chunk: int) -> tuple[Tensor | WorldMask, Tensor | WorldMask]:
         """Say what actions may see in self layers, (B, 1, C, P + C), and in cross layers, (B, 1, C, P)."""
@@ -63,8 +65,10 @@ class Prefix(NamedTuple):
         hidden = over(self.mask)
         if self.shown is None:
             return hidden
-        both = zip(hidden, over(self.shown), strict=True)
-        return tuple(WorldMask(a, b, self.strength) for a, b in both)
+        shown = over(self.shown)
+        if self.bias is not None:
+            shown = tuple(with_bias(x, F.pad(self.bias, (0, x.shape[3] - self.bias.shape[1]))) for x in shown)
+        return tuple(WorldMask(a, b, self.strength) for a, b in zip(hidden, shown, strict=True))
 
 
 class SmolVLA(nn.Module):
@@ -219,6 +223,8 @@ class SmolVLA(nn.Module):
         sees = F.pad(block >= (self.fusion.prefix_block == "state"), (0, count), value=True)  # (P + m,)
         late = sees[None, :, None] & world.finite[:, None, :]  # (B, P + m, m)
         shown = torch.cat([hidden[..., : len(block)], late[:, None]], dim=3)
+        if world.bias is not None:
+            shown = with_bias(shown, F.pad(world.bias, (len(block), 0)))
         return torch.cat([position, own], dim=1), WorldMask(hidden, shown, world.strength)
 
     def prefix(self, embs: Tensor, mask: Tensor, flags: Tensor, memory: MemoryCache | None = None) -> Prefix:
@@ -235,7 +241,9 @@ class SmolVLA(nn.Module):
         if world is None:
             return Prefix(kv, mask, mask.sum(1))
         shown = torch.cat([mask, world.finite], dim=1)  # (B, P) -> (B, P + m)
-        return Prefix(kv, F.pad(mask, (0, world.x.shape[1])), mask.sum(1), shown, world.strength)
+        bias = None if world.bias is None else F.pad(world.bias, (mask.shape[1], 0))
+        hidden = F.pad(mask, (0, world.x.shape[1]))  # (B, P) -> (B, P + m)
+        return Prefix(kv, hidden, mask.sum(1), shown, world.strength, bias)
 
     # ---- suffix ---------------------------------------------------------------------------------------
 
@@ -276,11 +284,13 @@ class SmolVLA(nn.Module):
 
     # ---- training and inference -----------------------------------------------------------------------
 
-    def forward(self, inputs: dict, noise: Tensor, time: Tensor, memory: Tensor | None = None) -> Tensor:
+    def forward(
+        self, inputs: dict, noise: Tensor, time: Tensor, memory: Memory | Tensor | None = None
+    ) -> Tensor:
         """Compute the flow-matching losses (B, R, C, A), real action dimensions only, before any reduction.
 
         Args: inputs as `embed_prefix` takes them, with "action" (B, C, A) normalised; noise (B, R, C, A_max)
-        and time (B, R): R draws a sample share one prefix pass; memory (B, M, D).
+        and time (B, R): R draws a sample share one prefix pass; memory, or its rows (B, M, D) alone.
         """
         batch, draws = time.shape
         cache = None if self.fusion is None else self.fusion.prepare(memory)
@@ -306,7 +316,7 @@ class SmolVLA(nn.Module):
         return x
 
     @torch.no_grad()
-    def predict_chunk(self, inputs: dict, noise: Tensor, memory: Tensor | None = None) -> Tensor:
+    def predict_chunk(self, inputs: dict, noise: Tensor, memory: Memory | Tensor | None = None) -> Tensor:
         """Predict chunks of normalised actions (B, C, A) from observations and noise (B, C, A_max)."""
         cache = None if self.fusion is None else self.fusion.prepare(memory)
         prefix = self.prefix(*self.embed_prefix(*prefix_inputs(inputs)), cache)
@@ -340,6 +350,11 @@ def resize_with_pad(image: Tensor, size: int) -> Tensor:
     fitted = (int(height / ratio), int(width / ratio))
     image = F.interpolate(image, size=fitted, mode="bilinear", align_corners=False)
     return F.pad(image, (size - fitted[1], 0, size - fitted[0], 0))
+
+
+def with_bias(mask: Tensor, bias: Tensor) -> Tensor:
+    """Turn a mask (B, 1, L, S) bool into what is added to logits: bias (B, S) where one may look."""
+    return torch.where(mask, bias[:, None, None], -torch.inf)
 
 
 def prefix_inputs(inputs: dict) -> tuple:

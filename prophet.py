@@ -17,7 +17,12 @@ tensor, so results do not depend on what else is in the batch.
 | `current` | the present latent K times: a second encoder without prediction |
 | `history` | the T past latents, the oldest repeated to fill K: memory of the past without prediction |
 
+A bank is N hypotheses of the future. They never attend to one another, so that hypothesis i does not depend
+on N; what tells them apart is a method: chance (`dropout`, `noise`) or weights of their own (`ensemble`,
+`mixture`). Best-of-N losses let them specialise.
+
     python train.py --fusion late --memory pred
+    python train.py --fusion late --num-hypotheses 4 --hypothesis-method ensemble --world-loss softmin
     pytest tests/test_prophet.py
 
 Shapes: B batch, T history frames, K future frames, N hypotheses, D latent width, h prophet width.
@@ -25,13 +30,19 @@ Shapes: B batch, T history frames, K future frames, N hypotheses, D latent width
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import math
+from typing import Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+HypothesisMethod = Literal["none", "dropout", "noise", "ensemble", "mixture"]
+CHANCE = ("dropout", "noise")  # hypotheses that differ by what is drawn for them: exchangeable
+CODED = ("ensemble", "mixture")  # by weights of their own
+WorldLoss = Literal["single", "mean", "min", "softmin", "rwta"]
 MemoryMode = Literal[
     "off", "pred", "oracle", "zero", "random", "shuffle", "signflip", "current", "history"
 ]  # fmt: skip
@@ -54,7 +65,7 @@ STILL = 0.01  # a change shorter than this share of the usual one has no directi
 
 
 class ProphetBlock(nn.Module):
-    """Pre-norm transformer block without dropout, feed-forward 4h."""
+    """Pre-norm transformer block, feed-forward 4h; a mask scales what its branches add."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -63,39 +74,100 @@ class ProphetBlock(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = (
             self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         )  # (B, L, 3h) -> 3 x (B, H, L, h/H)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
+        added = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + (added if mask is None else mask * added)
+        added = self.mlp(self.norm2(x))
+        return x + (added if mask is None else mask * added)
+
+
+class Imagined(NamedTuple):
+    """What a prophet makes of a past."""
+
+    y: Tensor  # (B, N, K, D), changes, or latents with --no-delta
+    log_pi: Tensor | None = None  # (B, N), from a mixture
 
 
 class Prophet(nn.Module):
-    """Imagine K futures from T past latents: z_hist (B, T, D) -> changes or latents Y (B, N, K, D), N = 1."""
+    """Imagine N x K futures from T past latents: z_hist (B, T, D) -> changes or latents Y (B, N, K, D)."""
 
-    def __init__(self, latent: int, history: int, future: int, layers: int = 2, heads: int = 8) -> None:
+    def __init__(
+        self,
+        latent: int,
+        history: int,
+        future: int,
+        layers: int = 2,
+        heads: int = 8,
+        hypotheses: int = 1,
+        method: str = "none",
+        sigma: float = 0.5,
+    ) -> None:
         super().__init__()
-        width = min(latent, 512)
+        width = prophet_width(latent)
         if width % heads:
             raise ValueError(
                 f"--prophet-heads {heads} does not divide the prophet's width {width}: choose a divisor"
             )
-        self.history = history
+        self.history, self.hypotheses, self.method, self.sigma = history, hypotheses, method, sigma
+        own = hypotheses if method in CODED else 1
         self.proj_in = nn.Linear(latent, width)
         # Codes make time order matter: without them a permuted history would give the same future.
         self.time_code = nn.Parameter(torch.randn(history, width) * width**-0.5)
-        self.query = nn.Parameter(torch.randn(future, width) * width**-0.5)
+        self.query = nn.Parameter(torch.randn(own, future, width) * width**-0.5)
         self.blocks = nn.ModuleList(ProphetBlock(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.proj_out = nn.Linear(width, latent)
+        self.proj_out = nn.ModuleList(nn.Linear(width, latent) for _ in range(own))
+        self.odds = nn.Linear(width, hypotheses) if method == "mixture" else None
 
-    def forward(self, z_hist: Tensor) -> Tensor:
+    def forward(self, z_hist: Tensor, chance: Tensor | None = None) -> Imagined:
+        """Run the trunk once for each hypothesis, folded into the batch, so that they cannot see one another.
+
+        Args: z_hist (B, T, D); chance as `draw_chance` makes it, (B, N, 1, h) masks for `dropout` and
+        (B, N, K, h) unit Gaussians for `noise`.
+        """
+        batch, count = len(z_hist), self.hypotheses
         past = self.proj_in(z_hist) + self.time_code  # (B, T, D) -> (B, T, h)
-        x = torch.cat([past, self.query.expand(len(past), -1, -1)], dim=1)  # (B, T + K, h)
+        query, mask = self.query.expand(count, -1, -1), None
+        query = query.expand(batch, -1, -1, -1)  # (N, K, h) -> (B, N, K, h)
+        if self.method == "noise":
+            query = query + self.sigma * self.query.square().mean().sqrt() * chance
+        if self.method == "dropout":
+            mask = chance.flatten(0, 1)  # (B, N, 1, h) -> (B*N, 1, h)
+        past = past[:, None].expand(-1, count, -1, -1)  # (B, T, h) -> (B, N, T, h)
+        x = torch.cat([past, query], dim=2).flatten(0, 1)  # (B*N, T + K, h)
         for block in self.blocks:
-            x = block(x)
-        return self.proj_out(self.norm(x[:, self.history :]))[:, None]  # (B, T + K, h) -> (B, 1, K, D)
+            x = block(x, mask)
+        x = self.norm(x).unflatten(0, (batch, count))  # (B*N, T + K, h) -> (B, N, T + K, h)
+        futures = x[:, :, self.history :]
+        if len(self.proj_out) == 1:
+            y = self.proj_out[0](futures)  # (B, N, K, h) -> (B, N, K, D)
+        else:
+            y = torch.stack([head(futures[:, n]) for n, head in enumerate(self.proj_out)], dim=1)
+        if self.odds is None:
+            return Imagined(y)
+        return Imagined(y, self.odds(x.mean((1, 2))).log_softmax(-1))  # (B, N, T + K, h) -> (B, N)
+
+
+def prophet_width(latent: int) -> int:
+    return min(latent, 512)
+
+
+def draw_chance(
+    method: str, rngs: list[np.random.Generator], steps: int, width: int, dropout: float
+) -> np.ndarray | None:
+    """Draw what tells one sample's hypotheses apart, (N, 1 or K, h), each from its own generator.
+
+    None for methods without chance. A dropout mask is shared over time, and scaled so that its mean is 1.
+    """
+    if method == "dropout":
+        masks = [rng.random((1, width), np.float32) >= dropout for rng in rngs]
+        return np.stack(masks).astype(np.float32) / (1 - dropout)
+    if method == "noise":
+        return np.stack([rng.standard_normal((steps, width), np.float32) for rng in rngs])
+    return None
 
 
 def absolute(change: Tensor, z_hist: Tensor, delta: bool) -> Tensor:
@@ -198,3 +270,34 @@ def world_loss(
 def safe_norm(x: Tensor) -> Tensor:
     """Euclidean length over the last axis with a finite gradient at 0."""
     return (x.square().sum(-1) + 1e-12).sqrt()
+
+
+def bank_loss(
+    losses: Tensor,
+    kind: str,
+    single: Tensor,
+    log_pi: Tensor | None = None,
+    tau: float = 0.1,
+    eps: float = 0.05,
+) -> Tensor:
+    """Make one loss a sample (B,) of its hypotheses' (B, N).
+
+    `single` (B,) is the loss of their mean prediction, for that kind. `softmin` lies between min and mean,
+    and tends to them for small and large tau; with a mixture's log_pi (B, N) it is a likelihood's. `rwta`
+    leaves a share eps to the losers, so that no hypothesis dies. With one hypothesis each gives its loss.
+    """
+    count = losses.shape[1]
+    if kind == "single":
+        return single
+    if kind == "mean":
+        return losses.mean(1)
+    if kind == "min":
+        return losses.amin(1)
+    if kind == "softmin":
+        prior = -math.log(count) if log_pi is None else log_pi
+        return -tau * torch.logsumexp(prior - losses / tau, dim=1)
+    if kind != "rwta":
+        raise ValueError(f"--world-loss {kind} is unknown: choose from {', '.join(get_args(WorldLoss))}")
+    best = losses.amin(1)
+    others = (losses.sum(1) - best) / max(1, count - 1)
+    return (1 - eps) * best + eps * others if count > 1 else best

@@ -13,18 +13,20 @@ future, N hypotheses, D latent width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from arm import Arm
+from arm import Arm, ArmConfig
 from data import Demos, sample_order, sample_rng
 from processor import Processor
+from prophet import draw_chance, prophet_width
 from world import Latents
 
-FLOW, MEMORY, PARTNER = 1, 2, 3  # keep apart what one number draws
+FLOW, MEMORY, PARTNER, CHANCE = 1, 2, 3, 4  # keep apart what one number draws
 TRAINING, ROLLOUT, HELD_OUT = 0, 10, 20  # and what it is drawn for
 SPLIT_STREAM = 31
 PARTNERS = 1024  # pasts that travel with an arm, for `shuffle` in rollouts
@@ -76,7 +78,7 @@ class Source:
         return torch.from_numpy(noise).to(self.device), torch.from_numpy(times).to(self.device)
 
     def world(self, index: np.ndarray, keys: np.ndarray, needed: tuple[str, ...]) -> dict[str, Tensor]:
-        """Gather past and future latents, partners' pasts and memory noise, those that are `needed`."""
+        """Gather past and future latents, partners' pasts and hypotheses' noise, those that are `needed`."""
         config, out = self.arm.config, {}
         if "z_hist" in needed:
             out["z_hist"] = self.past(index)  # (B, T, D)
@@ -86,9 +88,9 @@ class Source:
         if "z_partner" in needed:
             out["z_partner"] = self.past(self.partners(index, keys))
         if "noise" in needed:
-            shape = (config.future, config.world_dim)
-            rows = [self.rng(MEMORY, key, 0).standard_normal(shape, np.float32) for key in keys]
-            out["noise"] = torch.from_numpy(np.stack(rows))  # (B, N*K, D)
+            out["noise"] = stack(memory_noise(config, self.hypotheses(MEMORY, key)) for key in keys)
+        if "chance" in needed:
+            out["chance"] = stack(chance(config, self.hypotheses(CHANCE, key)) for key in keys)
         return {name: tensor.to(self.device) for name, tensor in out.items()}
 
     def past(self, index: np.ndarray) -> Tensor:
@@ -109,8 +111,28 @@ class Source:
             found.append(other)
         return np.array(found)
 
+    def hypotheses(self, what: int, key: int) -> list[np.random.Generator]:
+        """One generator a hypothesis, so that what is drawn for one does not depend on their number."""
+        return [self.rng(what, key, n) for n in range(self.arm.config.num_hypotheses)]
+
     def rng(self, what: int, *key: int) -> np.random.Generator:
         return sample_rng(self.seed, self.stream + what, *map(int, key))
+
+
+def memory_noise(config: ArmConfig, rngs: list[np.random.Generator]) -> np.ndarray:
+    """Draw one sample's rows (N*K, D) of `random` memory, unit Gaussian."""
+    shape = (config.future, config.world_dim)
+    return np.concatenate([rng.standard_normal(shape, np.float32) for rng in rngs])
+
+
+def chance(config: ArmConfig, rngs: list[np.random.Generator]) -> np.ndarray:
+    """Draw what tells one sample's hypotheses apart, (N, ., h)."""
+    width = prophet_width(config.world_dim)
+    return draw_chance(config.hypothesis_method, rngs, config.future, width, config.prophet_dropout)
+
+
+def stack(rows: Iterable[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(list(rows)))
 
 
 def held_out(demos: Demos, share: float) -> np.ndarray:

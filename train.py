@@ -314,7 +314,7 @@ def optimizer_step(
             loss = action / counts[0]
             sums = [action.detach(), torch.zeros_like(action), torch.zeros_like(action)]
             if "world" in out:
-                world = torch.where(out["counted"][:, None], out["world"], 0).mean(1).sum()
+                world = torch.where(out["counted"], out["world"], 0).sum()
                 loss = loss + config.lambda_world * world / counts[1].clamp(min=1)
                 sums[1], sums[2] = world.detach(), out["world_cos"].mean(1).sum()
             (loss * ranks * weight).backward()  # DDP averages over ranks; times `ranks` makes it the sum

@@ -43,7 +43,7 @@ def velocity(
     block = flags.cumsum(0).expand_as(mask) * 2  # images and language 0, state and padding 2
     world = torch.zeros_like(mask)
     if "prefix_tokens" in sites:
-        x, finite, _ = caches["prefix_tokens"]
+        x, finite, _, bias = caches["prefix_tokens"]
         own = 1 if policy.fusion.prefix_block == "state" else 0
         count = mask[:, :state].sum(1, keepdim=True)
         insert = lambda a, b: torch.cat([a[:, :state], b, a[:, state:]], dim=1)  # noqa: E731
@@ -53,6 +53,9 @@ def velocity(
         world, mask = insert(world, torch.ones_like(finite)), insert(mask, finite)
     strength = torch.tanh(sites["prefix_tokens"].gate) if "prefix_tokens" in sites and gated else None
 
+    odds = torch.zeros(mask.shape)
+    if "prefix_tokens" in sites and bias is not None:
+        odds[world] = bias.flatten()
     chunk = x_t.shape[1]
     unpadded = (mask & ~world).sum(1, keepdim=True)
     position = torch.cat([position, unpadded + torch.arange(chunk)], dim=1)
@@ -60,7 +63,8 @@ def velocity(
     mask = F.pad(mask, (0, chunk), value=True)
     world = F.pad(world & gated, (0, chunk))
     allowed = (block[:, None, :] <= block[:, :, None]) & mask[:, None, :]  # (B, S, S)
-    actions = layers(policy, embs, actions, position, allowed, world, strength)
+    odds = F.pad(odds, (0, chunk))
+    actions = layers(policy, embs, actions, position, allowed, world, strength, odds)
     actions = policy.expert.norm(actions)
     if "late" in sites:
         actions = sites["late"](actions, caches["late"])
@@ -75,6 +79,7 @@ def layers(
     allowed: Tensor,
     world: Tensor,
     strength: Tensor | None,
+    odds: Tensor,
 ) -> Tensor:
     """Run all layers over prefix (B, P, W) and actions (B, C, We); gives the actions' hidden states."""
     config, length = policy.config, prefix.shape[1]
@@ -82,11 +87,11 @@ def layers(
         expert = policy.expert.layers[i // config.stride] if i % config.stride == 0 else None
         q, k, v = project(text, prefix, position[:, :length], config.head_dim)
         seen, hides = allowed[:, :length, :length], world[:, :length]
-        new = block_out(text, prefix, attention(q, k, v, seen, hides, strength))
+        new = block_out(text, prefix, attention(q, k, v, seen, hides, strength, odds[:, :length]))
         if expert is not None and config.is_self_layer(i):
             qa, ka, va = project(expert, actions, position[:, length:], config.head_dim)
             k, v = torch.cat([k, ka], dim=1), torch.cat([v, va], dim=1)
-            out = attention(qa, k, v, allowed[:, length:], world, strength)
+            out = attention(qa, k, v, allowed[:, length:], world, strength, odds)
             actions = block_out(expert, actions, out)
         elif expert is not None:
             restarted = torch.arange(actions.shape[1]).expand(len(actions), -1)
@@ -96,7 +101,7 @@ def layers(
                 heads(own.k_proj(k.flatten(2)), config.head_dim),
                 heads(own.v_proj(v.flatten(2)), config.head_dim),
             )
-            out = attention(qa, k, v, allowed[:, length:, :length], hides, strength)
+            out = attention(qa, k, v, allowed[:, length:, :length], hides, strength, odds[:, :length])
             actions = block_out(expert, actions, out)
         prefix = new
     return actions
@@ -121,12 +126,12 @@ def rotate(x: Tensor, position: Tensor) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, world: Tensor, strength: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, world: Tensor, strength: Tensor | None, odds: Tensor
 ) -> Tensor:
     """Softmax attention over (B, L, H, d) and (B, S, G, d); behind the gate where keys are world tokens."""
     group = q.shape[2] // k.shape[2]
     k, v = (x[:, :, torch.arange(q.shape[2]) // group] for x in (k, v))  # G -> H heads
-    scores = torch.einsum("blhd,bshd->bhls", q, k) * q.shape[-1] ** -0.5
+    scores = torch.einsum("blhd,bshd->bhls", q, k) * q.shape[-1] ** -0.5 + odds[:, None, None]
 
     def out(visible: Tensor) -> Tensor:
         masked = torch.where(visible[:, None], scores, torch.finfo(scores.dtype).min)

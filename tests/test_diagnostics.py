@@ -27,7 +27,7 @@ from diagnostics import (
     record,
     world_diagnostics,
 )
-from fusion import SITES, token_rows
+from fusion import SITES, Memory, token_rows
 from prophet import change_target
 
 K, D = tiny.FUTURE, tiny.LATENT
@@ -56,7 +56,7 @@ def made(fusion: tuple[str, ...] = ("late",), config=tiny.CONFIG, memory: str = 
 def with_bank(site: str, memory: torch.Tensor) -> Arm:
     """An arm that is handed this memory (B, N, K, D), whatever its mode."""
     arm = made((site,), prefix_tokens=K)
-    arm.memory = lambda *_: memory.flatten(1, 2)
+    arm.memory = lambda *_: Memory(memory.flatten(1, 2))
     if site == "prefix_tokens":
         arm.policy.fusion.sites[site].rows = token_rows(memory.shape[1] * K, memory.shape[1], K)
     return arm
@@ -421,7 +421,7 @@ def test_one_bad_row_is_not_attended_to(site):
     before = attention(arm)
     memory[0, 0, 1, :] = float("nan")
     assert attention(arm) == before and all(math.isfinite(value) for value in before.values())
-    arm.memory = lambda *_: memory[:1, 0]  # and its sample counts by the others
+    arm.memory = lambda *_: Memory(memory[:1, 0])  # and its sample counts by the others
     assert set(attention(arm, first_sample(tiny.world()), first_sample(tiny.inputs()))) == set(before)
 
 
