@@ -43,7 +43,9 @@ from prophet import (
     bank_loss,
     change_target,
     counted_steps,
+    intervene,
     make_memory,
+    parse_mode,
     world_loss,
 )
 from world import PCA, WorldConfig, encoder_from_state
@@ -261,8 +263,7 @@ class Arm(nn.Module):
 
         Raises ValueError for a mode that this arm cannot have, or no rollout.
         """
-        if mode not in NEEDS:
-            raise ValueError(f"--memory {mode} is unknown: choose from {', '.join(NEEDS)}")
+        mode, _ = parse_mode(mode, self.config.num_hypotheses)
         if rollout and mode not in ROLLOUT_MODES:
             raise ValueError(
                 f"--memory {mode} needs the future, which a rollout has not: choose from "
@@ -281,13 +282,21 @@ class Arm(nn.Module):
         """Run the prophet on a past (B, T, D); world has "chance" where hypotheses differ by it."""
         return self.prophet(past, world.get("chance"))
 
-    def memory(self, mode: str, like: Tensor, world: dict, imagined: Imagined | None = None) -> Memory | None:
-        """Make the memory of `mode`, rows (B, N*K, D).
+    def memory(
+        self,
+        mode: str,
+        like: Tensor,
+        world: dict,
+        imagined: Imagined | None = None,
+        best: Tensor | None = None,
+    ) -> Memory | None:
+        """Make the memory of `mode`, or of an intervention on a bank, rows (B, N*K, D).
 
         Args: like (B, D) gives batch, width and type; world with what `needs` names: z_hist and z_partner
         (B, T, D), z_future (B, K, D), noise (B, N*K, D), unit Gaussian, chance (B, N, ., h); imagined, what
-        the prophet makes of z_hist, where it has run already.
+        the prophet makes of z_hist, where it has run already; best (B,), the hypothesis that `best1` keeps.
         """
+        mode, change = parse_mode(mode, self.config.num_hypotheses)
         futures = log_pi = None
         noise = world.get("noise")
         if "prophet" in NEEDS[mode] and self.prophet is not None:
@@ -295,6 +304,8 @@ class Arm(nn.Module):
             if imagined is None or mode == "shuffle":
                 imagined = self.imagine(past, world)
             futures, log_pi = absolute(imagined.y, past, self.config.delta), imagined.log_pi
+            if change is not None:
+                futures, log_pi = intervene(change, futures, log_pi, best)
         if "noise" in NEEDS[mode]:
             noise = noise * self.encoder.stats.dim_std.to(noise)
         rows = make_memory(
@@ -318,8 +329,8 @@ class Arm(nn.Module):
 
         Args: inputs as `Processor` makes them; world with what the configuration's `trains_on` names, "valid"
         (B, K) among it; noise (B, R, C, A_max), time (B, R).
-        Returns: "action" (B, R, C, A); with a prophet "predicted" (B, N, K, D), "world" (B,), "counted" (B,)
-        and "world_cos" (B, N).
+        Returns: "action" (B, R, C, A); with a prophet "predicted" (B, N, K, D), "world" (B,), "counted" (B,),
+        "world_cos" (B, N) and "winner" (B,), the hypothesis of least loss, -1 where nothing counts.
         """
         imagined = None if self.prophet is None else self.imagine(world["z_hist"], world)
         memory = self.memory(self.config.mode, self.like(noise), world, imagined)
@@ -335,7 +346,10 @@ class Arm(nn.Module):
         if config.world_loss == "single":
             single = world_loss(imagined.y.mean(1, keepdim=True), *rest)[0][:, 0]
         loss = bank_loss(losses, config.world_loss, single, imagined.log_pi, config.tau, config.rwta_eps)
-        return {"predicted": imagined.y, "world": loss, "counted": counted, "world_cos": cosine}
+        winner = torch.where(counted, losses.detach().argmin(1), -1)
+        return {
+            "predicted": imagined.y, "world": loss, "counted": counted, "world_cos": cosine, "winner": winner,
+        }  # fmt: skip
 
     def like(self, noise: Tensor) -> Tensor:
         """A tensor (B, D) of the batch, type and device of the flow noise (B, ...)."""
@@ -347,9 +361,11 @@ class Arm(nn.Module):
         return counted_steps(target, world["valid"], self.scale).any(1)
 
     @torch.no_grad()
-    def act(self, inputs: dict, noise: Tensor, mode: str, world: dict | None = None) -> Tensor:
-        """Predict a chunk of normalised actions (B, C, A) under a memory mode; world as `needs` names it."""
-        memory = self.memory(mode, self.like(noise), world or {})
+    def act(
+        self, inputs: dict, noise: Tensor, mode: str, world: dict | None = None, best: Tensor | None = None
+    ) -> Tensor:
+        """Predict a chunk of normalised actions (B, C, A) under a memory mode; world, best as in `memory`."""
+        memory = self.memory(mode, self.like(noise), world or {}, best=best)
         return self.policy.predict_chunk(inputs, noise, memory)
 
 

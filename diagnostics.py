@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arm import Arm
-from fusion import GatedCrossAttention, MemoryCache, SiteMemory
+from fusion import GatedCrossAttention, Memory, MemoryCache, SiteMemory
 from layers import Block, WorldMask
 from model import SmolVLA, flow_target, prefix_inputs
 from prophet import change_target, counted_steps, world_loss
@@ -294,6 +294,118 @@ def group_mass(p: Tensor, groups: list[int]) -> Tensor:
 def entropy(p: Tensor) -> Tensor:
     """Shannon entropy over the last axis, in nats; 0 log 0 is 0."""
     return torch.special.entr(p).sum(-1)
+
+
+# ---- which hypothesis is attended to ------------------------------------------------------------------
+
+
+@torch.no_grad()
+def attention_mass(
+    arm: Arm,
+    inputs: dict,
+    world: dict[str, Tensor],
+    noise: Tensor,
+    time: Tensor | None = None,
+    mode: str | None = None,
+) -> Tensor | None:
+    """Measure each hypothesis' share (B, N) of the attention to memory, at the first denoising step.
+
+    Args: inputs as a rollout has them, without actions; world with what `arm.needs(mode)` names; noise
+    (B, C, A_max), or the noisy actions at another flow time (B,); mode, by default the arm's own.
+    Returns None where there is no memory: for an arm without sites, and in mode `off`.
+    """
+    memory = None
+    if arm.policy.fusion is not None:
+        memory = arm.memory(mode or arm.config.mode, arm.like(noise), world)
+    return None if memory is None else memory_mass(arm, inputs, memory, noise, time)
+
+
+@torch.no_grad()
+def memory_mass(arm: Arm, inputs: dict, memory: Memory, noise: Tensor, time: Tensor | None = None) -> Tensor:
+    """Measure what `attention_mass` does for a memory that is there already.
+
+    Sums over a hypothesis' steps; averages over queries without padding, heads and sites, closed ones too.
+    A sample without a finite memory row has no shares: NaN.
+    """
+    sites, steps = arm.policy.fusion.sites, arm.config.future
+    # Not `fusion.prepare`, which leaves closed sites out where no gradient is wanted.
+    cache = {name: site.prepare(memory) for name, site in sites.items()}
+    time = noise.new_ones(len(noise)) if time is None else time
+    # `record` mixes noise with actions; mixed with itself it stays what it is, at any time.
+    calls, mask = record(arm.policy, cache, {**inputs, "action": noise}, noise[:, None], time[:, None])
+    found = []
+    for name, site in sites.items():
+        if name == "prefix_tokens":
+            (p, _), rows = token_attention(calls[name], len(site.rows)), site.rows
+        else:
+            [(_, (h, prepared))] = calls[name]
+            (p, _), rows = site_attention(site, h, prepared), range(memory.rows.shape[1])
+        shares = group_mass(p, [row // steps for row in rows]).mean(1)  # (B, H, L, M) -> (B, L, N)
+        kept = mask if name == "prefix_cross" else mask.new_ones(shares.shape[:2])
+        shares = torch.where(kept[..., None], shares, 0.0).sum(1) / kept.sum(1, keepdim=True)  # -> (B, N)
+        found.append(torch.where(cache[name].finite.any(1, keepdim=True), shares, torch.nan))
+    return torch.stack(found).mean(0)
+
+
+def most_attended(arm: Arm, inputs: dict, world: dict[str, Tensor], noise: Tensor) -> Tensor:
+    """Name the hypothesis (B,) of `pred` with most attention at the first denoising step: `best1` keeps it.
+
+    Args as `attention_mass` takes them. A sample without a finite memory row gets hypothesis 0.
+    """
+    mass = attention_mass(arm, inputs, world, noise, mode="pred")
+    return torch.nan_to_num(mass, nan=0.0).argmax(1)
+
+
+# ---- over many steps ----------------------------------------------------------------------------------
+
+WINDOW = 1_000  # samples that usage is counted over
+DEAD = 0.01  # share of wins below which a hypothesis is dead
+COLLAPSED = 0.01  # mean pairwise 1 - cos below which hypotheses are one
+PATIENCE = 1_000  # steps of it before a word is said
+
+
+class Usage:
+    """Which hypotheses won of late: of each sample, the one nearest to what came."""
+
+    def __init__(self, hypotheses: int, device: torch.device) -> None:
+        self.hypotheses, self.seen = hypotheses, 0
+        self.winners = torch.full((WINDOW,), -1, device=device)
+
+    def add(self, winner: Tensor) -> None:
+        """Note the winners (B,) of a batch, -1 where none was counted; nothing leaves the device."""
+        place = (self.seen + torch.arange(len(winner), device=winner.device)) % WINDOW
+        self.winners[place] = winner
+        self.seen += len(winner)
+
+    def read(self) -> dict[str, float]:
+        """Give `usage_ppl`, the perplexity of wins (N: all alike, 1: one wins), and the number of `dead`."""
+        wins = torch.bincount(self.winners[self.winners >= 0], minlength=self.hypotheses).double()
+        if self.hypotheses == 1 or not wins.sum():
+            return {}
+        share = wins / wins.sum()
+        return {"usage_ppl": entropy(share).exp().item(), "dead": int((share < DEAD).sum())}
+
+
+class CollapseWatch:
+    """Says once when hypotheses have been one and the same for PATIENCE steps; never stops a run."""
+
+    def __init__(self) -> None:
+        self.since: int | None = None
+        self.said = False
+
+    def see(self, step: int, line: dict[str, float]) -> str | None:
+        """Look at a log line; give a warning where it is time for one."""
+        if line.get("div_cos", 1.0) >= COLLAPSED:
+            self.since = None
+            return None
+        self.since = step if self.since is None else self.since
+        if self.said or step - self.since < PATIENCE:
+            return None
+        self.said = True
+        return (
+            f"warning: the hypotheses have been the same for {step - self.since} steps (div_cos "
+            f"{line['div_cos']:.4f}): try --world-loss rwta or softmin, or another --hypothesis-method"
+        )
 
 
 # ---- gradients ----------------------------------------------------------------------------------------

@@ -33,11 +33,13 @@ from torch import Tensor
 
 from arm import Arm, load_arm
 from data import load, sample_rng
+from diagnostics import most_attended
 from files import read_json
+from imagine import Decision, decisions_of, future_plan, save_strips, strips_of_episode
 from offline import measurable, measure, record, table
 from pool import EnvPool, Observation, SimCrash
 from processor import Processor
-from prophet import ROLLOUT_MODES, MemoryMode
+from prophet import NEEDS, ROLLOUT_MODES
 from render import setup_gl
 from sim import CAMERAS, NUM_INIT_STATES, SUITES, SimConfig, parse_ids
 from source import CHANCE, FLOW, MEMORY, PARTNER, ROLLOUT, Source, chance, memory_noise, stack
@@ -51,8 +53,12 @@ class EvalConfig:
     checkpoint: Annotated[Path | None, tyro.conf.Positional] = None
     """Run folder or checkpoint folder; default: the newest run under runs/."""
 
-    memory: tuple[MemoryMode, ...] = ()
-    """Memory modes to roll out, one after the other; default: the one that the arm was trained with."""
+    memory: tuple[str, ...] = ()
+    """Memory modes (prophet.py) to roll out, one after the other, or interventions on a bank: best1, mean1,
+    dup, drop:i. Default: the mode that the arm was trained with."""
+
+    imagine: int = 0
+    """Episodes of each mode whose imagined futures are drawn, a filmstrip a decision, into RUN/imagined/."""
 
     offline: Path | None = None
     """Demonstrations to measure the action loss on, instead of rolling out: those episodes of the run's own
@@ -221,6 +227,7 @@ class Episode:
     fingerprint: dict[str, list[float]] = field(default_factory=dict)
     prompt: str = ""
     retried: bool = False
+    imagined: list[Decision] | None = None  # where its futures are to be drawn
 
     def see(self, observation: Observation, arm: Arm, keep_history: bool) -> None:
         """Take in an observation: timings, the first pictures' mean colours, latents for the history."""
@@ -232,7 +239,7 @@ class Episode:
             self.fingerprint = {
                 c: f.mean((0, 1)).round(2).tolist() for (_, c), f in observation.frames.items()
             }
-        if keep_history and not observation.done:
+        if keep_history and (self.imagined is not None or not observation.done):
             self.remember(observation, arm, before)
 
     def remember(self, observation: Observation, arm: Arm, before: int) -> None:
@@ -260,9 +267,17 @@ class Rollout:
     """Runs episodes of one mode in a pool of environments, deciding for a fixed number of rows at a time."""
 
     def __init__(
-        self, arm: Arm, processor: Processor, plan: Plan, mode: str, pool: EnvPool, device: torch.device
+        self,
+        arm: Arm,
+        processor: Processor,
+        plan: Plan,
+        mode: str,
+        pool: EnvPool,
+        device: torch.device,
+        imagine: int = 0,
     ) -> None:
         self.arm, self.processor, self.mode = arm, processor, mode
+        self.to_draw = imagine if "prophet" in NEEDS.get(mode, ()) else 0  # episodes
         self.plan, self.pool, self.device = plan, pool, device
         self.needs = arm.needs(mode)
         self.keep_history = "z_hist" in self.needs
@@ -303,6 +318,8 @@ class Rollout:
 
     def begin(self, i: int, episode: Episode) -> None:
         self.running[i] = episode
+        if self.to_draw > 0:
+            episode.imagined, self.to_draw = [], self.to_draw - 1
         episode.started = time.perf_counter()
         self.pool.reset(i, episode.task, episode.init_state, cameras=self.at_decision)
 
@@ -322,10 +339,17 @@ class Rollout:
         noise, world = self.draw(episodes)
         if self.keep_history:
             world["z_hist"] = torch.stack([e.history(self.arm.config) for e in episodes]).to(self.device)
-        chunk = self.arm.act(inputs, noise, self.mode, world)
+        best = most_attended(self.arm, inputs, world, noise) if self.mode == "best1" else None
+        chunk = self.arm.act(inputs, noise, self.mode, world, best)
         actions = self.processor.unnormalise(chunk).clamp(-1, 1).cpu().numpy()
         actions[..., 6] = np.where(actions[..., 6] > 0, 1.0, -1.0)  # of the gripper's only the sign counts
         seconds = (time.perf_counter() - started) / len(rows)
+        if any(e.imagined is not None for e in episodes):
+            at = [e.steps for e in episodes]
+            made = decisions_of(self.arm, inputs, world, noise, self.mode, at)
+            for episode, decision in zip(episodes[: len(rows)], made, strict=False):
+                if episode.imagined is not None:
+                    episode.imagined.append(decision)
         for (i, _), row in zip(rows, actions, strict=False):
             self.running[i].policy += seconds
             self.running[i].decisions += 1
@@ -337,7 +361,9 @@ class Rollout:
         frames = [(n, camera) for camera in self.at_decision]
         if self.keep_history:
             steps = frame_plan(n, config.history, config.world_stride)
-            frames += [(k, camera) for k in steps if k < n for camera in self.world_cameras]
+            if self.running[i].imagined is not None:
+                steps = {*steps, *future_plan(n, config.future, config.world_stride)}
+            frames += [(k, camera) for k in sorted(steps) if k < n for camera in self.world_cameras]
         self.pool.run(i, actions[:n], frames)
 
     def draw(self, episodes: list[Episode]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -453,7 +479,8 @@ def main(config: EvalConfig) -> None:
     path = run_folder / "episodes.jsonl"
     with EnvPool(config.num_envs, plan.sim) as pool:
         for mode in modes:
-            evaluate(Rollout(arm, processor, plan, mode, pool, device), folder.name, path)
+            rollout = Rollout(arm, processor, plan, mode, pool, device, config.imagine)
+            evaluate(rollout, folder.name, path)
 
 
 def evaluate_offline(
@@ -492,6 +519,10 @@ def evaluate(rollout: Rollout, checkpoint: str, path: Path) -> None:
     clock, lines = time.perf_counter(), []
     for episode, last, crash in rollout.run(starts):
         lines.append(result(plan, shared, episode, last, crash))
+        if episode.imagined:
+            name = f"{mode}-task{episode.task}-init{episode.init_state}"
+            strips = strips_of_episode(rollout.arm, episode.imagined, episode.latents)
+            save_strips(path.parent / "imagined", name, strips)
         with path.open("a") as file:
             file.write(json.dumps(lines[-1]) + "\n")
         wins, crashes = sum(bool(r["success"]) for r in lines), sum(r["crash"] is not None for r in lines)

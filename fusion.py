@@ -209,7 +209,7 @@ class Fusion(nn.Module):
             raise ValueError(
                 f"--fusion {' '.join(unknown) or '(nothing)'} is unknown: choose from {', '.join(SITES)}"
             )
-        self.memory_width, self.prefix_block = memory_width, prefix_block
+        self.memory_width, self.prefix_block, self.hypotheses = memory_width, prefix_block, hypotheses
         self.sites, codes = nn.ModuleDict(), hypotheses if coded else 0
         for site in sites:
             width = widths[site]

@@ -211,13 +211,15 @@ class SmolVLA(nn.Module):
     ) -> tuple[Tensor, WorldMask]:
         """Extend positions (B, P) and what may be seen (B, 1, P, P) by m world tokens, stored last.
 
-        Their positions go on from the unpadded images and language, whose number the state's is too: nothing
-        else moves. They see images, language and one another. Who sees them: in block `prefix` every token,
-        in block `state` only the state (and actions, in `velocity`).
+        Each hypothesis' positions go on from the unpadded images and language, whose number the state's is
+        too: nothing else moves. They see images, language and one another. Who sees them: in block `prefix`
+        every token, in block `state` only the state (and actions, in `velocity`).
         """
         count = world.x.shape[1]
         early = mask & (block == 0)  # (B, P), images and language
-        own = early.sum(1, keepdim=True) + torch.arange(count, device=mask.device)
+        # Hypotheses share their positions: those that differ by chance alone may then change places.
+        step = torch.arange(count, device=mask.device) % (count // self.fusion.hypotheses)
+        own = early.sum(1, keepdim=True) + step
         rows = early[:, None, None, :].expand(-1, -1, count, -1)  # (B, 1, m, P)
         hidden = F.pad(torch.cat([allowed, rows], dim=2), (0, count))  # (B, 1, P + m, P + m)
         sees = F.pad(block >= (self.fusion.prefix_block == "state"), (0, count), value=True)  # (P + m,)

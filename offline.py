@@ -22,6 +22,7 @@ import torch
 
 from arm import Arm
 from data import Demos
+from diagnostics import most_attended
 from model import sample_means
 from prophet import MODES
 from source import HELD_OUT, Source
@@ -50,7 +51,8 @@ class Offline:
 def measurable(arm: Arm) -> list[str]:
     """Name the modes that an arm can be measured under, oracle among them."""
     found = []
-    for mode in MODES:
+    count = arm.config.num_hypotheses
+    for mode in (*MODES, "best1", "mean1", "dup", *(f"drop:{i}" for i in range(count))):
         try:
             arm.needs(mode, rollout=False)
         except ValueError:
@@ -99,7 +101,8 @@ def source_losses(source: Source, index: np.ndarray, modes: list[str]) -> dict[s
     needed = {name for mode in modes for name in arm.needs(mode, rollout=False)}
     world, out = source.world(index, index, tuple(needed)), {}
     for mode in modes:
-        memory = arm.memory(mode, arm.like(noise), world)
+        best = most_attended(arm, inputs, world, noise[:, 0]) if mode == "best1" else None
+        memory = arm.memory(mode, arm.like(noise), world, best=best)
         loss = arm.policy(inputs, noise, times, memory)  # (B, R, C, A)
         out[mode] = sample_means(loss, inputs["is_pad"]).double().cpu().numpy()
     return out

@@ -59,6 +59,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "current": ("z_hist",),
     "history": ("z_hist",),
 }
+# Changes to `pred` with a bank, after training: which of N hypotheses the policy is left with.
+INTERVENTIONS = ("best1", "mean1", "dup", "drop:i")
 ROLLOUT_MODES = tuple(mode for mode in MODES if "z_future" not in NEEDS[mode])  # nobody has the future there
 SIGN_SEED = 0x51F  # of `signflip`: the same signs in every run
 STILL = 0.01  # a change shorter than this share of the usual one has no direction to learn
@@ -217,6 +219,40 @@ def make_memory(
     if mode == "history":
         rows = z_hist[:, past_rows(z_hist.shape[1], steps)]  # (B, T, D) -> (B, K, D)
     return rows.repeat(1, hypotheses, 1)  # (B, K, D) -> (B, N*K, D)
+
+
+def parse_mode(name: str, hypotheses: int) -> tuple[str, str | None]:
+    """Split what --memory names into a mode and an intervention on its bank; ValueError for neither."""
+    if name in MODES:
+        return name, None
+    which = name.removeprefix("drop:")
+    if name not in INTERVENTIONS[:3] and not (which != name and which.isdigit()):
+        known = f"{', '.join(MODES)}; with a bank {', '.join(INTERVENTIONS)}"
+        raise ValueError(f"--memory {name} is unknown: choose from {known}")
+    if hypotheses == 1:
+        raise ValueError(f"--memory {name}: this arm imagines one future, there is no bank to change")
+    if which != name and int(which) >= hypotheses:
+        raise ValueError(f"--memory {name}: hypotheses are numbered 0 to {hypotheses - 1}")
+    return "pred", name
+
+
+def intervene(name: str, futures: Tensor, log_pi: Tensor | None, best: Tensor | None = None) -> tuple:
+    """Change a bank's futures (B, N, K, D) and odds (B, N); what is taken away is not finite, hence not seen.
+
+    `best1`: hypothesis `best` (B,) alone; `mean1`: their mean, as hypothesis 0; `dup`: hypothesis 0 in every
+    place, as many tokens without diversity; `drop:i`: all but i.
+    """
+    count = futures.shape[1]
+    if name == "dup":
+        return futures[:, :1].expand(-1, count, -1, -1), None
+    own = torch.arange(count, device=futures.device)
+    if name == "mean1":
+        futures, kept, log_pi = futures.mean(1, keepdim=True).expand(-1, count, -1, -1), own == 0, None
+    elif name == "best1":
+        kept = own == best[:, None]  # (B, N)
+    else:
+        kept = own != int(name.removeprefix("drop:"))
+    return torch.where(kept.expand(len(futures), -1)[..., None, None], futures, torch.nan), log_pi
 
 
 def signs(width: int) -> Tensor:

@@ -36,7 +36,14 @@ from arm import Arm, ArmConfig, Summary, load_arm, stored_config
 from checkpoint import fresh_processor, load_policy, start_from_vlm
 from config import PRESETS
 from data import CAMERAS, Demos, load, statistics
-from diagnostics import attention_diagnostics, gradient_norms, memory_norm, world_diagnostics
+from diagnostics import (
+    CollapseWatch,
+    Usage,
+    attention_diagnostics,
+    gradient_norms,
+    memory_norm,
+    world_diagnostics,
+)
 from files import read_json
 from model import SmolVLA, masked_mean
 from offline import measure
@@ -305,6 +312,7 @@ def optimizer_step(
     ]
     counts = sum_over_ranks(sum(weight * count_terms(source, batch) for batch, weight in micro))
     optimizer.zero_grad(set_to_none=True)
+    winners = []
     logs = torch.zeros(3, device=source.device)  # action loss, world loss, world cosine: sums
     for i, (batch, weight) in enumerate(micro):
         last = i == len(micro) - 1
@@ -317,6 +325,7 @@ def optimizer_step(
                 world = torch.where(out["counted"], out["world"], 0).sum()
                 loss = loss + config.lambda_world * world / counts[1].clamp(min=1)
                 sums[1], sums[2] = world.detach(), out["world_cos"].mean(1).sum()
+                winners.append(out["winner"])
             (loss * ranks * weight).backward()  # DDP averages over ranks; times `ranks` makes it the sum
         logs += weight * torch.stack(sums)
     norms = gradient_norms(source.arm) if logged else {}  # before they are clipped
@@ -325,6 +334,7 @@ def optimizer_step(
         group["lr"] = group["peak"] * lr_factor(config, first)
     optimizer.step()
     facts = {"sums": logs, "counts": counts, "lr": optimizer.param_groups[0]["lr"]}
+    facts |= {"winner": torch.cat(winners)} if winners else {}
     return facts | {"norms": {"grad_norm": norm} | norms, "batch": batch, "predicted": out.get("predicted")}
 
 
@@ -401,6 +411,7 @@ def main(config: TrainConfig) -> None:
     # loop
     source = Source(arm, processor, demos, latents, device, config.seed, config.flow_draws, frames=frames)
     model = DistributedDataParallel(arm, gradient_as_bucket_view=True) if ranks > 1 else arm
+    usage, watch = Usage(config.num_hypotheses, device), CollapseWatch()
     clock, since = time.perf_counter(), done
     while done < config.total_samples:
         count = min(config.batch_size, config.total_samples - done)
@@ -408,11 +419,15 @@ def main(config: TrainConfig) -> None:
         logged = (step + 1) % config.log_every == 0 or finished
         out = optimizer_step(config, source, model, optimizer, done, count, rank, ranks, logged)
         step, done, before = step + 1, done + count, done
+        if "winner" in out:
+            usage.add(out["winner"])
         if logged:
             rate = (done - since) / (time.perf_counter() - clock)
-            line = log_line(config, arm, out, step, done, rate)
+            line = log_line(config, arm, out, step, done, rate) | usage.read()
             if rank == 0:
                 log(config, line)
+            if warning := watch.see(step, line):
+                say(warning)
             clock, since = time.perf_counter(), done
         if config.val_every and (finished or done // config.val_every > before // config.val_every):
             line = {"samples": done, "step": step} | validate(source, out_episodes, rank, ranks)

@@ -48,7 +48,8 @@ def velocity(
         count = mask[:, :state].sum(1, keepdim=True)
         insert = lambda a, b: torch.cat([a[:, :state], b, a[:, state:]], dim=1)  # noqa: E731
         embs = insert(embs, x)
-        position = insert(position, count + torch.arange(x.shape[1]))
+        each = x.shape[1] // policy.fusion.hypotheses
+        position = insert(position, count + torch.arange(x.shape[1]) % each)
         block = insert(block, torch.full(finite.shape, own))
         world, mask = insert(world, torch.ones_like(finite)), insert(mask, finite)
     strength = torch.tanh(sites["prefix_tokens"].gate) if "prefix_tokens" in sites and gated else None

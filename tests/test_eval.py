@@ -10,12 +10,23 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_arm import processor
 
 from arm import save_arm
-from eval import EvalConfig, find_checkpoint, frame_plan, key_of, make_plan, newest_run, read_done
+from eval import (
+    Episode,
+    EvalConfig,
+    Rollout,
+    find_checkpoint,
+    frame_plan,
+    key_of,
+    make_plan,
+    newest_run,
+    read_done,
+)  # fmt: skip
 from sim import NUM_INIT_STATES, parse_ids
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +40,20 @@ def test_the_frames_that_are_drawn_are_those_that_decisions_read(n, history, str
     last = 7 * n  # further decisions read what lies beyond
     needed = {m * n - j * stride for m in range(1, 60) for j in range(history)} | {m * n for m in range(60)}
     assert {step for step in drawn if step <= last} <= needed | {0}
+
+
+@pytest.mark.parametrize("method", ["dropout", "noise"])
+def test_a_hypothesis_stays_what_it_is_for_an_episode_and_is_another_in_the_next(method):
+    share = 0.3 if method == "dropout" else 0.0
+    arm = tiny.arm(num_hypotheses=3, hypothesis_method=method, prophet_dropout=share)
+    plan = make_plan(EvalConfig(episodes_per_task=2), run_config(), arm)
+    rollout = Rollout(arm, None, plan, "pred", None, torch.device("cpu"))
+    here, later, there = Episode(1, 3, "pred"), Episode(1, 3, "pred", decisions=5), Episode(1, 4, "pred")
+    noise, world = rollout.draw([here, later, there])
+    assert torch.equal(world["chance"][0], world["chance"][1]) and not torch.equal(noise[0], noise[1])
+    assert not torch.equal(world["chance"][0], world["chance"][2])
+    alone = rollout.draw([there])
+    assert torch.equal(alone[1]["chance"][0], world["chance"][2]) and torch.equal(alone[0][0], noise[2])
 
 
 def test_init_states_are_read_from_ranges_and_lists():

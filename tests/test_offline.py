@@ -76,3 +76,13 @@ def test_table_and_record_say_the_same(demos):  # noqa: F811
     assert f"{kept['modes']['pred']['loss']:8.4f}" in next(line for line in lines if line.startswith("pred"))
     assert kept["modes"]["pred"]["from_off"] == pytest.approx(found.mean("pred") - found.mean("off"))
     assert len(kept["modes"]["off"]["episodes"]) == 3
+
+
+def test_interventions_on_a_bank_are_measured_beside_its_modes(demos):  # noqa: F811
+    made = source(demos, memory="pred")
+    made.arm = tiny.arm("pred", num_hypotheses=3, hypothesis_method="ensemble")
+    open_arm(made)
+    modes = measurable(made.arm)
+    assert modes[-6:] == ["best1", "mean1", "dup", "drop:0", "drop:1", "drop:2"]
+    found = measure(made, np.arange(2), modes, frames=2, draws=1)
+    assert len({round(found.mean(mode), 7) for mode in modes}) == len(modes)

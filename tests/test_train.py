@@ -272,3 +272,17 @@ def test_every_site_trains_saves_and_resumes(data, fusion, tmp_path):
     train(data, tmp_path / "run", *MEMORY, *flags, "--total-samples", "16", "--save-every", "8")
     again = weights(tmp_path / "run")
     assert all((whole[name] == again[name]).all() for name in whole)
+
+
+@pytest.mark.parametrize(
+    "method", [("ensemble", "--world-loss", "min"), ("dropout", "--prophet-dropout", "0.2")]
+)
+def test_a_bank_trains_and_logs_what_its_hypotheses_do(data, method, tmp_path):
+    flags = ("--num-hypotheses", "3", "--hypothesis-method", *method, "--total-samples", "16")
+    train(data, tmp_path / "run", *MEMORY, *flags)
+    line = metrics(tmp_path / "run")[-1]
+    said = ("usage_ppl", "dead", "oracle_gap", "oracle_gap_excess", "div_cos", "world_cos_best")
+    assert all(
+        math.isfinite(line[k]) for k in (*said, "late/attn_entropy_hyp", "late/spike", "late/choose_best")
+    )
+    assert 1 <= line["usage_ppl"] <= 3
