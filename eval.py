@@ -115,6 +115,10 @@ class EvalConfig:
     threads: int | None = 1
     """Threads of torch on a CPU."""
 
+    def __post_init__(self) -> None:
+        if self.imagine < 0:
+            raise ValueError(f"--imagine {self.imagine} must be 0 or more episodes")
+
 
 # ---- what to roll out ---------------------------------------------------------------------------------
 
@@ -303,7 +307,9 @@ class Rollout:
                 if episode.retried:
                     yield episode, None, str(crash)
                 else:
-                    queue.appendleft(Episode(episode.task, episode.init_state, self.mode, retried=True))
+                    again = Episode(episode.task, episode.init_state, self.mode, retried=True)
+                    again.imagined = None if episode.imagined is None else []
+                    queue.appendleft(again)
                 continue
             for i, observation in answers:
                 self.running[i].see(observation, self.arm, self.keep_history)
@@ -318,7 +324,7 @@ class Rollout:
 
     def begin(self, i: int, episode: Episode) -> None:
         self.running[i] = episode
-        if self.to_draw > 0:
+        if self.to_draw > 0 and not episode.retried:
             episode.imagined, self.to_draw = [], self.to_draw - 1
         episode.started = time.perf_counter()
         self.pool.reset(i, episode.task, episode.init_state, cameras=self.at_decision)
@@ -516,11 +522,13 @@ def evaluate(rollout: Rollout, checkpoint: str, path: Path) -> None:
     starts = [s for s in plan.starts if key_of(shared | {"task_id": s[0], "init_state": s[1]}) not in done]
     if len(starts) < len(plan.starts):
         print(f"memory {mode}: {len(plan.starts) - len(starts)} of {len(plan.starts)} episodes are there")
+    if rollout.to_draw and not starts:
+        print(f"memory {mode}: nothing to imagine, all episodes are there; ask for others (--init-states)")
     clock, lines = time.perf_counter(), []
     for episode, last, crash in rollout.run(starts):
         lines.append(result(plan, shared, episode, last, crash))
         if episode.imagined:
-            name = f"{mode}-task{episode.task}-init{episode.init_state}"
+            name = f"{checkpoint}-{mode}-{plan.sim.suite}-task{episode.task}-init{episode.init_state}"
             strips = strips_of_episode(rollout.arm, episode.imagined, episode.latents)
             save_strips(path.parent / "imagined", name, strips)
         with path.open("a") as file:

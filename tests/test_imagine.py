@@ -47,6 +47,14 @@ def test_shares_sum_to_one_and_do_not_depend_on_the_batch(site):
     }
     alone = attention_mass(arm, first, {k: v[:1] for k, v in made.items()}, noise[:1])
     torch.testing.assert_close(mass[:1], alone, atol=1e-5, rtol=1e-4)
+    # The second sample's last token is padding; without it nothing else changes.
+    second = {
+        k: v[1:] if isinstance(v, torch.Tensor) else [x if x is None else x[1:] for x in v]
+        for k, v in tiny.inputs().items()
+    }
+    second |= {k: second[k][:, :-1] for k in ("tokens", "token_mask")}
+    alone = attention_mass(arm, second, {k: v[1:] for k, v in made.items()}, noise[1:])
+    torch.testing.assert_close(mass[1:], alone, atol=1e-5, rtol=1e-4)
 
 
 @each_site
