@@ -475,7 +475,8 @@ def diagnose(arm: Arm, out: dict) -> dict[str, float]:
     inputs, world, noise, times = out["batch"]
     found = {} if out["predicted"] is None else world_diagnostics(arm, world, out["predicted"])
     found |= memory_norm(arm, world, noise)
-    return found | attention_diagnostics(arm, inputs, world, noise, times)
+    # At time 1, as in a decision's first step: earlier, the noisy actions give away which future came.
+    return found | attention_diagnostics(arm, inputs, world, noise, torch.ones_like(times))
 
 
 def validate(source: Source, episodes: np.ndarray, rank: int, ranks: int) -> dict[str, float]:
