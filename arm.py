@@ -21,11 +21,10 @@ from typing import ClassVar, Literal, NamedTuple
 import safetensors
 import torch
 import torch.nn as nn
-from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoint import load_policy, save_policy
-from files import read_tensors
+from files import read_tensors, save_tensors
 from fusion import Fusion, Memory, Site
 from model import SmolVLA
 from processor import Processor
@@ -378,11 +377,11 @@ def site_widths(policy: SmolVLA) -> dict[str, int]:
 def save_arm(folder: Path, arm: Arm, processor: Processor) -> None:
     """Write a checkpoint folder: the policy as lerobot loads it, and what is ours in `world.safetensors`."""
     save_policy(folder, arm.policy, processor)
-    tensors = {name: t.contiguous() for name, t in arm.state_dict().items() if is_ours(name)}
+    tensors = {name: t for name, t in arm.state_dict().items() if is_ours(name)}
     if arm.encoder is not None:
-        tensors |= {f"encoder.{name}": t.contiguous() for name, t in arm.encoder.state().items()}
+        tensors |= {f"encoder.{name}": t for name, t in arm.encoder.state().items()}
     config = json.dumps(dataclasses.asdict(arm.config))
-    save_file(tensors, folder / WORLD_FILE, metadata={"config": config})
+    save_tensors(tensors, folder / WORLD_FILE, {"config": config})
 
 
 def is_ours(name: str) -> bool:

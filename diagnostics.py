@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arm import Arm
-from fusion import GatedCrossAttention, Memory, MemoryCache, SiteMemory
+from fusion import GatedCrossAttention, Memory, MemoryCache, SiteMemory, with_bias
 from layers import Block, WorldMask
 from model import SmolVLA, flow_target, prefix_inputs
 from prophet import change_target, counted_steps, world_loss
@@ -219,7 +219,7 @@ def site_attention(site: GatedCrossAttention, h: Tensor, memory: SiteMemory) -> 
     """Recompute a cross-attending site on h (B, L, W): probabilities (B, H, L, M), what it adds (B, L, W)."""
     mask = memory.finite[:, None, None]
     if memory.bias is not None:
-        mask = torch.where(mask, memory.bias[:, None, None], -torch.inf)
+        mask = with_bias(mask, memory.bias)
     p = attention_probabilities(site.split(site.q_proj(site.norm(h))), memory.k, mask)
     context = p.to(memory.v.dtype) @ memory.v
     branch = site.out_proj(context.transpose(1, 2).flatten(2))  # (B, H, L, W/H) -> (B, L, W)

@@ -34,7 +34,7 @@ from torch import Tensor
 from arm import Arm, load_arm
 from data import load, sample_rng
 from diagnostics import most_attended
-from files import read_json
+from files import append_json, read_json
 from imagine import Decision, decisions_of, future_plan, save_strips, strips_of_episode
 from offline import measurable, measure, record, table
 from pool import EnvPool, Observation, SimCrash
@@ -510,8 +510,7 @@ def evaluate_offline(
     found = measure(source, episodes, modes)
     print(f"checkpoint {folder}, data {config.offline}\n{table(found)}")
     line = {"checkpoint": folder.name, "data": str(config.offline), "fingerprint": demos.fingerprint}
-    with (run_folder / "offline.jsonl").open("a") as file:
-        file.write(json.dumps(line | record(found)) + "\n")
+    append_json(run_folder / "offline.jsonl", line | record(found))
 
 
 def evaluate(rollout: Rollout, checkpoint: str, path: Path) -> None:
@@ -531,8 +530,7 @@ def evaluate(rollout: Rollout, checkpoint: str, path: Path) -> None:
             name = f"{checkpoint}-{mode}-{plan.sim.suite}-task{episode.task}-init{episode.init_state}"
             strips = strips_of_episode(rollout.arm, episode.imagined, episode.latents)
             save_strips(path.parent / "imagined", name, strips)
-        with path.open("a") as file:
-            file.write(json.dumps(lines[-1]) + "\n")
+        append_json(path, lines[-1])
         wins, crashes = sum(bool(r["success"]) for r in lines), sum(r["crash"] is not None for r in lines)
         each = (time.perf_counter() - clock) / len(lines)
         verdict = "crash" if last is None else "success" if last.success else "failure"

@@ -36,16 +36,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read ({error}): copy the checkpoint again") from error
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file beside, then rename it: tensors may be mapped from the one it replaces."""
     partial = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
     partial.replace(path)
 
 
 def write_json(path: Path, content: dict) -> None:
     """Write indented JSON."""
     path.write_text(to_json(content) + "\n")
+
+
+def append_json(path: Path, line: dict) -> None:
+    """Append one line of JSON."""
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def to_json(content: dict, indent: int = 2) -> str:

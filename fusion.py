@@ -135,7 +135,7 @@ class GatedCrossAttention(nn.Module):
         # With no row left the mask is lifted, so that softmax stays finite, and the result is dropped below.
         mask = (memory.finite | ~any_row[:, None])[:, None, None]  # (B, M) -> (B, 1, 1, M)
         if memory.bias is not None:
-            mask = torch.where(mask, memory.bias[:, None, None], -torch.inf)
+            mask = with_bias(mask, memory.bias)
         context = F.scaled_dot_product_attention(
             self.split(self.q_proj(self.norm(h))), memory.k, memory.v, attn_mask=mask
         )
@@ -251,6 +251,11 @@ class Fusion(nn.Module):
         if memory is None or site not in memory:
             return h
         return self.sites[site](h, memory[site])
+
+
+def with_bias(mask: Tensor, bias: Tensor) -> Tensor:
+    """Turn a mask (B, 1, L, S) bool into what is added to logits: bias (B, S) where one may look."""
+    return torch.where(mask, bias[:, None, None], -torch.inf)
 
 
 def as_memory(memory: Memory | Tensor) -> Memory:

@@ -29,7 +29,7 @@ import tyro
 from torch import Tensor
 
 from config import PRESETS, SmolVLAConfig
-from fusion import Fusion, Memory, MemoryCache, WorldTokens, repeat_memory
+from fusion import Fusion, Memory, MemoryCache, WorldTokens, repeat_memory, with_bias
 from layers import Connector, Expert, TextModel, VisionTower, WorldMask, rope_table
 
 
@@ -352,11 +352,6 @@ def resize_with_pad(image: Tensor, size: int) -> Tensor:
     fitted = (int(height / ratio), int(width / ratio))
     image = F.interpolate(image, size=fitted, mode="bilinear", align_corners=False)
     return F.pad(image, (size - fitted[1], 0, size - fitted[0], 0))
-
-
-def with_bias(mask: Tensor, bias: Tensor) -> Tensor:
-    """Turn a mask (B, 1, L, S) bool into what is added to logits: bias (B, S) where one may look."""
-    return torch.where(mask, bias[:, None, None], -torch.inf)
 
 
 def prefix_inputs(inputs: dict) -> tuple:

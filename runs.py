@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from arm import Arm, save_arm
-from files import read_json, write_json
+from files import append_json, read_json, write_json
 from processor import Processor
 
 if TYPE_CHECKING:
@@ -135,16 +135,14 @@ def cut_metrics(path: Path, done: int) -> None:
 
 def log_validation(config: TrainConfig, line: dict[str, float]) -> None:
     """Append a measurement to metrics.jsonl and print it."""
-    with (config.out / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    append_json(config.out / "metrics.jsonl", line)
     losses = "".join(f"  {k.removeprefix('val_loss_')} {line[k]:.4f}" for k in line if k.startswith("val_"))
     print(f"{line['samples']:>9,} samples  held-out action loss{losses}", flush=True)
 
 
 def log(config: TrainConfig, line: dict[str, float]) -> None:
     """Append a line to metrics.jsonl and print its essence."""
-    with (config.out / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    append_json(config.out / "metrics.jsonl", line)
     rate = line["samples_per_second"]
     speed = f"{rate:6.1f} samples/s  {(config.total_samples - line['samples']) / rate / 60:5.1f} min left"
     shown = [k for k in line if k in ("world_loss", "world_cos") or k.startswith("world_gate")]

@@ -335,7 +335,9 @@ def optimizer_step(
     optimizer.step()
     facts = {"sums": logs, "counts": counts, "lr": optimizer.param_groups[0]["lr"]}
     facts |= {"winner": torch.cat(winners)} if winners else {}
-    return facts | {"norms": {"grad_norm": norm} | norms, "batch": batch, "predicted": out.get("predicted")}
+    if logged:  # kept for `diagnose`; on other steps the batch and its graph go now
+        facts |= {"norms": {"grad_norm": norm} | norms, "batch": batch, "predicted": out.get("predicted")}
+    return facts
 
 
 def count_terms(source: Source, batch: tuple) -> Tensor:

@@ -1,5 +1,18 @@
 """One torch thread a process: tiny tensors gain nothing from more, and spinning threads starve others."""
 
 import os
+import shutil
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; what tests start inherits it
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the golden checkpoint beside its language model."""
+    import tiny  # imports torch
+
+    for name in ("checkpoint", "vlm"):
+        shutil.copytree(tiny.golden() / name, tmp_path / name)
+    return tmp_path / "checkpoint"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,14 +45,6 @@ STATS = {
         "max": torch.ones(7),
     },
 }
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A copy of the golden checkpoint beside its language model."""
-    for name in ("checkpoint", "vlm"):
-        shutil.copytree(tiny.golden() / name, tmp_path / name)
-    return tmp_path / "checkpoint"
 
 
 def edit_weights(folder, change) -> None:

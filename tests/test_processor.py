@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 import tiny
@@ -88,14 +87,6 @@ def test_steps_that_nothing_here_does_are_refused():
 
 
 # ---- statistics of older checkpoints ------------------------------------------------------------------
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A copy of the golden checkpoint beside its language model."""
-    for name in ("checkpoint", "vlm"):
-        shutil.copytree(tiny.golden() / name, tmp_path / name)
-    return tmp_path / "checkpoint"
 
 
 def to_buffers(folder, dataset: str = "") -> dict[str, torch.Tensor]:
