@@ -193,8 +193,8 @@ def record(
     hooks = [m.register_forward_pre_hook(lambda m, args, to=to: to.append((m, args))) for m, to in pairs]
     try:
         with torch.compiler.set_stance("force_eager"):  # hooks would make compiled blocks compile anew
-            embs, mask, flags = policy.embed_prefix(*prefix_inputs(inputs))
-            prefix = policy.prefix(embs, mask, flags, cache)
+            embs, mask, early = policy.embed_prefix(*prefix_inputs(inputs))
+            prefix = policy.prefix(embs, mask, early, cache)
             x_t, _ = flow_target(inputs["action"], noise, time)
             policy.velocity(x_t.flatten(0, 1), time.flatten(), prefix, cache)
     finally:

@@ -24,13 +24,14 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import tyro
 from torch import Tensor
 
+import cpu
 from arm import Arm, load_arm
 from data import load, sample_rng
 from diagnostics import most_attended
@@ -112,6 +113,12 @@ class EvalConfig:
     policy_batch: int = 1
     """Rows of every policy call, padded: part of the protocol, since it can change a float's last bits."""
 
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type that tower, trunk and expert are held and computed in."""
+
+    compile: bool = False
+    """Compile the policy's blocks and its denoising loop; for a GPU, where it pays within some minutes."""
+
     threads: int | None = 1
     """Threads of torch on a CPU."""
 
@@ -153,10 +160,13 @@ class Plan:
     seen: set[tuple[int, int]]  # those that a demonstration of the training data started from
     n_action_steps: int
     policy_batch: int
+    dtype: str = "float32"
 
     def record(self) -> dict:
         """The protocol, as it is stored with every result."""
-        return self.sim.record() | {"n_action_steps": self.n_action_steps, "policy_batch": self.policy_batch}
+        return self.sim.record() | {
+            "n_action_steps": self.n_action_steps, "policy_batch": self.policy_batch, "dtype": self.dtype,
+        }  # fmt: skip
 
 
 def make_plan(config: EvalConfig, run: dict, arm: Arm) -> Plan:
@@ -197,7 +207,12 @@ def make_plan(config: EvalConfig, run: dict, arm: Arm) -> Plan:
         starts += [(task, i) for i in ids[: config.episodes_per_task]]
         seen |= {(task, i) for i in used}
     return Plan(
-        sim, starts, seen, config.n_action_steps or arm.policy.config.n_action_steps, config.policy_batch
+        sim,
+        starts,
+        seen,
+        config.n_action_steps or arm.policy.config.n_action_steps,
+        config.policy_batch,
+        config.dtype,
     )
 
 
@@ -458,6 +473,18 @@ def check_simulator() -> None:
         raise ValueError(str(error)) from error
 
 
+def make_fast(config: EvalConfig, arm: Arm, processor: Processor, device: torch.device) -> None:
+    """Hold the policy in the wanted type, and take the device's fast path."""
+    arm.policy.set_dtype(getattr(torch, config.dtype))
+    if config.compile:
+        arm.policy.compile_blocks()
+        arm.policy.compile_denoise()
+        processor.pad_to = arm.policy.config.tokenizer_max_length  # one length, so one graph
+    elif device.type == "cpu":
+        cpu.keep_memory()
+        cpu.speed_up(arm, arm.policy.dtype)
+
+
 def main(config: EvalConfig) -> None:
     """Roll out every mode on every start that has no line yet."""
     if config.threads:
@@ -468,7 +495,8 @@ def main(config: EvalConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     how = {name: getattr(config, name) for name in ("vlm", "stats_of", "allow_missing")}
     arm, processor = load_arm(folder, **how)
-    arm.to(device).eval()
+    arm.to(device).eval().requires_grad_(False)
+    make_fast(config, arm, processor, device)
     run = read_json(run_folder / "config.json") if (run_folder / "config.json").is_file() else {}
     if config.offline is not None:
         evaluate_offline(config, arm, processor, run, run_folder, folder)

@@ -11,6 +11,7 @@ d head width. Sources: SigLIP and llama as in transformers (SmolVLM, Llama); rot
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -45,23 +46,46 @@ class WorldMask(NamedTuple):
     strength: Tensor  # (), tanh(gate): 0 is the output without them, 1 the one with them
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | WorldMask | None) -> Tensor:
-    """Attend with grouped heads: q (B, H, L, d), k, v (B, G, S, d), mask (B, 1, L, S) -> (B, L, H*d)."""
-    groups = q.shape[1] // k.shape[1]
-    # Heads are repeated, not passed with enable_gqa: with a mask, that form stays on fused kernels on ROCm.
-    k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))  # G -> H heads
+def mask_rows(mask: Tensor | WorldMask, start: int) -> Tensor | WorldMask:
+    """Keep what the queries from `start` on may see, (B, 1, L, S) -> (B, 1, L - start, S)."""
     if isinstance(mask, WorldMask):
-        without = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.hidden)
-        shown = mask.shown if mask.shown.dtype == torch.bool else mask.shown.to(q.dtype)
-        within = F.scaled_dot_product_attention(q, k, v, attn_mask=shown)
-        out = without + mask.strength.to(q.dtype) * (within - without)
+        return WorldMask(mask.hidden[:, :, start:], mask.shown[:, :, start:], mask.strength)
+    return mask[:, :, start:]
+
+
+def join(past: tuple[Tensor, Tensor] | None, own: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Put earlier tokens' keys and values, where there are any, before one's own, (B, G, S, d) each."""
+    return own if past is None else tuple(torch.cat(pair, dim=2) for pair in zip(past, own, strict=True))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | WorldMask | None, core: Callable) -> Tensor:
+    """Attend with grouped heads: q (B, H, L, d), k, v (B, G, S, d), mask (B, 1, L, S) -> (B, L, H*d).
+
+    `core` is `scaled_dot_product_attention`, or what stands in for it.
+    """
+    # The query heads that share keys are laid end to end, as one head with a longer query: nothing is copied
+    # but the mask, and fused kernels take it, on ROCm too, where they refuse enable_gqa beside a mask.
+    shape, share = q.shape, q.shape[1] // k.shape[1]
+    q = q.reshape(shape[0], k.shape[1], -1, shape[3])  # (B, H, L, d) -> (B, G, share*L, d)
+
+    def over(mask: Tensor | None) -> Tensor:
+        if mask is not None:
+            mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
+            mask = mask.repeat(1, 1, share, 1)  # (B, 1, L, S) -> (B, 1, share*L, S)
+        return core(q, k, v, attn_mask=mask)
+
+    if isinstance(mask, WorldMask):
+        without = over(mask.hidden)
+        out = without + mask.strength.to(q.dtype) * (over(mask.shown) - without)
     else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out.transpose(1, 2).flatten(2)  # (B, H, L, d) -> (B, L, H*d)
+        out = over(mask)
+    return out.reshape(shape).transpose(1, 2).flatten(2)  # (B, G, share*L, d) -> (B, L, H*d)
 
 
 class VisionAttention(nn.Module):
     """SigLIP's self-attention: biases everywhere, no mask."""
+
+    core = staticmethod(F.scaled_dot_product_attention)  # cpu.py has another
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -73,7 +97,7 @@ class VisionAttention(nn.Module):
             proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.out_proj(attend(q, k, v, None))
+        return self.out_proj(attend(q, k, v, None, self.core))
 
 
 class VisionMLP(nn.Module):
@@ -160,6 +184,8 @@ class Connector(nn.Module):
 class Attention(nn.Module):
     """The four projections of a llama attention; `kv_width` is what keys and values are made from."""
 
+    core = staticmethod(F.scaled_dot_product_attention)  # cpu.py has another
+
     def __init__(self, width: int, kv_width: int, config: SmolVLAConfig) -> None:
         super().__init__()
         inner, kv_inner = config.heads * config.head_dim, config.kv_heads * config.head_dim
@@ -229,10 +255,8 @@ class Block(nn.Module):
         if self.cross:
             k, v = past
         else:
-            k, v = self.self_attn.keys_values(h, rope)
-            if past is not None:
-                k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        x = x + self.self_attn.o_proj(attend(q, k, v, mask))
+            k, v = join(past, self.self_attn.keys_values(h, rope))
+        x = x + self.self_attn.o_proj(attend(q, k, v, mask, self.self_attn.core))
         return x + self.mlp(self.post_attention_layernorm(x)), (k, v)
 
 

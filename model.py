@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections import deque
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from config import PRESETS, SmolVLAConfig
 from fusion import Fusion, Memory, MemoryCache, WorldTokens, repeat_memory, with_bias
-from layers import Connector, Expert, TextModel, VisionTower, WorldMask, rope_table
+from layers import Connector, Expert, TextModel, VisionTower, WorldMask, join, mask_rows, rope_table
 
 
 class Prefix(NamedTuple):
@@ -91,6 +92,8 @@ class SmolVLA(nn.Module):
         self.action_time_mlp_out = nn.Linear(expert_width, expert_width)
         self.action_out_proj = nn.Linear(expert_width, config.max_action_dim)
         self.fusion: Fusion | None = None  # where memory enters; attached by arm.py
+        self.dtype = torch.float32  # of tower, trunk and expert; see `set_dtype`
+        self.split = True  # images and language without gradients where none can reach them
 
     def initialise(self) -> SmolVLA:
         """Draw fresh weights to train from scratch: torch's own linear layers, unit-scale embeddings."""
@@ -125,16 +128,60 @@ class SmolVLA(nn.Module):
             self.text.requires_grad_(False)
         self.state_proj.requires_grad_(train_state_proj)
 
+    # ---- precision and speed --------------------------------------------------------------------------
+
+    def set_dtype(self, dtype: torch.dtype) -> SmolVLA:
+        """Compute tower, trunk and expert in `dtype`; projections, fusion and action head stay in float32.
+
+        What is frozen is held in it; what trains stays float32 and is cast as it is used.
+        """
+        self.dtype = dtype
+        for part in (self.vision, self.connector, self.text, self.lm_head, self.expert):
+            if not any(p.requires_grad for p in part.parameters()):
+                part.to(dtype)
+        return self
+
+    def computing(self, part: nn.Module) -> AbstractContextManager:
+        """Cast a part's weights as they are used, where they are held in another type than computed in."""
+        weight = next(part.parameters())
+        if weight.dtype == self.dtype or self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(weight.device.type, self.dtype)
+
+    def compile_blocks(self, **options: object) -> None:
+        """Compile tower, trunk and expert block by block: one graph serves all blocks of a kind."""
+        # A kind meets several lengths, with and without gradients; past the limit torch silently runs eager.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for block in (*self.vision.layers, *self.text.layers, *self.expert.layers):
+            block.compile(dynamic=False, **options)
+
+    def compile_denoise(self, **options: object) -> None:
+        """Compile the denoising loop as one graph, all steps and layers."""
+        self.denoise = torch.compile(self.denoise, fullgraph=True, dynamic=False, **options)
+
     # ---- prefix ---------------------------------------------------------------------------------------
 
     def prepare_image(self, image: Tensor) -> Tensor:
         """Resize and pad (B, 3, h, w) in [0, 1] to (B, 3, S, S) in [-1, 1]."""
-        return (resize_with_pad(image, self.config.image_size) * 2 - 1).to(self.lm_head.weight.dtype)
+        image = resize_with_pad(image, self.config.image_size) * 2 - 1
+        return image.to(self.vision.post_layernorm.weight.dtype)
 
     def embed_images(self, images: list[Tensor]) -> list[Tensor]:
-        """Embed each camera's prepared images, (b, 3, S, S) -> (b, n, W), all in one pass of the tower."""
-        tokens = self.connector(self.vision(torch.cat(images))) * self.config.width**0.5
-        return list(tokens.split([len(x) for x in images]))
+        """Embed each camera's images to (b, n, W), all in one pass of the tower.
+
+        Those of 3 dimensions are tokens already, this method's own from an earlier call (features.py).
+        """
+        dtype = self.connector.proj.weight.dtype
+        found = [x.to(dtype) if x.ndim == 3 else None for x in images]
+        pictures = [self.prepare_image(x) for x in images if x.ndim == 4]  # (b, 3, h, w) -> (b, 3, S, S)
+        if pictures:
+            with self.computing(self.vision):
+                patches = self.vision(torch.cat(pictures))
+            with self.computing(self.connector):
+                tokens = self.connector(patches) * self.config.width**0.5
+            parts = iter(tokens.split([len(x) for x in pictures]))
+            found = [next(parts) if x is None else x for x in found]
+        return found
 
     def embed_special(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Embed what stands before and after each picture, (B, 2, W) and (B, 1, W) or nothing; not scaled."""
@@ -156,21 +203,20 @@ class SmolVLA(nn.Module):
         tokens: Tensor,
         token_mask: Tensor,
         state: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, int]:
         """Concatenate image, language and state tokens.
 
-        Args: images per camera (B or 1, 3, h, w) float in [0, 1] (a batch of one is shared by all samples);
-        masks (B,) bool per camera, None for present in all; tokens and token_mask (B, n); state (B, S)
-        normalised.
-        Returns: embeddings (B, P, W), mask (B, P) bool, block flags (P,) with 1 where a new causal block
-        starts.
+        Args: images per camera (B or 1, 3, h, w) float in [0, 1] (a batch of one is shared by all samples),
+        or its tokens (B, n, W) as `embed_images` gives them; masks (B,) bool per camera, None for present in
+        all; tokens and token_mask (B, n); state (B, S) normalised.
+        Returns: embeddings (B, P, W), mask (B, P) bool, and how many of the P are images and language: these
+        come first, and cannot see the state.
         """
         batch, device = len(tokens), tokens.device
         present = torch.ones(batch, 1, dtype=torch.bool, device=device)
         before, after = self.embed_special(batch, device)
         parts, masks = [], []
-        pictures = self.embed_images([self.prepare_image(i) for i in images])
-        for x, mask in zip(pictures, image_masks, strict=True):
+        for x, mask in zip(self.embed_images(images), image_masks, strict=True):
             parts += [before, x.expand(batch, -1, -1), after]
             seen = present if mask is None else mask[:, None]
             masks += [present.expand(-1, before.shape[1]), seen.expand(-1, x.shape[1])]
@@ -178,36 +224,67 @@ class SmolVLA(nn.Module):
         parts += [self.embed_language(tokens), self.embed_state(state)]
         masks += [token_mask, present]
         embs, mask = torch.cat(parts, dim=1), torch.cat(masks, dim=1)
-        flags = torch.zeros(embs.shape[1], dtype=torch.long, device=device)
-        flags[-1] = 1  # images and language cannot see the state
+        early = embs.shape[1] - 1
         short = max(0, self.config.prefix_length - embs.shape[1])
-        return F.pad(embs, (0, 0, 0, short)), F.pad(mask, (0, short)), F.pad(flags, (0, short))
+        return F.pad(embs, (0, 0, 0, short)), F.pad(mask, (0, short)), early
 
     def trunk(
-        self, embs: Tensor, mask: Tensor, flags: Tensor, depth: int, world: WorldTokens | None = None
+        self,
+        embs: Tensor,
+        mask: Tensor,
+        early: int,
+        depth: int,
+        world: WorldTokens | None = None,
+        split: bool = False,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Run the first `depth` text layers over (B, P, W), with world tokens (B, m, W) behind them.
 
+        With `split`, the `early` tokens, images and language, run by themselves and without gradients: the
+        same values, since they see none of the others, and one token to go back through instead of P.
         Returns: the hidden states after them, and the keys and values of each and of the layer that comes
         next.
         """
         position = mask.cumsum(1) - 1  # padded tokens do not advance it
-        block = flags.cumsum(0)
+        late = torch.arange(embs.shape[1], device=embs.device) >= early
         # Padded queries attend like any other: a row masked whole has no softmax, and nobody reads theirs.
-        allowed = ((block[None, :] <= block[:, None]) & mask[:, None, :])[:, None]  # (B, 1, P, P)
+        allowed = ((late[None, :] <= late[:, None]) & mask[:, None, :])[:, None]  # (B, 1, P, P)
         if world is not None:
             embs = torch.cat([embs, world.x.to(embs.dtype)], dim=1)  # (B, P, W) -> (B, P + m, W)
-            position, allowed = self.place_world(position, allowed, block, mask, world)
-        rope = rope_table(position, self.config.head_dim)
-        x, kv = embs.to(self.lm_head.weight.dtype), []
-        for layer in self.text.layers[:depth]:
-            x, pair = layer(x, rope, allowed)
-            kv.append(pair)
-        kv += [layer.keys_values(x, rope) for layer in self.text.layers[depth : depth + 1]]
+            position, allowed = self.place_world(position, allowed, late, mask, world)
+        x, rope = embs.to(self.text.norm.weight.dtype), rope_table(position, self.config.head_dim)
+        if not split:
+            return self.run_layers(x, rope, allowed, depth)
+        rope_early, rope_late = (
+            tuple(r[:, :, part] for r in rope) for part in (slice(early), slice(early, None))
+        )
+        alone = allowed.hidden if isinstance(allowed, WorldMask) else allowed
+        # Laid out anew: strided views would make compiled blocks compile twice.
+        first, rest = x[:, :early].contiguous(), x[:, early:].contiguous()
+        with torch.no_grad():
+            first, past = self.run_layers(first.detach(), rope_early, alone[:, :, :early, :early], depth)
+        rest, kv = self.run_layers(rest, rope_late, mask_rows(allowed, early), depth, past)
+        return torch.cat([first, rest], dim=1), kv
+
+    def run_layers(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        allowed: Tensor | WorldMask,
+        depth: int,
+        past: list[tuple[Tensor, Tensor]] | None = None,
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Run text layers over tokens (B, L, W), after those whose keys and values are `past`."""
+        past, kv = past or [None] * (depth + 1), []
+        with self.computing(self.text):
+            for layer, before in zip(self.text.layers[:depth], past, strict=False):
+                x, pair = layer(x, rope, allowed, before)
+                kv.append(pair)
+            for layer in self.text.layers[depth : depth + 1]:
+                kv.append(join(past[depth], layer.keys_values(x, rope)))
         return x, kv
 
     def place_world(
-        self, position: Tensor, allowed: Tensor, block: Tensor, mask: Tensor, world: WorldTokens
+        self, position: Tensor, allowed: Tensor, late: Tensor, mask: Tensor, world: WorldTokens
     ) -> tuple[Tensor, WorldMask]:
         """Extend positions (B, P) and what may be seen (B, 1, P, P) by m world tokens, stored last.
 
@@ -216,20 +293,21 @@ class SmolVLA(nn.Module):
         every token, in block `state` only the state (and actions, in `velocity`).
         """
         count = world.x.shape[1]
-        early = mask & (block == 0)  # (B, P), images and language
+        early = mask & ~late  # (B, P), images and language
         # Hypotheses share their positions: those that differ by chance alone may then change places.
         step = torch.arange(count, device=mask.device) % (count // self.fusion.hypotheses)
         own = early.sum(1, keepdim=True) + step
         rows = early[:, None, None, :].expand(-1, -1, count, -1)  # (B, 1, m, P)
         hidden = F.pad(torch.cat([allowed, rows], dim=2), (0, count))  # (B, 1, P + m, P + m)
-        sees = F.pad(block >= (self.fusion.prefix_block == "state"), (0, count), value=True)  # (P + m,)
-        late = sees[None, :, None] & world.finite[:, None, :]  # (B, P + m, m)
-        shown = torch.cat([hidden[..., : len(block)], late[:, None]], dim=3)
+        sees = late if self.fusion.prefix_block == "state" else torch.ones_like(late)
+        sees = F.pad(sees, (0, count), value=True)  # (P + m,)
+        shows = sees[None, :, None] & world.finite[:, None, :]  # (B, P + m, m)
+        shown = torch.cat([hidden[..., : len(late)], shows[:, None]], dim=3)
         if world.bias is not None:
-            shown = with_bias(shown, F.pad(world.bias, (len(block), 0)))
+            shown = with_bias(shown, F.pad(world.bias, (len(late), 0)))
         return torch.cat([position, own], dim=1), WorldMask(hidden, shown, world.strength)
 
-    def prefix(self, embs: Tensor, mask: Tensor, flags: Tensor, memory: MemoryCache | None = None) -> Prefix:
+    def prefix(self, embs: Tensor, mask: Tensor, early: int, memory: MemoryCache | None = None) -> Prefix:
         """Run the trunk over (B, P, W) and keep each expert layer's keys and values.
 
         The trunk stops where the last expert layer reads: of that text layer only keys and values are needed.
@@ -237,15 +315,29 @@ class SmolVLA(nn.Module):
         if self.fusion is not None:
             embs = self.fusion("prefix_cross", embs, memory)
         world = None if memory is None else memory.get("prefix_tokens")
-        _, kv = self.trunk(embs, mask, flags, self.config.trunk_depth, world)
+        split = self.split and self.is_static(memory)
+        _, kv = self.trunk(embs, mask, early, self.config.trunk_depth, world, split)
         pairs = zip(self.expert.layers, kv[:: self.config.stride], strict=True)
-        kv = [layer.project(*pair) if layer.cross else pair for layer, pair in pairs]
+        with self.computing(self.expert):
+            kv = [layer.project(*pair) if layer.cross else pair for layer, pair in pairs]
         if world is None:
             return Prefix(kv, mask, mask.sum(1))
         shown = torch.cat([mask, world.finite], dim=1)  # (B, P) -> (B, P + m)
         bias = None if world.bias is None else F.pad(world.bias, (mask.shape[1], 0))
         hidden = F.pad(mask, (0, world.x.shape[1]))  # (B, P) -> (B, P + m)
         return Prefix(kv, hidden, mask.sum(1), shown, world.strength, bias)
+
+    def is_static(self, memory: MemoryCache | None) -> bool:
+        """Whether a gradient is recorded, and none of it can reach images and language.
+
+        It can where tower, connector or trunk train, and where memory enters these tokens or is seen by them.
+        """
+        reached = memory is not None and (
+            "prefix_cross" in memory or ("prefix_tokens" in memory and self.fusion.prefix_block == "prefix")
+        )
+        parts = (self.vision, self.connector, self.text)
+        live = any(p.requires_grad for part in parts for p in part.parameters())
+        return torch.is_grad_enabled() and not reached and not live
 
     # ---- suffix ---------------------------------------------------------------------------------------
 
@@ -274,12 +366,13 @@ class SmolVLA(nn.Module):
         mask_self, mask_cross = prefix.masks(h.shape[1])
         rope_self = rope_table(prefix.offset[:, None] + own, self.config.head_dim)
         rope_cross = rope_table(own[None], self.config.head_dim)  # restarts at 0 in cross layers
-        for layer, past in zip(self.expert.layers, prefix.kv, strict=True):
-            if layer.cross:
-                h, _ = layer(h, rope_cross, mask_cross, past)
-            else:
-                h, _ = layer(h, rope_self, mask_self, past)
-        h = self.expert.norm(h).float()
+        with self.computing(self.expert):
+            for layer, past in zip(self.expert.layers, prefix.kv, strict=True):
+                if layer.cross:
+                    h, _ = layer(h, rope_cross, mask_cross, past)
+                else:
+                    h, _ = layer(h, rope_self, mask_self, past)
+            h = self.expert.norm(h).float()
         if self.fusion is not None:
             h = self.fusion("late", h, memory)
         return self.action_out_proj(h)

@@ -153,6 +153,7 @@ class Processor:
     after: dict = field(default_factory=dict)  # policy_postprocessor.json
     stats_after: Statistics = field(default_factory=dict)  # the postprocessor's own
     allow_missing: bool = False
+    pad_to: int = 0  # tokens that instructions are padded to at least, so that batches share one length
 
     def __post_init__(self) -> None:
         self._ids: dict[str, list[int]] = {}
@@ -237,6 +238,10 @@ class Processor:
         eps = find_step(self.after, "unnormalizer_processor").get("config", {}).get("eps", 1e-8)
         return (action + 1) / 2 * positive(high - low, eps) + low
 
+    def longest(self, tasks: list[str]) -> int:
+        """The number of tokens of the longest of these instructions."""
+        return int(self.tokenize(tasks)[1].sum(1).max())
+
     def tokenize(self, tasks: list[str]) -> tuple[Tensor, Tensor]:
         """Turn instructions into token ids and mask, (B, n) each; an empty instruction is an error."""
         settings = find_step(self.before, "tokenizer_processor").get("config", {})
@@ -251,7 +256,7 @@ class Processor:
                 self._ids[task] = self.language.tokenizer.encode(text, add_special_tokens=False).ids[:longest]
         rows = [self._ids[task] for task in tasks]
         fixed = settings.get("padding", self.raw["pad_language_to"]) == "max_length"
-        length = longest if fixed else max(map(len, rows))
+        length = longest if fixed else max(min(self.pad_to, longest), max(map(len, rows)))
         tokens = torch.full((len(rows), length), self.language.pad_id)
         mask = torch.zeros(len(rows), length, dtype=torch.bool)
         for i, row in enumerate(rows):
@@ -268,10 +273,10 @@ class Processor:
     def __call__(self, batch: dict) -> dict:
         """Make the policy's inputs from a batch under lerobot's feature names.
 
-        Args: batch with camera images (B, 3, h, w) uint8 or float in [0, 1], "observation.state" (B, S),
-        "task" (list of str), and for training "action" (B, C, A) and "action_is_pad" (B, C);
-        "<camera>_padding_mask" (B,) where given. Images and states may have an axis of observations after
-        the first: the last one counts.
+        Args: batch with camera images (B, 3, h, w) uint8 or float in [0, 1], or a camera's tokens (B, n, W)
+        (features.py), which pass as they are; "observation.state" (B, S), "task" (list of str), and for
+        training "action" (B, C, A) and "action_is_pad" (B, C); "<camera>_padding_mask" (B,) where given.
+        Images and states may have an axis of observations after the first: the last one counts.
         Raises ValueError for cameras that the checkpoint does not know and for other widths than its own.
         """
         batch = self.rename(batch)

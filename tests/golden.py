@@ -88,9 +88,9 @@ def preprocessing(policy: SmolVLA, inputs: dict, batch: dict, cameras: list[str]
 
 
 def prefix_tensors(policy: SmolVLA, inputs: dict) -> dict[str, Tensor]:
-    embs, mask, flags = policy.embed_prefix(*prefix_inputs(inputs))
-    hidden, kv = policy.trunk(embs, mask, flags, policy.config.layers)
-    block = flags.expand_as(mask)
+    embs, mask, early = policy.embed_prefix(*prefix_inputs(inputs))
+    hidden, kv = policy.trunk(embs, mask, early, policy.config.layers)
+    block = (torch.arange(embs.shape[1]) == early).long().expand_as(mask)  # 1 where a causal block starts
     out = {"prefix.embs": embs, "prefix.pad_masks": mask, "prefix.att_masks": block.bool()}
     out |= {"prefix.position_ids": mask.cumsum(1) - 1, "prefix.att_2d_masks": visible(block, mask)}
     out["prefix.hidden_final_normed"] = policy.text.norm(hidden)

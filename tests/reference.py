@@ -20,7 +20,7 @@ def velocity(
     policy: SmolVLA,
     embs: Tensor,
     mask: Tensor,
-    flags: Tensor,
+    early: int,
     x_t: Tensor,
     time: Tensor,
     memory: Tensor | None,
@@ -38,15 +38,14 @@ def velocity(
     if "suffix_in" in sites:
         actions = sites["suffix_in"](actions, caches["suffix_in"])
 
-    state = int(flags.nonzero()[0])  # its place in the prefix
     position = mask.cumsum(1) - 1
-    block = flags.cumsum(0).expand_as(mask) * 2  # images and language 0, state and padding 2
+    block = (torch.arange(embs.shape[1]) >= early).expand_as(mask) * 2  # images and language 0, the rest 2
     world = torch.zeros_like(mask)
     if "prefix_tokens" in sites:
         x, finite, _, bias = caches["prefix_tokens"]
         own = 1 if policy.fusion.prefix_block == "state" else 0
-        count = mask[:, :state].sum(1, keepdim=True)
-        insert = lambda a, b: torch.cat([a[:, :state], b, a[:, state:]], dim=1)  # noqa: E731
+        count = mask[:, :early].sum(1, keepdim=True)
+        insert = lambda a, b: torch.cat([a[:, :early], b, a[:, early:]], dim=1)  # noqa: E731
         embs = insert(embs, x)
         each = x.shape[1] // policy.fusion.hypotheses
         position = insert(position, count + torch.arange(x.shape[1]) % each)

@@ -170,13 +170,13 @@ def test_a_bank_reaches_every_site_and_cached_equals_joint(site, method):
     memory = arm.memory("pred", arm.like(noise), world(method))
     assert memory.rows.shape == (2, N * K, tiny.LATENT)
     policy = arm.policy
-    embs, mask, flags = policy.embed_prefix(*prefix_inputs(inputs))
+    embs, mask, early = policy.embed_prefix(*prefix_inputs(inputs))
     cache = policy.fusion.prepare(memory)
-    got = policy.velocity(noise[:, 0], time[:, 0], policy.prefix(embs, mask, flags, cache), cache)
-    want = reference.velocity(policy, embs, mask, flags, noise[:, 0], time[:, 0], memory)
+    got = policy.velocity(noise[:, 0], time[:, 0], policy.prefix(embs, mask, early, cache), cache)
+    want = reference.velocity(policy, embs, mask, early, noise[:, 0], time[:, 0], memory)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     assert (
-        got - tiny.policy().velocity(noise[:, 0], time[:, 0], policy.prefix(embs, mask, flags))
+        got - tiny.policy().velocity(noise[:, 0], time[:, 0], policy.prefix(embs, mask, early))
     ).abs().max() > 1e-4
 
 

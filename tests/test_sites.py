@@ -123,11 +123,11 @@ def test_the_cached_policy_equals_one_joint_pass_over_all_tokens(variant, situat
     arm = make_arm(variant, config)
     tiny.open_gates(arm)
     policy = arm.policy
-    embs, mask, flags = policy.embed_prefix(*prefix_inputs(inputs))
+    embs, mask, early = policy.embed_prefix(*prefix_inputs(inputs))
     cache = policy.fusion.prepare(memory)
-    prefix = policy.prefix(embs, mask, flags, cache)
+    prefix = policy.prefix(embs, mask, early, cache)
     got = policy.velocity(noise[:, 0], time[:, 0], prefix, cache)
-    want = reference.velocity(policy, embs, mask, flags, noise[:, 0], time[:, 0], memory)
+    want = reference.velocity(policy, embs, mask, early, noise[:, 0], time[:, 0], memory)
     torch.testing.assert_close(got, want, **CLOSE)
     both = policy.velocity(noise.flatten(0, 1), time.flatten(), prefix.repeat(2), repeat_memory(cache, 2))
     torch.testing.assert_close(both[::2], want, **CLOSE)
@@ -140,10 +140,10 @@ def test_a_gate_of_one_is_plain_insertion_of_the_tokens(block, situation):
     config, inputs, noise, time, memory = situation
     arm = make_arm(f"prefix_tokens/{block}", config)
     tiny.open_gates(arm, 20.0)  # tanh is 1
-    embs, mask, flags = arm.policy.embed_prefix(*prefix_inputs(inputs))
-    want = reference.velocity(arm.policy, embs, mask, flags, noise[:, 0], time[:, 0], memory, gated=False)
+    embs, mask, early = arm.policy.embed_prefix(*prefix_inputs(inputs))
+    want = reference.velocity(arm.policy, embs, mask, early, noise[:, 0], time[:, 0], memory, gated=False)
     cache = arm.policy.fusion.prepare(memory)
-    got = arm.policy.velocity(noise[:, 0], time[:, 0], arm.policy.prefix(embs, mask, flags, cache), cache)
+    got = arm.policy.velocity(noise[:, 0], time[:, 0], arm.policy.prefix(embs, mask, early, cache), cache)
     torch.testing.assert_close(got, want, **CLOSE)
 
 
@@ -186,12 +186,12 @@ def test_a_bad_row_of_memory_changes_no_other_sample_in_value_or_gradient(varian
 
 def trunk_with_world(policy: SmolVLA, inputs: dict, memory: torch.Tensor):
     """Hidden states of the prefix after the trunk, without and with world tokens, and what went in."""
-    embs, mask, flags = policy.embed_prefix(*prefix_inputs(inputs))
+    embs, mask, early = policy.embed_prefix(*prefix_inputs(inputs))
     seen = []
     hook = policy.text.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args))
     world = policy.fusion.prepare(memory)["prefix_tokens"]
-    plain, _ = policy.trunk(embs, mask, flags, policy.config.layers)
-    fused, _ = policy.trunk(embs, mask, flags, policy.config.layers, world)
+    plain, _ = policy.trunk(embs, mask, early, policy.config.layers)
+    fused, _ = policy.trunk(embs, mask, early, policy.config.layers, world)
     hook.remove()
     return embs, mask, plain, fused, seen
 
