@@ -2,7 +2,8 @@
 
 A data set is a folder of `<task>_demo.hdf5` files, or one such file. Everything is read once into flat arrays
 over frames; an episode is a range of frames, and no chunk, history or future ever leaves it. Pictures stay
-uint8 and are turned by 180 degrees exactly once, here: the files keep MuJoCo's raw, upside-down frames.
+uint8 and are turned by 180 degrees exactly once, here: the files keep MuJoCo's raw, upside-down frames. Who
+hardly looks at them leaves them in the files (`in_memory=False`): features.py, and training from its tokens.
 
     python demos.py --help                     # records demonstrations in this layout
     python data.py inspect DATA                # episodes, frames, tasks, cameras, ranges, provenance
@@ -17,7 +18,7 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -44,10 +45,10 @@ ORDER_STREAM = 0x0DE5  # keeps the data order apart from any other stream that i
 
 @dataclass(frozen=True, eq=False)
 class Demos:
-    """All episodes in memory, as flat arrays over frames."""
+    """All episodes, as flat arrays over frames."""
 
-    images: dict[str, np.ndarray]
-    """Camera -> (F, S, S, 3) uint8, the right way up, as the policy sees it."""
+    images: "dict[str, np.ndarray | StoredPictures]"
+    """Camera -> (F, S, S, 3) uint8, the right way up, as the policy sees it: in memory, or in the files."""
     state: np.ndarray
     """(F, 8) float32."""
     action: np.ndarray
@@ -64,6 +65,10 @@ class Demos:
     """The instruction of each task file."""
     provenance: list[dict[str, Any]]
     """One record per task file, JSON-able: how it was recorded and from which init states."""
+    files: list[dict[str, Any]] = field(default_factory=list)
+    """One record per task file, JSON-able: its name, its bytes, and the bytes of each episode's pictures."""
+    checks: dict[str, list[int]] = field(default_factory=dict)
+    """Camera -> what `picture_checks` would give, where it is known already (features.py)."""
 
     def __len__(self) -> int:
         """Return the number of frames F."""
@@ -81,10 +86,20 @@ class Demos:
         for array in (self.state, self.action):
             digest.update(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
         for camera in sorted(cameras):
-            images = self.images[camera]
-            checks = [zlib.crc32(images[a : b + 1]) for a, b in zip(self.first, self.last)]
-            digest.update(json.dumps([camera, images.shape, checks]).encode())
+            checks = self.checks.get(camera) or self.picture_checks(camera)
+            digest.update(json.dumps([camera, self.images[camera].shape, checks]).encode())
         return digest.hexdigest()[:16]
+
+    @cached_property
+    def light_fingerprint(self) -> str:
+        """Name the data without decoding a picture: what `fingerprint_of(())` names, of pictures only what
+        headers say. Compressed pictures hardly change without changing their bytes; others do."""
+        return hashlib.sha256(json.dumps([self.fingerprint_of(()), self.files]).encode()).hexdigest()[:16]
+
+    def picture_checks(self, camera: str, part: slice = slice(None)) -> list[int]:
+        """Return one CRC over all pixels for each episode, or each of a part of them."""
+        images = self.images[camera]
+        return [zlib.crc32(images[a : b + 1]) for a, b in zip(self.first[part], self.last[part])]
 
     def chunk(self, index: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
         """Return the actions t .. t+length-1 (B, C, A) float32 and is_pad (B, C) bool: past the end the last
@@ -159,22 +174,54 @@ class TaskFile:
     demos: list[str]
     lengths: list[int]
     sizes: dict[str, int]  # camera -> S, pixels
+    stored: dict[str, list[int]]  # camera -> bytes that each episode's pictures take, compressed or not
     provenance: dict[str, Any]
 
 
-def load(path: Path, cameras: Iterable[str] = tuple(CAMERAS)) -> Demos:
+@dataclass(frozen=True, eq=False)
+class StoredPictures:
+    """One camera's pictures left in their files: an array (F, S, S, 3) uint8 that is read where indexed."""
+
+    shape: tuple[int, int, int, int]
+    places: list[tuple[Path, str]]
+    """Each episode's file, and the dataset in it."""
+    first: np.ndarray
+    """(E,) int64: the first frame of each episode."""
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Read pictures (n, S, S, 3) and turn them by 180 degrees: the one place where that happens."""
+        rows = np.arange(self.shape[0])[rows]
+        out = np.empty((len(rows), *self.shape[1:]), np.uint8)
+        episode = np.searchsorted(self.first, rows, side="right") - 1
+        for number in np.unique(episode):
+            here = np.flatnonzero(episode == number)
+            steps = rows[here] - self.first[number]
+            with opened(self.places[number][0]) as file:
+                found = file[self.places[number][1]][steps.min() : steps.max() + 1]
+            out[here] = found[steps - steps.min(), ::-1, ::-1]
+        return out
+
+
+def load(path: Path, cameras: Iterable[str] = tuple(CAMERAS), in_memory: bool = True) -> Demos:
     """Read a folder of task files, or one file, into memory: headers first, then straight into place.
 
+    Pictures stay in the files where `in_memory` is false, and are read from there when they are asked for.
     Raises ValueError, in one line, for what is missing, damaged, inconsistent or too big for this machine.
     """
     cameras = [camera_name(camera) for camera in cameras]
     files = [read_header(file, cameras) for file in task_files(Path(path))]
     sizes = common_sizes(files)
     lengths = [length for file in files for length in file.lengths]
-    check_memory(sum(lengths), sizes)
     episode, first, last = boundaries(lengths)
+    images = {}
+    for camera, size in sizes.items():
+        places = [(file.path, f"data/{name}/obs/{CAMERAS[camera]}") for file in files for name in file.demos]
+        images[camera] = StoredPictures((len(episode), size, size, 3), places, first)
+    if in_memory:
+        check_memory(len(episode), sizes)
+        images = {camera: pictures[:] for camera, pictures in images.items()}
     demos = Demos(
-        images={camera: np.empty((len(episode), size, size, 3), np.uint8) for camera, size in sizes.items()},
+        images=images,
         state=np.empty((len(episode), sum(STATE_PARTS.values())), np.float32),
         action=np.empty((len(episode), ACTION_DIM), np.float32),
         episode=episode,
@@ -183,6 +230,7 @@ def load(path: Path, cameras: Iterable[str] = tuple(CAMERAS)) -> Demos:
         task=np.repeat(np.arange(len(files)), [len(file.demos) for file in files]),
         tasks=[file.instruction for file in files],
         provenance=[file.provenance for file in files],
+        files=[{"file": f.path.name, "bytes": f.path.stat().st_size, "pictures": f.stored} for f in files],
     )
     row = 0
     for file in files:
@@ -256,6 +304,10 @@ def read_header(path: Path, cameras: list[str]) -> TaskFile:
             demos=demos,
             lengths=[length for length, _ in shapes],
             sizes={camera: size.pop() for camera, size in sizes.items()},
+            stored={
+                camera: [data[f"{name}/obs/{CAMERAS[camera]}"].id.get_storage_size() for name in demos]
+                for camera in cameras
+            },
             provenance=read_provenance(data, demos, path),
         )
 
@@ -346,15 +398,13 @@ def available_memory() -> int | None:
 
 
 def read_episode(demo: h5py.Group, where: str, demos: Demos, rows: slice) -> None:
-    """Fill one episode's rows, turning its pictures by 180 degrees: the one place where that happens."""
+    """Fill one episode's rows of states and actions."""
     demos.action[rows] = demo["actions"][()]
     demos.state[rows] = np.concatenate([demo[f"obs/{name}"][()] for name in STATE_PARTS], axis=1)
     for name, values in (("actions", demos.action[rows]), ("state", demos.state[rows])):
         if not np.isfinite(values).all():
             step = int(np.argwhere(~np.isfinite(values))[0, 0])
             raise ValueError(f"{where}: {name} has a non-finite value at step {step}: {RECORD_AGAIN}")
-    for camera, images in demos.images.items():
-        images[rows] = demo[f"obs/{CAMERAS[camera]}"][()][:, ::-1, ::-1]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from arm import Arm, ArmConfig
 from data import Demos, sample_order, sample_rng
+from features import Features
 from processor import Processor
 from prophet import draw_chance, prophet_width
 from world import Latents
@@ -45,6 +46,7 @@ class Source:
     draws: int = 1
     stream: int = TRAINING
     frames: np.ndarray | None = None  # those that are drawn from; default: all
+    features: Features | None = None  # stand in for the pictures, where given
 
     def __post_init__(self) -> None:
         if self.frames is None:
@@ -60,8 +62,10 @@ class Source:
     def observe(self, index: np.ndarray) -> dict:
         """Make the policy's inputs of these frames, actions included."""
         policy = self.arm.policy.config
-        cameras = () if self.arm.config.blind else policy.cameras
+        cameras = () if self.arm.config.blind or self.features is not None else policy.cameras
         batch = self.demos.batch(index, policy.chunk_size, cameras)
+        if self.features is not None:
+            batch |= self.features.batch(index)
         batch = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         return self.processor(self.arm.blindfold(batch))
 

@@ -32,10 +32,11 @@ import tyro
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+import cpu
 from arm import Arm, ArmConfig, Summary, load_arm, stored_config
 from checkpoint import fresh_processor, load_policy, start_from_vlm
 from config import PRESETS
-from data import CAMERAS, Demos, load, statistics
+from data import Demos, statistics
 from diagnostics import (
     CollapseWatch,
     Usage,
@@ -44,13 +45,14 @@ from diagnostics import (
     memory_norm,
     world_diagnostics,
 )
+from features import load_with
 from files import read_json
 from model import SmolVLA, masked_mean
 from offline import measure
 from processor import Processor
 from runs import check_space, cut_metrics, log, log_validation, open_run, save
 from source import Source, held_out, saved_partners
-from world import Latents, change_statistics, latents_of, prepare
+from world import Latents, cache_path, change_statistics, latents_of, prepare
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,10 @@ class TrainConfig(ArmConfig):
 
     freeze: Literal["expert", "vision", "none"] = "expert"
     """What stays frozen: all but the expert (lerobot's default), only the vision tower, or nothing."""
+
+    features: Path | None = None
+    """Folder that `python world.py features` wrote for this --data, --init and --seed: its tokens stand in
+    for the pictures, and none is decoded. Not with --blind, whose mean picture needs them."""
 
     total_samples: int = 100_000
     """Training budget in samples, kept exactly."""
@@ -137,6 +143,13 @@ class TrainConfig(ArmConfig):
     save_every: int = 50_000
     """Samples between two checkpoints; the last one is always written."""
 
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type that tower, trunk and expert compute in; auto: bfloat16 on a GPU, float32 on a CPU. What trains is
+    held in float32 in any case, what is frozen in this type."""
+
+    compile: bool = False
+    """Compile tower, trunk and expert block by block; for a GPU, where it pays within minutes."""
+
     threads: int | None = None
     """Threads of torch on a CPU; default: torch's own choice."""
 
@@ -145,6 +158,13 @@ class TrainConfig(ArmConfig):
         for flag in ("total_samples", "batch_size", "accumulate", "flow_draws", "log_every", "save_every"):
             if getattr(self, flag) < 1:
                 raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)} must be at least 1")
+        if self.features is not None and self.freeze != "expert":
+            raise ValueError(
+                f"--features with --freeze {self.freeze}: what makes the tokens would train, and theirs grow "
+                "stale; use --freeze expert, or leave --features out"
+            )
+        if self.features is not None and self.blind:
+            raise ValueError("--features with --blind: the mean picture needs the pictures; leave one out")
 
     @property
     def arm_name(self) -> str:
@@ -154,7 +174,12 @@ class TrainConfig(ArmConfig):
     @property
     def free(self) -> tuple[str, ...]:
         """Fields that may change when a run is resumed."""
-        return ("out", "data", "log_every", "save_every", "threads", "accumulate")
+        return ("out", "data", "features", "log_every", "save_every", "compile", "threads", "accumulate")
+
+    def precision(self, device: torch.device) -> torch.dtype:
+        """The type to compute in on a device."""
+        auto = "bfloat16" if device.type == "cuda" else "float32"
+        return getattr(torch, auto if self.dtype == "auto" else self.dtype)
 
 
 # ---- ranks --------------------------------------------------------------------------------------------
@@ -236,6 +261,16 @@ def build_policy(config: TrainConfig, demos: Demos) -> tuple[SmolVLA, Processor]
         return start_from_vlm(preset, config.vlm, stats, (3, size, size))
     processor = fresh_processor(preset, stats, demos.tasks, (3, size, size))
     return SmolVLA(preset).initialise(), processor
+
+
+def make_fast(config: TrainConfig, arm: Arm, device: torch.device) -> None:
+    """Hold and compute the policy in the wanted type, and take the device's fast path."""
+    arm.policy.set_dtype(config.precision(device))
+    if config.compile:
+        arm.policy.compile_blocks()
+    elif device.type == "cpu":
+        cpu.keep_memory()
+        cpu.speed_up(arm.policy, arm.policy.dtype)
 
 
 def arm_config(config: TrainConfig) -> ArmConfig:
@@ -361,7 +396,10 @@ def main(config: TrainConfig) -> None:
         torch.set_num_threads(config.threads)
 
     # data
-    demos = load(config.data, tuple(CAMERAS))
+    writes = bool(config.sites) and not cache_path(config.data, config).exists()
+    if config.features is not None and writes:
+        say("there are no world latents yet: pictures are read once, to make them")
+    demos, features = load_with(config.features, config.data, full=writes)
     if rank and ranks > 1:
         dist.barrier()  # the first rank writes the cache, the others find it
     latents = prepare(config.data, demos, config) if config.sites else None
@@ -384,15 +422,21 @@ def main(config: TrainConfig) -> None:
         latents = latents_of(arm.encoder, demos)  # of a checkpoint that was trained on other data
     arm.policy.freeze(config.freeze, processor.raw["train_state_proj"])
     arm.to(device).train()
+    processor.pad_to = processor.longest(demos.tasks)  # one length for all batches
+    make_fast(config, arm, device)
+    if features is not None:
+        features.check_policy(arm.policy)
     live = sum(p.numel() for p in arm.parameters() if p.requires_grad)
     total = sum(p.numel() for p in arm.parameters())
     facts = {
         "arm": config.arm_name,
         "data_fingerprint": demos.fingerprint,
         "data_provenance": demos.provenance,
+        "feature_cache": None if features is None else features.facts,
         "held_out": out_episodes.tolist(),
         "params_total": total,
         "params_trainable": live,
+        "dtype": str(arm.policy.dtype).removeprefix("torch."),
     }
     if rank == 0:
         open_run(config, facts)
@@ -411,7 +455,17 @@ def main(config: TrainConfig) -> None:
         return
 
     # loop
-    source = Source(arm, processor, demos, latents, device, config.seed, config.flow_draws, frames=frames)
+    source = Source(
+        arm,
+        processor,
+        demos,
+        latents,
+        device,
+        config.seed,
+        config.flow_draws,
+        frames=frames,
+        features=features,
+    )
     model = DistributedDataParallel(arm, gradient_as_bucket_view=True) if ranks > 1 else arm
     usage, watch = Usage(config.num_hypotheses, device), CollapseWatch()
     clock, since = time.perf_counter(), done
@@ -447,11 +501,12 @@ def banner(
     live, total, threads = facts["params_trainable"], facts["params_total"], torch.get_num_threads()
     say(f"arm {facts['arm']} on {device}, {ranks} rank(s), torch {torch.__version__}, {threads} threads")
     start = f"init {config.init}, freeze {config.freeze}, seed {config.seed}"
-    say(f"{live:,} of {total:,} parameters train; {start}")
+    say(f"{live:,} of {total:,} parameters train, in {facts['dtype']}; {start}")
     draws = f"{config.flow_draws} flow draw(s) each"
     say(f"budget {config.total_samples:,} samples in steps of {config.batch_size}, {draws}")
     episodes = f"{len(demos.first)} episodes, {len(demos):,} frames"
-    say(f"data {config.data}: {episodes}, fingerprint {demos.fingerprint}")
+    tokens = f", tokens from {config.features}" if config.features else ""
+    say(f"data {config.data}: {episodes}, fingerprint {demos.fingerprint}{tokens}")
     if len(config.sites) > 1:
         say(f"warning: {len(config.sites)} fusion sites at once: what helps is harder to attribute to one")
     if config.sites:

@@ -7,6 +7,7 @@ be inverted, so that a predicted latent can be looked at.
 
     python world.py cache DATA                                  # fits, encodes, writes DATA/world_pca_<hash>/
     python world.py cache DATA --camera image image2 --dim 32   # both cameras in one latent
+    python world.py features DATA --init CHECKPOINT             # another cache, the policy's: features.py
 
 A cache holds raw latents, the encoder, and a sidecar that says what it was made from; it opens only where
 every field agrees. Latents leave this file standardised: for `pca` by the mean and one scalar, since dividing
@@ -24,7 +25,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -290,11 +291,15 @@ def latents_of(encoder: PCA, demos: Demos) -> Latents:
 
 
 def cache_path(data_path: Path, config: WorldConfig) -> Path:
-    """Return the cache's folder, inside a data folder or beside a data file. Its name has a hash of the
-    config only: where the data changed, the old cache is met and refused, instead of caches piling up."""
+    """Return the folder of the world latents' cache."""
+    return cache_folder(data_path, f"world_{config.world_encoder}", config.latent_identity)
+
+
+def cache_folder(data_path: Path, kind: str, identity: dict[str, Any]) -> Path:
+    """Return a cache's folder, inside a data folder or beside a data file. Its name has a hash of what is not
+    the data: where these changed, the old cache is met and refused, instead of caches piling up."""
     data_path = Path(data_path)
-    code = hashlib.sha256(json.dumps(config.latent_identity).encode()).hexdigest()[:8]
-    name = f"world_{config.world_encoder}_{code}"
+    name = f"{kind}_{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]}"
     return data_path / name if data_path.is_dir() else data_path.with_name(f"{data_path.stem}_{name}")
 
 
@@ -349,12 +354,12 @@ def open_cache(path: Path, demos: Demos, config: WorldConfig) -> Latents:
     return Latents(encoder.standardise(torch.from_numpy(np.array(rows))), encoder, config)
 
 
-def compare(stored: dict[str, Any], wanted: dict[str, Any], again: str) -> None:
+def compare(stored: dict[str, Any], wanted: dict[str, Any], again: str, what: str = "world cache") -> None:
     """Raise ValueError, naming the field and both sides, at the first disagreement."""
     for field, value in wanted.items():
         if stored.get(field) != value:
             has, wants = (f"{side}"[:80] for side in (stored.get(field), value))
-            raise ValueError(f"world cache, {field}: cache has {has}, run wants {wants}: {again}")
+            raise ValueError(f"{what}, {field}: cache has {has}, run wants {wants}: {again}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -392,10 +397,7 @@ def change_statistics(
 
 @dataclass(frozen=True)
 class Config:
-    """Encode a data set's frames once."""
-
-    command: tyro.conf.Positional[Literal["cache"]]
-    """What to do: `cache` fits the encoder, encodes all frames and writes both beside the data."""
+    """Fit the world encoder, encode all frames and write both beside the data."""
 
     data: tyro.conf.Positional[Path]
     """A folder of `*.hdf5` task files, or one such file."""
@@ -419,15 +421,25 @@ class Config:
 
 
 def main() -> None:
-    """Run the command line; a cache that is there and agrees is left alone."""
-    config = tyro.cli(Config, description=__doc__)
-    start = time.perf_counter()
+    """Run the command line: `cache`, or features.py's `features`."""
+    import features  # which imports this file
+
+    cache = Annotated[Config, tyro.conf.subcommand("cache")]
+    tokens = Annotated[features.Config, tyro.conf.subcommand("features")]
+    rank0 = os.environ.get("RANK", "0") == "0"
+    config = tyro.cli(cache | tokens, description=__doc__, console_outputs=rank0)
     try:
-        path = cache_path(config.data, config.world)
-        action = "checked" if path.exists() else "wrote"
-        latents = prepare(config.data, load(config.data, config.world.latent_cameras), config.world)
+        features.main(config) if isinstance(config, features.Config) else prepare_once(config)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
+
+
+def prepare_once(config: Config) -> None:
+    """Write the world latents; a cache that is there and agrees is left alone."""
+    start = time.perf_counter()
+    path = cache_path(config.data, config.world)
+    action = "checked" if path.exists() else "wrote"
+    latents = prepare(config.data, load(config.data, config.world.latent_cameras), config.world)
     seconds = time.perf_counter() - start
     print(f"{action} {path}: {len(latents.z):,} latents of width {latents.z.shape[1]} in {seconds:.1f} s")
 

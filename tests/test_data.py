@@ -94,6 +94,22 @@ def test_pictures_are_turned_exactly_once_and_the_camera_names_match(tmp_path):
         assert frames.sum() == 60
 
 
+def test_pictures_left_in_the_files_are_those_in_memory(tmp_path):
+    write_task(tmp_path / "a_demo.hdf5", lengths=(5, 3))
+    write_task(tmp_path / "b_demo.hdf5", lengths=(4,), seed=1)
+    here, there = load(tmp_path), load(tmp_path, in_memory=False)
+    assert isinstance(here.images["observation.images.image"], np.ndarray)
+    for camera, pictures in there.images.items():
+        assert isinstance(pictures, data.StoredPictures)
+        assert pictures.shape == here.images[camera].shape
+        for index in ([11, 0, 7, 7, 8, 4], [3], []):
+            assert torch.equal(there.frames(index, camera), here.frames(index, camera))
+    assert there.fingerprint == here.fingerprint and there.light_fingerprint == here.light_fingerprint
+    (tmp_path / "b_demo.hdf5").write_bytes((tmp_path / "b_demo.hdf5").read_bytes()[:3000])
+    with pytest.raises(ValueError, match=r"b_demo.hdf5 is truncated or damaged"):
+        there.frames([11], "observation.images.image")
+
+
 def test_a_batch_speaks_lerobots_names(tmp_path):
     demos = load(write_task(tmp_path / "a_demo.hdf5"))
     batch = demos.batch(np.array([0, 7, 4]), 3, demos.images)

@@ -1,0 +1,415 @@
+"""The feature cache: what a frozen vision tower makes of every picture, computed once and read in training.
+
+A tower that stays frozen, on pictures that are never augmented, gives the same tokens every epoch. Here tower
+and connector run once over every frame and camera (`SmolVLA.embed_images`, in the type that is stored);
+`train.py --features` gathers those tokens from a memory map and decodes no picture at all.
+
+    python world.py features data/demo --init tiny --dtype float32           # data/demo/features_<hash>/
+    torchrun --nproc-per-node 8 world.py features DATA --init CHECKPOINT     # each rank encodes its share
+    python train.py --data DATA --init CHECKPOINT --features DATA/features_<hash> --dtype bfloat16
+
+Frames are encoded in fixed blocks, each in one pass of one shape: what a row holds depends neither on the
+ranks nor on where a killed run stopped (on one kind of device). While blocks are missing the folder is named
+`.part` and `done.bin` marks those that are there. `features.json` is the sidecar: all that a run must agree
+with, the tower's weights and sizes, cameras, type, data.
+
+Two fingerprints name the data. The full one sees every pixel, and has to decode them: it is taken when a
+cache is begun, when the command meets a finished one, and when training reads pictures all the same. The
+light one sees states, actions, instructions and boundaries in full, but of pictures only the files' names and
+bytes and what each episode's pictures take of them. In compressed files, such as demos.py writes, a changed
+picture hardly ever keeps its bytes; in uncompressed ones it always does, and goes unseen.
+
+Shapes: F frames, V cameras, n tokens of a camera, W hidden width, b frames of a block, B batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor
+
+import cpu
+from data import Demos, camera_name, load
+from world import cache_folder, compare
+
+if TYPE_CHECKING:
+    from model import SmolVLA
+    from processor import Processor
+
+FORMAT = 1  # raised when the files are laid out in another way
+PICTURES = 1  # raised when anything changes between a stored picture and what the tower sees
+BLOCK = 32  # frames of one pass of the tower
+PROGRESS = 10.0  # seconds between two lines
+ROWS, SIDECAR, MARKS = "features.bin", "features.json", "done.bin"
+KINDS = {"bfloat16": np.int16, "float32": np.float32}  # numpy has no bfloat16: its 16 bits, as they are
+# Of the tower's sizes, those that its weights' shapes leave open.
+SIZES = ("image_size", "vision_size", "patch_size", "scale_factor", "vision_heads", "vision_eps")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Encode every picture with a policy's frozen vision tower, once, for `train.py --features`."""
+
+    data: tyro.conf.Positional[Path]
+    """A folder of `*.hdf5` task files, or one such file."""
+
+    init: str = "tiny"
+    """Whose tower: a preset's name (fresh weights), a checkpoint folder, or a hub id."""
+
+    revision: str | None = None
+    """Revision of the hub id, to pin it."""
+
+    vlm: str | None = None
+    """Folder or hub id of the language model, as for train.py."""
+
+    stats_of: str | None = None
+    """Data set whose statistics to use, where a checkpoint holds those of several."""
+
+    allow_missing: bool = False
+    """Go on when tensors or statistics of a checkpoint are missing, or tensors unexpected."""
+
+    seed: int = 0
+    """Seed of a preset's fresh weights."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type that the tower runs in and tokens are stored in."""
+
+    out: Path | None = None
+    """Folder of the cache; default: beside the data, named after the tower."""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what must agree
+
+
+def tower_identity(policy: SmolVLA, dtype: str) -> dict[str, Any]:
+    """Return what decides a token's value besides the data, as JSON."""
+    c = policy.config
+    return {
+        "format": FORMAT,
+        "dtype": dtype,
+        "cameras": list(c.cameras),
+        "pictures": PICTURES,
+        **{name: getattr(c, name) for name in SIZES},
+        "tokens": c.image_tokens,
+        "width": c.width,
+        "tower": tower_fingerprint(policy, dtype),
+    }
+
+
+def tower_fingerprint(policy: SmolVLA, dtype: str) -> str:
+    """Name the weights of tower and connector, rounded to `dtype` as they are used, in 16 hex digits.
+
+    A tower that is held in bfloat16 already, and one that was saved so, keep the name of the exact one.
+    """
+    digest = hashlib.sha256()
+    for part in (policy.vision, policy.connector):
+        for name, weight in part.state_dict().items():
+            values = weight.detach().cpu().to(getattr(torch, dtype)).float().contiguous()
+            digest.update(json.dumps([name, dtype, list(values.shape)]).encode() + values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def data_identity(demos: Demos) -> dict[str, Any]:
+    """Return what names the data, as JSON; its pictures are decoded where their `checks` are not known."""
+    return {
+        "rows": len(demos),
+        "light_fingerprint": demos.light_fingerprint,
+        "fingerprint": demos.fingerprint,
+        "checks": demos.checks,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------
+# reading
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """A finished cache, mapped from its file."""
+
+    path: Path
+    stored: dict[str, Any]
+    """The sidecar: what a run must agree with."""
+    rows: np.ndarray
+    """(F, V, n, W), float32 or the 16 bits of bfloat16, memory-mapped."""
+
+    @classmethod
+    def open(cls, path: Path) -> Features:
+        """Map a cache; ValueError where it is missing, unfinished or damaged."""
+        rows, marks, run = path / ROWS, path / MARKS, "run `python world.py features`"
+        unfinished = marks.is_file() and 0 in marks.read_bytes()
+        if unfinished or (not path.exists() and part_of(path).exists()):
+            raise ValueError(f"features {path} are not finished: {run} again, as before")
+        stored = read_sidecar(path, run)
+        size = rows.stat().st_size if rows.is_file() else 0
+        if size != row_bytes(stored):
+            has = f"{size:,} bytes instead of {row_bytes(stored):,}"
+            raise ValueError(f"features {path} are damaged ({ROWS} has {has}): delete {path} and {run}")
+        return cls(path, stored, np.memmap(rows, KINDS[stored["dtype"]], "r", shape=row_shape(stored)))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a run's record says of the features that it was trained on."""
+        return {name: self.stored[name] for name in ("dtype", "tower", "fingerprint")}
+
+    def check(self, wanted: dict[str, Any]) -> None:
+        """Raise ValueError, naming the field and both sides, where the cache was made from something else."""
+        again = "write others with `python world.py features` and this run's data, --init, --seed and --dtype"
+        compare(self.stored, wanted, f"{again}, or leave --features out", f"features {self.path}")
+
+    def vouch(self, demos: Demos, full: bool = False) -> Demos:
+        """Check the data, by every pixel or by the light fingerprint; give them with the CRCs in place."""
+        known = dataclasses.replace(demos, checks=self.stored["checks"])
+        self.check(data_identity(with_checks(demos) if full else known))
+        return known
+
+    def check_policy(self, policy: SmolVLA) -> None:
+        """Refuse a policy whose own tower would give other tokens, or will once it has been trained."""
+        tower = [*policy.vision.parameters(), *policy.connector.parameters()]
+        if any(p.requires_grad for p in tower):
+            raise ValueError("--features of a tower that trains: its tokens will change; use --freeze expert")
+        self.check(tower_identity(policy, str(tower[0].dtype).removeprefix("torch.")))
+
+    def batch(self, index: np.ndarray) -> dict[str, Tensor]:
+        """Gather these frames' tokens from the map: camera -> (B, n, W)."""
+        rows = torch.from_numpy(np.asarray(self.rows[index]))  # (B, V, n, W)
+        return dict(zip(self.stored["cameras"], rows.view(getattr(torch, self.stored["dtype"])).unbind(1)))
+
+
+def read_sidecar(folder: Path, again: str) -> dict[str, Any]:
+    """Read what a cache was made from; ValueError where it is missing or damaged."""
+    try:
+        stored = json.loads((folder / SIDECAR).read_text())
+        row_bytes(stored), stored["checks"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"features {folder} are missing or damaged ({cause}): {again}") from error
+    return stored
+
+
+def row_shape(stored: dict[str, Any]) -> tuple[int, int, int, int]:
+    """Return (F, V, n, W) of a sidecar."""
+    return stored["rows"], len(stored["cameras"]), stored["tokens"], stored["width"]
+
+
+def row_bytes(stored: dict[str, Any], frames: int | None = None) -> int:
+    """Return the bytes of the array, or of a number of its frames."""
+    F, *frame = row_shape(stored)
+    return math.prod(frame) * np.dtype(KINDS[stored["dtype"]]).itemsize * (F if frames is None else frames)
+
+
+def load_with(path: Path | None, data: Path, full: bool) -> tuple[Demos, Features | None]:
+    """Load a data set; where features of it are given, its pictures stay in the files.
+
+    Args: full, where the caller will read pictures all the same: then every pixel is checked.
+    """
+    if path is None:
+        return load(data), None
+    features = Features.open(path)
+    return features.vouch(load(data, in_memory=False), full), features
+
+
+# ------------------------------------------------------------------------------------------------------------
+# writing
+
+
+def part_of(path: Path) -> Path:
+    """Return where a cache lies while it is unfinished."""
+    return path.with_name(f"{path.name}.part")
+
+
+def open_part(part: Path, wanted: dict[str, Any]) -> None:
+    """Lay an unfinished cache out, or go on with one; ValueError where it is another's or the disk is full.
+
+    The sidecar comes first and the marks last: where there are marks, the rows that they speak of are there.
+    """
+    rows, marks, size = part / ROWS, part / MARKS, row_bytes(wanted)
+    if (part / SIDECAR).is_file():
+        again = f"delete {part} and run again"
+        compare(read_sidecar(part, again), wanted, again, f"unfinished features {part}")
+    check_space(part, wanted)
+    part.mkdir(parents=True, exist_ok=True)
+    beside = part / f"{SIDECAR}.{os.getpid()}"
+    beside.write_text(json.dumps(wanted) + "\n")
+    beside.replace(part / SIDECAR)
+    if marks.is_file() and not (rows.is_file() and rows.stat().st_size == size):
+        marks.unlink()
+    for file, length in ((rows, size), (marks, -(-wanted["rows"] // BLOCK))):
+        with file.open("ab") as handle:  # never cuts off what another process has written there
+            handle.truncate(length)
+
+
+def check_space(part: Path, wanted: dict[str, Any]) -> None:
+    """Say how big the array will be; ValueError where the disk has too little left for what is missing."""
+    F, V, n, W = row_shape(wanted)
+    size = row_bytes(wanted)
+    held = (part / ROWS).stat().st_blocks * 512 if (part / ROWS).is_file() else 0  # of a sparse file
+    shape = f"{F:,} frames x {V} cameras x {n} tokens x {W} in {wanted['dtype']}"
+    print(f"features: {shape} = {size / 1e9:.3g} GB" + f", {held / 1e9:.3g} there" * bool(held), flush=True)
+    free = shutil.disk_usage(next(p for p in (part, *part.absolute().parents) if p.exists())).free
+    if size - held > free:
+        need = f"features need {(size - held) / 1e9:.3g} GB more, the disk has {free / 1e9:.3g} GB left"
+        raise ValueError(f"{need}: free some, or give an --out on another disk")
+
+
+def write_blocks(
+    part: Path, policy: SmolVLA, processor: Processor, demos: Demos, rank: int, ranks: int
+) -> None:
+    """Encode this rank's blocks; each goes to its place on the disk, and then it is marked."""
+    wanted = read_sidecar(part, "run again")
+    start = said = time.perf_counter()
+    frames = len(demos)
+    with (part / ROWS).open("r+b") as rows, (part / MARKS).open("r+b", buffering=0) as marks:
+        done = marks.read()
+        todo = [block for block in range(rank, len(done), ranks) if not done[block]]
+        for block, pictures in read_ahead(demos, wanted["cameras"], todo):
+            tokens = encode(policy, processor, pictures)[: frames - block * BLOCK]  # no padding
+            rows.seek(row_bytes(wanted, block * BLOCK))
+            rows.write(tokens.contiguous().view(torch.uint8).cpu().numpy())
+            rows.flush()
+            os.fsync(rows.fileno())
+            marks.seek(block)
+            marks.write(b"\1")
+            if rank == 0 and time.perf_counter() - said > PROGRESS:
+                said = time.perf_counter()
+                marks.seek(0)
+                there = min(marks.read().count(1) * BLOCK, frames)  # by all ranks
+                rate = (there - done.count(1) * BLOCK) / (said - start)
+                left = f"{rate:8,.1f} frames/s  {(frames - there) / rate / 60:6.1f} min left"
+                print(f"features: {there:>11,} of {frames:,} frames  {left}", flush=True)
+
+
+def read_ahead(
+    demos: Demos, cameras: list[str], blocks: list[int]
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Yield each block's pictures (b, 3, S, S) uint8 by camera, while the next one's are being decoded; the
+    last block repeats its last frame."""
+
+    def read(block: int) -> dict[str, Tensor]:
+        index = np.arange(block * BLOCK, (block + 1) * BLOCK).clip(max=len(demos) - 1)
+        return {camera: demos.frames(index, camera) for camera in cameras}
+
+    with ThreadPoolExecutor(1) as reader:
+        coming = [reader.submit(read, block) for block in blocks[:1]]
+        for number, block in enumerate(blocks):
+            coming += [reader.submit(read, following) for following in blocks[number + 1 : number + 2]]
+            yield block, coming.pop(0).result()
+
+
+@torch.no_grad()
+def encode(policy: SmolVLA, processor: Processor, pictures: dict[str, Tensor]) -> Tensor:
+    """Run the tower on pictures (b, 3, S, S) uint8 by camera, as training does: (b, V, n, W)."""
+    device = policy.connector.proj.weight.device
+    images, _ = processor.cameras({name: picture.to(device) for name, picture in pictures.items()})
+    return torch.stack(policy.embed_images(images), dim=1)  # V x (b, n, W) -> (b, V, n, W)
+
+
+def finish(part: Path, path: Path) -> None:
+    """Give a complete cache its name."""
+    try:
+        part.rename(path)
+    except OSError:
+        if not path.exists():  # else another process was faster, and it has written the same bits
+            raise
+        shutil.rmtree(part, ignore_errors=True)
+    (path / MARKS).unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the command, `python world.py features`
+
+
+def frozen_policy(config: Config, demos: Demos, device: torch.device) -> tuple[SmolVLA, Processor]:
+    """Build the policy that train.py would start from, frozen, in the stored type, with the same kernels."""
+    from train import TrainConfig, build_policy  # which imports this file
+
+    same = ("data", "init", "revision", "vlm", "stats_of", "allow_missing", "seed")
+    start = TrainConfig(**{name: getattr(config, name) for name in same})
+    policy, processor = build_policy(start, demos)
+    for camera in policy.config.cameras:
+        camera_name(camera)  # raises where the data have no such camera
+    policy.to(device).freeze("expert")
+    policy.set_dtype(getattr(torch, config.dtype))
+    if device.type == "cpu":
+        cpu.speed_up(policy, policy.dtype)
+    return policy, processor
+
+
+def with_checks(demos: Demos, rank: int = 0, ranks: int = 1) -> Demos:
+    """Decode every picture once, each rank its share of the episodes, and note the CRCs."""
+    share = {camera: demos.picture_checks(camera, slice(rank, None, ranks)) for camera in demos.images}
+    shares = [share] * ranks
+    if ranks > 1:
+        dist.all_gather_object(shares, share)
+    checks = {camera: [0] * len(demos.first) for camera in demos.images}
+    for i, share in enumerate(shares):
+        for camera, found in share.items():
+            checks[camera][i::ranks] = found
+    return dataclasses.replace(demos, checks=checks)
+
+
+def agree(value: Any) -> Any:
+    """Give every rank the first one's answer: what lies on a disk may change between two looks."""
+    answer = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
+    return answer[0]
+
+
+def write(config: Config, rank: int, ranks: int, device: torch.device) -> str:
+    """Write the cache, or go on with it, or check a finished one; say what was done, in a line."""
+    start = time.perf_counter()
+    demos = load(config.data, in_memory=False)
+    policy, processor = frozen_policy(config, demos, device)
+    tower = tower_identity(policy, config.dtype)
+    path = config.out or cache_folder(config.data, "features", tower)
+    part, again = part_of(path), "delete {} and run again"
+    there, begun = agree((path.exists(), (part / SIDECAR).is_file()))
+    if begun and not there:  # the light fingerprint is enough to go on
+        demos = dataclasses.replace(demos, checks=read_sidecar(part, again.format(part))["checks"])
+    else:
+        demos = with_checks(demos, rank, ranks)
+    wanted = tower | data_identity(demos)
+    if there:
+        compare(Features.open(path).stored, wanted, again.format(path), f"features {path}")
+    else:
+        if rank == 0:
+            open_part(part, wanted)
+        agree(None)  # the folder is laid out
+        write_blocks(part, policy, processor, demos, rank, ranks)
+        if ranks > 1:
+            dist.barrier()
+        if rank == 0:
+            finish(part, path)
+    seconds = time.perf_counter() - start
+    return f"{'checked' if there else 'wrote'} {path}: {len(demos):,} frames in {seconds:.1f} s"
+
+
+def main(config: Config) -> None:
+    """Run `python world.py features`, on one rank or on torchrun's."""
+    from train import start_ranks
+
+    rank, ranks, device = start_ranks()
+    try:
+        line = write(config, rank, ranks, device)
+        if rank == 0:
+            print(line)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
