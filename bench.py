@@ -125,26 +125,26 @@ class Case:
 
 
 def plan(config: BenchConfig) -> list[list[Case]]:
-    """Lay out the cases in groups; the first of a group is what the others are compared with."""
+    """Lay out the cases in groups of one type; each begins with its plain path."""
     groups = []
     for dtype in config.dtype:
         one = {"size": config.size, "dtype": dtype, "batch": config.batch_size, "repeats": config.repeats}
-        one["threads"] = config.threads
-        fast = one | {"compile": config.compile}
-        if config.what == "model":
-            one, fast = one | {"batch": 1}, fast | {"batch": 1}
-            groups.append([Case("chunk, plain", "chunk", plain=True, **one), Case("chunk", "chunk", **fast)])
-        elif config.what == "train":
-            groups.append(
-                [
-                    Case("step from pictures, plain", "step", plain=True, **one),
-                    Case("step from pictures", "step", **fast),
-                    Case("step from features", "step", features=True, **fast),
-                ]
-            )
-        else:
-            arms = SITES if config.what == "fusion" else BANKS
-            groups.append([Case(n, "step", features=True, arm=arm, **fast) for n, arm in arms.items()])
+        one |= {"threads": config.threads}
+        fast, single = one | {"compile": config.compile}, {"batch": 1}
+        if config.what == "train":
+            group = [Case("step from pictures, plain", "step", plain=True, **one)]
+            group += [Case("step from pictures", "step", **fast)]
+            groups.append([*group, Case("step from features", "step", features=True, **fast)])
+            continue
+        arms = {"model": {"chunk": {"fusion": ("none",)}}, "fusion": SITES, "bank": BANKS}[config.what]
+        if config.what != "model":
+            name, arm = next(iter(arms.items()))
+            group = [Case(f"{name}, plain", "step", plain=True, features=True, arm=arm, **one)]
+            group += [Case(n, "step", features=True, arm=arm, **fast) for n, arm in arms.items()]
+            groups.append(group)
+        name, arm = next(iter(arms.items()))
+        group = [Case(f"{name}, plain", "chunk", plain=True, arm=arm, **one | single)]
+        groups.append(group + [Case(n, "chunk", arm=arm, **fast | single) for n, arm in arms.items()])
     return groups
 
 
@@ -164,7 +164,10 @@ def build(case: Case, device: str) -> Arm:
     if arm.policy.fusion is not None:
         arm.policy.fusion.requires_grad_(True)
     if case.kind == "chunk":
-        arm.eval().requires_grad_(False)
+        for name, p in arm.named_parameters():
+            if name.endswith(".gate"):
+                torch.nn.init.ones_(p)  # a closed site would be skipped
+        arm.requires_grad_(False).train(device == "meta")  # to see which gates are open takes values
     arm.policy.split = not case.plain
     if case.plain:
         return arm
@@ -241,9 +244,8 @@ def step_of(case: Case, arm: Arm, device: str) -> Callable[[], dict]:
 
 
 def chunk_of(case: Case, arm: Arm, device: str) -> Callable[[], dict]:
-    """One chunk of actions, as `predict_chunk` makes it; gives the time of its parts."""
-    policy, inputs = arm.policy, inputs_of(case, device)
-    noise = torch.randn(case.batch, policy.config.chunk_size, policy.config.max_action_dim, device=device)
+    """One chunk of actions, as `Arm.act` makes it; gives the time of its parts, memory in the prefix's."""
+    policy, (inputs, world, noise, _) = arm.policy, batch_of(case, arm, device)
 
     @torch.no_grad()
     def chunk() -> dict[str, float]:
@@ -251,9 +253,11 @@ def chunk_of(case: Case, arm: Arm, device: str) -> Callable[[], dict]:
             start = now(device)
             embedded = policy.embed_prefix(*prefix_inputs(inputs))
             seen = now(device)
-            prefix = policy.prefix(*embedded)
+            memory = arm.memory(arm.config.mode, arm.like(noise), world)
+            cache = None if policy.fusion is None else policy.fusion.prepare(memory)
+            prefix = policy.prefix(*embedded, cache)
             read = now(device)
-            policy.denoise(noise, prefix)
+            policy.denoise(noise[:, 0], prefix, cache)
         return {"vision": seen - start, "prefix": read - seen, "denoise": now(device) - read}
 
     return chunk
@@ -307,12 +311,8 @@ def count_flops(case: Case) -> int:
     arm = build(case, "meta")
     with FlopCounterMode(display=False) as counter, only_math():
         if case.kind == "chunk":
-            with torch.no_grad():
-                inputs, policy = inputs_of(case, "meta"), arm.policy
-                noise = torch.empty(
-                    case.batch, policy.config.chunk_size, policy.config.max_action_dim, device="meta"
-                )
-                policy.denoise(noise, policy.prefix(*policy.embed_prefix(*prefix_inputs(inputs))))
+            inputs, world, noise, _ = batch_of(case, arm, "meta")
+            arm.act(inputs, noise[:, 0], arm.config.mode, world)
         else:
             out = arm(*batch_of(case, arm, "meta"))
             (out["action"].mean() + (out["world"].mean() if "world" in out else 0)).backward()
@@ -406,23 +406,25 @@ def lines(config: BenchConfig) -> Iterator[dict]:
         for _ in range(config.rounds):
             peaks.append(alone(measure_peak, group[0].dtype, config.threads))
             turns.append([alone(measure, case) for case in group])
-        peak, base = max(peaks), {}
-        for case, *found in zip(group, *turns, strict=True):
-            found, flops = min(found, key=lambda one: one["seconds"]), alone(count_flops, case)
-            base = base or {"seconds": found["seconds"], "flops": flops}
+        best = [min(found, key=lambda one: one["seconds"]) for found in zip(*turns, strict=True)]
+        flops = [alone(count_flops, case) for case in group]
+        base = 1 if config.what in ("fusion", "bank") else 0  # without memory, one hypothesis; else plain
+        for case, found, count in zip(group, best, flops, strict=True):
+            seconds, peak = found["seconds"], max(peaks)
             yield common | {
                 "case": case.name,
+                "kind": case.kind,
                 "dtype": case.dtype,
                 "batch": case.batch,
-                "seconds": found["seconds"],
-                "per_second": case.batch / found["seconds"],
+                "seconds": seconds,
+                "per_second": case.batch / seconds,
                 **found["parts"],
-                "speed_ratio": base["seconds"] / found["seconds"],
-                "time_ratio": found["seconds"] / base["seconds"],
-                "flops": flops,
-                "flops_ratio": flops / base["flops"],
+                "times_faster_than_plain": best[0]["seconds"] / seconds,
+                "time_ratio": seconds / best[base]["seconds"],
+                "flops": count,
+                "flops_ratio": count / flops[base],
                 "peak_flops": peak,
-                "share_of_peak": flops / found["seconds"] / peak,
+                "share_of_peak": count / seconds / peak,
                 "memory_gb": found["memory"] / 1e9,
                 "threads": found["threads"],
             }
@@ -431,24 +433,21 @@ def lines(config: BenchConfig) -> Iterator[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Lay cases out; ratios are to the first case of a type."""
+    """Lay cases out: time and FLOPs beside the plain path's, or those without memory or a bank of it."""
     out = [
-        f"{'case':28s} {'type':9s} {'seconds':>8s} {'a second':>9s} {'faster':>7s} {'time':>6s} "
+        f"{'case':28s} {'kind':5s} {'type':8s} {'seconds':>8s} {'a second':>9s} {'faster':>7s} {'time':>6s} "
         f"{'FLOPs':>6s} {'GFLOP':>8s} {'of peak':>7s} {'GB':>6s}"
     ]
     for row in rows:
-        if "dtype" not in row:
-            out.append(
-                f"{row['case']:38s} {row['seconds']:8.3f}  import {row['import']:.2f}, load {row['load']:.2f}"
-            )
+        if "kind" not in row:
+            parts = f"import {row['import']:.2f}, load {row['load']:.2f}"
+            out.append(f"{row['case']:43s} {row['seconds']:8.3f}  {parts}")
             continue
+        line = f"{row['case']:28s} {row['kind']:5s} {row['dtype']:8s} {row['seconds']:8.3f} "
+        line += f"{row['per_second']:9.3f} {row['times_faster_than_plain']:6.2f}x {row['time_ratio']:6.3f} "
+        line += f"{row['flops_ratio']:6.3f} {row['flops'] / 1e9:8.1f} {row['share_of_peak']:7.1%} "
         parts = ", ".join(f"{k} {row[k]:.3f}" for k in ("vision", "prefix", "denoise") if k in row)
-        out.append(
-            f"{row['case']:28s} {row['dtype']:9s} {row['seconds']:8.3f} {row['per_second']:9.3f} "
-            f"{row['speed_ratio']:6.2f}x {row['time_ratio']:6.3f} {row['flops_ratio']:6.3f} "
-            f"{row['flops'] / 1e9:8.1f} {row['share_of_peak']:7.1%} {row['memory_gb']:6.2f}"
-            + (f"  {parts}" if parts else "")
-        )
+        out.append(f"{line}{row['memory_gb']:6.2f}  {parts}".rstrip())
     return "\n".join(out)
 
 

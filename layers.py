@@ -126,6 +126,17 @@ class VisionBlock(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
+def resize_with_pad(image: Tensor, size: int) -> Tensor:
+    """Fit (B, 3, h, w) into size x size keeping the aspect; the picture sits bottom right, the rest is 0."""
+    height, width = image.shape[-2:]
+    if (height, width) == (size, size):
+        return image
+    ratio = max(width / size, height / size)
+    fitted = (int(height / ratio), int(width / ratio))
+    image = F.interpolate(image, size=fitted, mode="bilinear", align_corners=False)
+    return F.pad(image, (size - fitted[1], 0, size - fitted[0], 0))
+
+
 def patch_positions(side: int, table: int) -> list[int]:
     """Give each patch of a side x side grid its row in a position table made for table x table.
 

@@ -2,8 +2,9 @@
 
 The prefix (images, language, state) runs once a decision and leaves keys and values; the expert then turns
 noise into a chunk of actions, attending to them in every layer. Nothing in the prefix can see the actions,
-so training and cached inference are one code path: `prefix(...)`, then `velocity(...)`. Memory of imagined
-futures enters through `fusion.py`.
+so training and cached inference are one code path: `prefix(...)`, then `velocity(...)`. Images and language
+cannot see the state either: where nothing in them learns, training runs them without gradients, and goes back
+through one token alone. Memory of imagined futures enters through `fusion.py`.
 
     python model.py                                  # sizes of the presets
     python model.py runs/demo/E0-n64000-s0/last      # what a checkpoint is, before a run is spent on it
@@ -31,7 +32,17 @@ from torch import Tensor
 
 from config import PRESETS, SmolVLAConfig
 from fusion import Fusion, Memory, MemoryCache, WorldTokens, repeat_memory, with_bias
-from layers import Connector, Expert, TextModel, VisionTower, WorldMask, join, mask_rows, rope_table
+from layers import (
+    Connector,
+    Expert,
+    TextModel,
+    VisionTower,
+    WorldMask,
+    join,
+    mask_rows,
+    resize_with_pad,
+    rope_table,
+)
 
 
 class Prefix(NamedTuple):
@@ -434,17 +445,6 @@ class ActionQueue:
             chunk = self.policy.predict_chunk(inputs, noise, memory)
             self.queue.extend(chunk[:, : self.policy.config.n_action_steps].unbind(1))
         return self.queue.popleft()
-
-
-def resize_with_pad(image: Tensor, size: int) -> Tensor:
-    """Fit (B, 3, h, w) into size x size keeping the aspect; the picture sits bottom right, the rest is 0."""
-    height, width = image.shape[-2:]
-    if (height, width) == (size, size):
-        return image
-    ratio = max(width / size, height / size)
-    fitted = (int(height / ratio), int(width / ratio))
-    image = F.interpolate(image, size=fitted, mode="bilinear", align_corners=False)
-    return F.pad(image, (size - fitted[1], 0, size - fitted[0], 0))
 
 
 def prefix_inputs(inputs: dict) -> tuple:

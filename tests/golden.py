@@ -22,13 +22,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import lerobot_key, load_policy
+from layers import resize_with_pad
 from model import (
     ActionQueue,
     SmolVLA,
     flow_target,
     masked_mean,
     prefix_inputs,
-    resize_with_pad,
     sample_means,
 )  # fmt: skip
 from processor import Processor

@@ -13,6 +13,11 @@ import cpu
 from model import SmolVLA, prefix_inputs
 
 
+@pytest.fixture(autouse=True)
+def small_layers_count_as_large(monkeypatch):
+    monkeypatch.setattr(cpu, "LARGE", 0)
+
+
 def both(freeze: str = "expert", dtype: torch.dtype = torch.float32) -> tuple[SmolVLA, SmolVLA]:
     """A policy with plain kernels and the same one with the CPU's."""
     plain = tiny.policy()
@@ -51,7 +56,7 @@ def test_losses_and_gradients_are_the_plain_policys(freeze):
 def test_frozen_layers_are_packed_when_used_and_trained_ones_never():
     _, fast = both("expert")
     fast(tiny.inputs(), *draws())
-    packed = {name for name, m in fast.named_modules() if getattr(m.forward, "packed", None) is not None}
+    packed = {name for name, m in fast.named_modules() if getattr(m.forward, "packed", None)}
     assert "vision.layers.0.self_attn.q_proj" in packed and "text.layers.0.mlp.up_proj" in packed
     assert "lm_head" not in packed  # never used, so it takes no memory
     assert not any(name.startswith(("expert", "action", "state")) for name in packed)
@@ -87,6 +92,13 @@ def test_attention_in_products_is_sdpas(length, mask):
         )
     want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     torch.testing.assert_close(cpu.attend_in_products(q, k, v, mask), want, atol=1e-5, rtol=1e-5)
+
+
+def test_small_layers_stay_plain(monkeypatch):
+    monkeypatch.setattr(cpu, "LARGE", 100)
+    layers = torch.nn.Sequential(torch.nn.Linear(9, 11), torch.nn.Linear(11, 10))
+    cpu.speed_up(layers)
+    assert [isinstance(layer.forward, cpu.Packed) for layer in layers] == [False, True]
 
 
 def test_saved_weights_do_not_know_of_it():

@@ -23,6 +23,7 @@ from eval import (
     find_checkpoint,
     frame_plan,
     key_of,
+    make_fast,
     make_plan,
     newest_run,
     read_done,
@@ -87,7 +88,7 @@ def test_the_protocol_defaults_to_the_training_datas_and_its_unseen_starts():
         32,
         3,
     )
-    assert record["max_steps"] == 280 and record["policy_batch"] == 1
+    assert record["max_steps"] == 280 and record["policy_batch"] == 1 and record["dtype"] == "float32"
 
 
 def test_what_a_run_cannot_answer_is_asked_for():
@@ -167,6 +168,18 @@ def test_a_mode_that_the_arm_lacks_is_one_line_before_any_simulator_starts(tmp_p
         "error: --memory pred needs a prophet, and this arm has none: "
         "choose off, zero, random, current, history"
     )
+
+
+def test_a_policy_in_bfloat16_acts_alike_and_its_protocol_says_so():
+    found, config = [], EvalConfig(dtype="bfloat16", episodes_per_task=3)
+    for dtype in ("float32", "bfloat16"):
+        arm = tiny.arm().eval().requires_grad_(False)
+        make_fast(EvalConfig(dtype=dtype), arm, processor(), torch.device("cpu"))
+        found.append(arm.act(tiny.inputs(), tiny.flow()[0][:, 0], "pred", tiny.world()))
+        assert {p.dtype for p in arm.policy.expert.parameters()} == {getattr(torch, dtype)}
+        assert {p.dtype for p in arm.prophet.parameters()} == {torch.float32}
+    torch.testing.assert_close(found[1], found[0], atol=0.05, rtol=0)
+    assert make_plan(config, run_config(), tiny.arm()).record()["dtype"] == "bfloat16"
 
 
 @pytest.mark.slow

@@ -14,13 +14,12 @@ from golden import compare
 from safetensors.torch import load_file, save_file
 
 from config import PRESETS, SmolVLAConfig
-from layers import patch_positions
+from layers import patch_positions, resize_with_pad
 from model import (
     ActionQueue,
     SmolVLA,
     masked_mean,
     prefix_inputs,
-    resize_with_pad,
     sample_means,
 )
 

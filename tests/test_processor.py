@@ -263,3 +263,16 @@ def test_a_state_or_action_of_another_width_is_refused(feature, width, own):
     batch[feature] = torch.zeros(*batch[feature].shape[:-1], width)
     with pytest.raises(ValueError, match=f"{feature} is {width} wide, the checkpoint's is {own}"):
         processor()(batch)
+
+
+def test_instructions_are_padded_to_the_length_that_was_asked_for_and_no_further_than_the_models():
+    p = processor()
+    tasks = ["open the drawer", "put the black bowl on the plate"]
+    assert p.longest(tasks) == max(int(p.tokenize([task])[1].sum()) for task in tasks)
+    short, _ = p.tokenize(tasks[:1])
+    p.pad_to = p.longest(tasks)
+    tokens, mask = p.tokenize(tasks[:1])
+    assert tokens.shape[1] == p.pad_to > short.shape[1]
+    assert torch.equal(tokens[:, : short.shape[1]], short) and not mask[:, short.shape[1] :].any()
+    p.pad_to = 10_000
+    assert p.tokenize(tasks)[0].shape[1] == p.config.tokenizer_max_length

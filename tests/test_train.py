@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -286,3 +288,23 @@ def test_a_bank_trains_and_logs_what_its_hypotheses_do(data, method, tmp_path):
         math.isfinite(line[k]) for k in (*said, "late/attn_entropy_hyp", "late/spike", "late/choose_best")
     )
     assert 1 <= line["usage_ppl"] <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [("--dtype", "bfloat16"), ("--dtype", "float32", "--compile")])
+def test_a_frozen_trunk_in_bfloat16_or_compiled_trains_alike_and_resumes_to_the_bit(data, tmp_path, flags):
+    budget, frozen = ("--save-every", "8", "--total-samples"), (*MEMORY, "--freeze", "expert")
+    for name in ("straight", "killed"):
+        train(data, tmp_path / name, *frozen, *flags, *budget, "16")
+    shutil.rmtree(tmp_path / "killed" / "step_000002")
+    (tmp_path / "killed" / "last").unlink()
+    (tmp_path / "killed" / "last").symlink_to("step_000001")
+    assert "resumed at 8" in train(data, tmp_path / "killed", *frozen, *flags, *budget, "16").stdout
+    straight, killed = weights(tmp_path / "straight"), weights(tmp_path / "killed")
+    assert all(torch.equal(straight[name], killed[name]) for name in straight)
+    held = {t.dtype for name, t in straight.items() if ".text_model." in name or ".vision_model." in name}
+    assert held == {getattr(torch, flags[1])}
+    assert json.loads((tmp_path / "straight" / "config.json").read_text())["dtype"] == flags[1]
+    train(data, tmp_path / "plain", *frozen, *budget, "16")
+    for one, other in zip(metrics(tmp_path / "straight"), metrics(tmp_path / "plain"), strict=True):
+        assert math.isclose(one["action_loss"], other["action_loss"], rel_tol=0.01)
