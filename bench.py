@@ -85,6 +85,9 @@ class BenchConfig:
     rounds: int = 2
     """Turns that each case takes, in a new process each."""
 
+    only: str = ""
+    """Measure only cases whose name contains this; ratios are then to the first of these."""
+
     compile: bool = False
     """Compile blocks, and the denoising loop, in the fast cases."""
 
@@ -145,7 +148,11 @@ def plan(config: BenchConfig) -> list[list[Case]]:
         name, arm = next(iter(arms.items()))
         group = [Case(f"{name}, plain", "chunk", plain=True, arm=arm, **one | single)]
         groups.append(group + [Case(n, "chunk", arm=arm, **fast | single) for n, arm in arms.items()])
-    return groups
+    kept = [[case for case in group if config.only in case.name] for group in groups]
+    if not any(kept):
+        names = ", ".join(dict.fromkeys(case.name for group in groups for case in group))
+        raise ValueError(f"--only {config.only!r} is in no case's name: these are {names}")
+    return [group for group in kept if group]
 
 
 # ---- what is measured ---------------------------------------------------------------------------------
@@ -408,7 +415,8 @@ def lines(config: BenchConfig) -> Iterator[dict]:
             turns.append([alone(measure, case) for case in group])
         best = [min(found, key=lambda one: one["seconds"]) for found in zip(*turns, strict=True)]
         flops = [alone(count_flops, case) for case in group]
-        base = 1 if config.what in ("fusion", "bank") else 0  # without memory, one hypothesis; else plain
+        # Sites beside no memory, a bank beside one hypothesis; else beside the plain path.
+        base = int(config.what in ("fusion", "bank") and not config.only)
         for case, found, count in zip(group, best, flops, strict=True):
             seconds, peak = found["seconds"], max(peaks)
             yield common | {

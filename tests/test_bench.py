@@ -93,6 +93,17 @@ def test_every_case_is_a_json_line_and_a_row(tmp_path, what, cases):
         assert rows[-1]["seconds"] == pytest.approx(rows[-1]["import"] + rows[-1]["load"])
 
 
+def test_cases_can_be_chosen_by_name():
+    groups = bench.plan(bench.BenchConfig("fusion", only="prefix_", dtype=("float32",)))
+    assert [[(c.name, c.kind) for c in group] for group in groups] == [
+        [(name, kind) for name in bench.SITES if name.startswith("prefix_")] for kind in ("step", "chunk")
+    ]
+    with pytest.raises(
+        ValueError, match="--only 'nothing' is in no case's name: these are none, plain, none"
+    ):
+        bench.plan(bench.BenchConfig("fusion", only="nothing"))
+
+
 def test_a_batch_of_nothing_is_refused():
     with pytest.raises(ValueError, match="--batch-size 0 must be at least 1"):
         bench.BenchConfig("model", batch_size=0)
