@@ -15,27 +15,19 @@ Sources: LIBERO's HDF5 layout (github.com/Lifelong-Robot-Learning/LIBERO); featu
 
 import hashlib
 import json
+import math
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-import h5py
 import numpy as np
 import torch
 import tyro
 from torch import Tensor
 
-# lerobot's feature name -> the name inside LIBERO's files
-CAMERAS = {"observation.images.image": "agentview_rgb", "observation.images.image2": "eye_in_hand_rgb"}
-STATE_PARTS = {"ee_pos": 3, "ee_ori": 3, "gripper_states": 2}
-ACTION_DIM = 7
-PAIRING = "observation_before_action"
-PROVENANCE = ("suite", "task_id", "displace", "noise", "size", "draw", "reset", "env_seed", "versions")
-RECORD_AGAIN = "record it again with `python demos.py`"
 ORDER_STREAM = 0x0DE5  # keeps the data order apart from any other stream that is keyed by the same seed
 
 
@@ -154,6 +146,29 @@ class Demos:
         return index
 
 
+@dataclass(frozen=True, eq=False)
+class StoredPictures:
+    """One camera's pictures left in their files: an array (F, S, S, 3) uint8 that is read where indexed."""
+
+    shape: tuple[int, int, int, int]
+    places: list[Any]
+    """Each episode's place in the files, as `read` takes it."""
+    first: np.ndarray
+    """(E,) int64: the first frame of each episode."""
+    read: Callable[[Any, np.ndarray], np.ndarray]
+    """The layout's own: an episode's place and steps (n,) -> pictures (n, S, S, 3), the right way up."""
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Read pictures (n, S, S, 3)."""
+        rows = np.arange(self.shape[0])[rows]
+        out = np.empty((len(rows), *self.shape[1:]), np.uint8)
+        episode = np.searchsorted(self.first, rows, side="right") - 1
+        for number in np.unique(episode):
+            here = np.flatnonzero(episode == number)
+            out[here] = self.read(self.places[number], rows[here] - self.first[number])
+        return out
+
+
 def boundaries(lengths: Iterable[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return episode (F,), first (E,) and last (E,) for episodes of these lengths laid end to end."""
     lengths = np.asarray(list(lengths), dtype=np.int64)
@@ -162,87 +177,29 @@ def boundaries(lengths: Iterable[int]) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 # ------------------------------------------------------------------------------------------------------------
-# reading LIBERO's HDF5 layout
+# loading
 
 
-@dataclass(frozen=True)
-class TaskFile:
-    """What a file's header says, before any picture is read."""
-
-    path: Path
-    instruction: str
-    demos: list[str]
-    lengths: list[int]
-    sizes: dict[str, int]  # camera -> S, pixels
-    stored: dict[str, list[int]]  # camera -> bytes that each episode's pictures take, compressed or not
-    provenance: dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class StoredPictures:
-    """One camera's pictures left in their files: an array (F, S, S, 3) uint8 that is read where indexed."""
-
-    shape: tuple[int, int, int, int]
-    places: list[tuple[Path, str]]
-    """Each episode's file, and the dataset in it."""
-    first: np.ndarray
-    """(E,) int64: the first frame of each episode."""
-
-    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        """Read pictures (n, S, S, 3) and turn them by 180 degrees: the one place where that happens."""
-        rows = np.arange(self.shape[0])[rows]
-        out = np.empty((len(rows), *self.shape[1:]), np.uint8)
-        episode = np.searchsorted(self.first, rows, side="right") - 1
-        for number in np.unique(episode):
-            here = np.flatnonzero(episode == number)
-            steps = rows[here] - self.first[number]
-            with opened(self.places[number][0]) as file:
-                found = file[self.places[number][1]][steps.min() : steps.max() + 1]
-            out[here] = found[steps - steps.min(), ::-1, ::-1]
-        return out
-
-
-def load(path: Path, cameras: Iterable[str] = tuple(CAMERAS), in_memory: bool = True) -> Demos:
-    """Read a folder of task files, or one file, into memory: headers first, then straight into place.
+def load(path: Path, cameras: Iterable[str] | None = None, in_memory: bool = True) -> Demos:
+    """Read a data set: a folder or file in LIBERO's HDF5 layout.
 
     Pictures stay in the files where `in_memory` is false, and are read from there when they are asked for.
     Raises ValueError, in one line, for what is missing, damaged, inconsistent or too big for this machine.
     """
-    cameras = [camera_name(camera) for camera in cameras]
-    files = [read_header(file, cameras) for file in task_files(Path(path))]
-    sizes = common_sizes(files)
-    lengths = [length for file in files for length in file.lengths]
-    episode, first, last = boundaries(lengths)
-    images = {}
-    for camera, size in sizes.items():
-        places = [(file.path, f"data/{name}/obs/{CAMERAS[camera]}") for file in files for name in file.demos]
-        images[camera] = StoredPictures((len(episode), size, size, 3), places, first)
-    if in_memory:
-        check_memory(len(episode), sizes)
-        images = {camera: pictures[:] for camera, pictures in images.items()}
-    demos = Demos(
-        images=images,
-        state=np.empty((len(episode), sum(STATE_PARTS.values())), np.float32),
-        action=np.empty((len(episode), ACTION_DIM), np.float32),
-        episode=episode,
-        first=first,
-        last=last,
-        task=np.repeat(np.arange(len(files)), [len(file.demos) for file in files]),
-        tasks=[file.instruction for file in files],
-        provenance=[file.provenance for file in files],
-        files=[{"file": f.path.name, "bytes": f.path.stat().st_size, "pictures": f.stored} for f in files],
-    )
-    row = 0
-    for file in files:
-        with opened(file.path) as handle:
-            for name, length in zip(file.demos, file.lengths):
-                read_episode(handle["data"][name], f"{file.path}: {name}", demos, slice(row, row + length))
-                row += length
-    return demos
+    import libero_hdf5  # which imports this file
+
+    chosen = tuple(libero_hdf5.CAMERAS) if cameras is None else cameras
+    demos = libero_hdf5.read(Path(path), [camera_name(camera) for camera in chosen])
+    if not in_memory:
+        return demos
+    check_memory(demos)
+    return replace(demos, images={camera: pictures[:] for camera, pictures in demos.images.items()})
 
 
 def camera_name(name: str) -> str:
     """Return the feature name of a camera given in full or in short (image, image2)."""
+    from libero_hdf5 import CAMERAS
+
     full = name if name.startswith("observation.images.") else f"observation.images.{name}"
     if full not in CAMERAS:
         short = " or ".join(camera.rsplit(".", 1)[1] for camera in CAMERAS)
@@ -250,141 +207,14 @@ def camera_name(name: str) -> str:
     return full
 
 
-def task_files(path: Path) -> list[Path]:
-    """Return the data set's HDF5 files by name; other layouts would branch off here."""
-    if not path.exists():
-        raise ValueError(f"no such data folder or file: {path}; record demonstrations with `python demos.py`")
-    if path.is_file():
-        return [path]
-    for parts in sorted([path] if path.suffix == ".parts" else path.glob("*.parts")):
-        stem = parts.with_suffix("")  # a recording collects its episodes in NAME.parts, then writes NAME.hdf5
-        finals = (stem, stem.with_name(stem.name + ".hdf5"), stem.with_name(stem.name + "_demo.hdf5"))
-        if not any(final.is_file() for final in finals):
-            raise ValueError(f"interrupted recording, {parts} has no final file: run `python demos.py` again")
-    files = sorted(path.glob("*.hdf5"))
-    if not files:
-        raise ValueError(f"no *.hdf5 file in {path}: record demonstrations there with `python demos.py`")
-    return files
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[h5py.File]:
-    """Open an HDF5 file for reading; damage, found now or while reading, becomes a one-line ValueError."""
-    try:
-        with h5py.File(path, "r") as file:
-            yield file
-    except (OSError, KeyError, RuntimeError) as error:  # what h5py raises, depending on where the damage lies
-        cause = " ".join(str(error).split())
-        raise ValueError(f"{path} is truncated or damaged ({cause}): delete it and {RECORD_AGAIN}") from error
-
-
-def read_header(path: Path, cameras: list[str]) -> TaskFile:
-    """Read a file's attributes and the shapes of its episodes, and refuse what can't be used."""
-    with opened(path) as file:
-        if "data" not in file:
-            raise ValueError(f"{path} has no group 'data', so it isn't in LIBERO's layout: {RECORD_AGAIN}")
-        data = file["data"]
-        pairing = plain(data.attrs.get("pairing"))
-        if pairing != PAIRING:
-            raise ValueError(
-                f"{path}: pairing is {pairing!r}, not {PAIRING!r}: public LIBERO files record observations"
-                f" after the action, a step off from what a policy sees: not supported yet; {RECORD_AGAIN}"
-            )
-        demos = sorted((n for n in data if n.startswith("demo_")), key=lambda n: int(n.removeprefix("demo_")))
-        declared = plain(data.attrs.get("num_demos"))
-        if declared != len(demos) or not demos:
-            raise ValueError(f"{path}: num_demos is {declared}, episodes there {len(demos)}: {RECORD_AGAIN}")
-        shapes = [episode_shape(data[name], f"{path}: {name}", cameras) for name in demos]
-        sizes = {camera: {shape[1][camera] for shape in shapes} for camera in cameras}
-        if mixed := {camera: sorted(size) for camera, size in sizes.items() if len(size) > 1}:
-            raise ValueError(f"{path} mixes image sizes {mixed}: {RECORD_AGAIN}")
-        return TaskFile(
-            path=path,
-            instruction=read_instruction(data, path),
-            demos=demos,
-            lengths=[length for length, _ in shapes],
-            sizes={camera: size.pop() for camera, size in sizes.items()},
-            stored={
-                camera: [data[f"{name}/obs/{CAMERAS[camera]}"].id.get_storage_size() for name in demos]
-                for camera in cameras
-            },
-            provenance=read_provenance(data, demos, path),
-        )
-
-
-def read_instruction(data: h5py.Group, path: Path) -> str:
-    """Return the instruction; an empty one would train a policy blind to its prompt, at plausible losses."""
-    text = plain(data.attrs.get("problem_info", "{}"))
-    try:
-        instruction = json.loads(text).get("language_instruction", "")
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"{path}: problem_info is no JSON object, got {text!r}: {RECORD_AGAIN}") from error
-    if not isinstance(instruction, str) or not instruction.strip():
-        raise ValueError(f"{path}: problem_info has no language_instruction, got {text!r}: {RECORD_AGAIN}")
-    return instruction.strip()
-
-
-def read_provenance(data: h5py.Group, demos: list[str], path: Path) -> dict[str, Any]:
-    """Return how the file was recorded; what it does not say is None."""
-    record = {name: plain(data.attrs.get(name)) for name in PROVENANCE}
-    if isinstance(record["versions"], str) and record["versions"].startswith("{"):
-        record["versions"] = json.loads(record["versions"])
-    init_states = [plain(data[name].attrs.get("init_state_id")) for name in demos]
-    return {"file": path.name, **record, "init_state_ids": init_states}
-
-
-def plain(value: Any) -> Any:
-    """Turn an HDF5 attribute into what JSON can hold."""
-    if isinstance(value, bytes):
-        return value.decode()
-    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
-
-
-def episode_shape(demo: h5py.Group, where: str, cameras: list[str]) -> tuple[int, dict[str, int]]:
-    """Return an episode's length and its picture sizes, after checking each dataset's shape."""
-    length = plain(demo.attrs.get("num_samples"))
-    expected = {"actions": (length, ACTION_DIM)}
-    expected |= {f"obs/{name}": (length, width) for name, width in STATE_PARTS.items()}
-    for name, shape in expected.items():
-        if name not in demo or demo[name].shape != shape or not length:
-            seen = demo[name].shape if name in demo else "nothing"
-            raise ValueError(f"{where}: {name} should be {shape} by num_samples, got {seen}: {RECORD_AGAIN}")
-    sizes = {}
-    for camera in cameras:
-        name = f"obs/{CAMERAS[camera]}"
-        if name not in demo:
-            there = ", ".join(sorted(n for n in demo["obs"] if n.endswith("_rgb"))) or "none"
-            raise ValueError(f"{where}: no camera {CAMERAS[camera]}, there are {there}: {RECORD_AGAIN}")
-        images = demo[name]
-        size = images.shape[1] if images.ndim == 4 else 0
-        if images.shape != (length, size, size, 3) or images.dtype != np.uint8:
-            seen = f"{images.shape} {images.dtype}"
-            raise ValueError(
-                f"{where}: {name} should be ({length}, S, S, 3) uint8, got {seen}: {RECORD_AGAIN}"
-            )
-        sizes[camera] = size
-    return length, sizes
-
-
-def common_sizes(files: list[TaskFile]) -> dict[str, int]:
-    """Return the picture size of each camera, which all files must share."""
-    for file in files[1:]:
-        if file.sizes != files[0].sizes:
-            raise ValueError(
-                f"image sizes differ: {files[0].path.name} has {files[0].sizes}, {file.path.name} has"
-                f" {file.sizes}: record all task files with one --size"
-            )
-    return files[0].sizes
-
-
-def check_memory(frames: int, sizes: dict[str, int]) -> None:
+def check_memory(demos: Demos) -> None:
     """Refuse a data set that would not fit, before the machine starts to swap or kills the run."""
-    need = frames * sum(size * size * 3 for size in sizes.values())
+    need = sum(math.prod(pictures.shape) for pictures in demos.images.values())
     free = available_memory()
     if free is not None and need > free:
         raise ValueError(
-            f"{frames:,} frames from {len(sizes)} cameras need {need / 2**30:.3g} GiB of memory, but"
-            f" {free / 2**30:.3g} GiB are free: use fewer task files, or record smaller pictures"
+            f"{len(demos):,} frames from {len(demos.images)} cameras need {need / 2**30:.3g} GiB of memory,"
+            f" but {free / 2**30:.3g} GiB are free: use fewer task files, or record smaller pictures"
         )
 
 
@@ -395,16 +225,6 @@ def available_memory() -> int | None:
         return None
     lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
     return int(lines["MemAvailable"].split()[0]) * 1024
-
-
-def read_episode(demo: h5py.Group, where: str, demos: Demos, rows: slice) -> None:
-    """Fill one episode's rows of states and actions."""
-    demos.action[rows] = demo["actions"][()]
-    demos.state[rows] = np.concatenate([demo[f"obs/{name}"][()] for name in STATE_PARTS], axis=1)
-    for name, values in (("actions", demos.action[rows]), ("state", demos.state[rows])):
-        if not np.isfinite(values).all():
-            step = int(np.argwhere(~np.isfinite(values))[0, 0])
-            raise ValueError(f"{where}: {name} has a non-finite value at step {step}: {RECORD_AGAIN}")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import data
 from data import Demos, boundaries, load, sample_order, sample_rng, statistics
+from libero_hdf5 import CAMERAS
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=5)
@@ -51,9 +52,7 @@ def toy_demos(lengths: list[int], size: int = 4, seed: int = 0) -> Demos:
     frames = len(episode)
     state, action = rng.normal(size=(frames, 8)), rng.normal(size=(frames, 7))
     state[:, 0] = action[:, 0] = np.arange(frames)
-    images = {
-        camera: rng.integers(0, 256, (frames, size, size, 3), dtype=np.uint8) for camera in data.CAMERAS
-    }
+    images = {camera: rng.integers(0, 256, (frames, size, size, 3), dtype=np.uint8) for camera in CAMERAS}
     task = np.zeros(len(lengths), np.int64)
     arrays = (images, state.astype(np.float32), action.astype(np.float32), episode, first, last, task)
     return Demos(*arrays, tasks=["go"], provenance=[{}])

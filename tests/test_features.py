@@ -25,8 +25,9 @@ import features
 import train
 import world
 from arm import Arm, ArmConfig, Summary
-from data import CAMERAS, load
+from data import load
 from features import MARKS, ROWS, SIDECAR, Config, Features, frozen_policy, part_of, write
+from libero_hdf5 import CAMERAS
 from source import Source
 from train import TrainConfig
 
