@@ -1,5 +1,10 @@
 """LIBERO's HDF5 layout -> episodes: a folder of `<task>_demo.hdf5` files, or one such file.
 
+Two kinds of files are about, told apart by the attribute `pairing`. Ours has it: `obs[t]` is what a policy
+sees before it takes `actions[t]`. LIBERO's public files lack it: there `obs[t]` was recorded after
+`actions[t]`. A policy that takes `actions[t]` in a rollout sees `obs[t-1]`, so these two are paired, and the
+first action, before which nothing was recorded, is left out. Provenance says so.
+
 Headers are read first, and what can't be used is refused there; then states and actions, straight into place.
 Pictures stay in the files until they are asked for, and are turned by 180 degrees exactly once, here: the
 files keep MuJoCo's raw, upside-down frames.
@@ -21,7 +26,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from data import Demos, StoredPictures, boundaries
+from data import Demos, StoredPictures, boundaries, camera_key
 
 # lerobot's feature name -> the name inside LIBERO's files
 CAMERAS = {"observation.images.image": "agentview_rgb", "observation.images.image2": "eye_in_hand_rgb"}
@@ -29,7 +34,8 @@ STATE_PARTS = {"ee_pos": 3, "ee_ori": 3, "gripper_states": 2}
 ACTION_DIM = 7
 PAIRING = "observation_before_action"
 PROVENANCE = ("suite", "task_id", "displace", "noise", "size", "draw", "reset", "env_seed", "versions")
-RECORD_AGAIN = "record it again with `python demos.py`"
+RECORD_AGAIN = "record it again with `python demos.py`, or download it again"
+PUBLIC = "observations after actions: action[t] goes with observation[t-1], the first action is left out"
 
 
 @dataclass(frozen=True)
@@ -43,13 +49,15 @@ class TaskFile:
     sizes: dict[str, int]  # camera -> S, pixels
     stored: dict[str, list[int]]  # camera -> bytes that each episode's pictures take, compressed or not
     provenance: dict[str, Any]
+    skipped: int  # actions at an episode's start that no observation precedes: 1 in public files
 
 
-def read(path: Path, cameras: list[str]) -> Demos:
-    """Read a folder of task files, or one file; pictures stay where they are.
+def read(path: Path, cameras: list[str] | None = None) -> Demos:
+    """Read a folder of task files, or one file; pictures stay where they are. Cameras: None for all.
 
     Raises ValueError, in one line, for what is missing, damaged or inconsistent.
     """
+    cameras = list(CAMERAS) if cameras is None else [camera_key(name, CAMERAS) for name in cameras]
     files = [read_header(file, cameras) for file in task_files(path)]
     sizes = common_sizes(files)
     lengths = [length for file in files for length in file.lengths]
@@ -74,7 +82,8 @@ def read(path: Path, cameras: list[str]) -> Demos:
     for file in files:
         with opened(file.path) as handle:
             for name, length in zip(file.demos, file.lengths):
-                read_episode(handle["data"][name], f"{file.path}: {name}", demos, slice(row, row + length))
+                where, rows = f"{file.path}: {name}", slice(row, row + length)
+                read_episode(handle["data"][name], where, demos, rows, file.skipped)
                 row += length
     return demos
 
@@ -121,30 +130,44 @@ def read_header(path: Path, cameras: list[str]) -> TaskFile:
             raise ValueError(f"{path} has no group 'data', so it isn't in LIBERO's layout: {RECORD_AGAIN}")
         data = file["data"]
         pairing = plain(data.attrs.get("pairing"))
-        if pairing != PAIRING:
+        if pairing not in (PAIRING, None):
             raise ValueError(
-                f"{path}: pairing is {pairing!r}, not {PAIRING!r}: public LIBERO files record observations"
-                f" after the action, a step off from what a policy sees: not supported yet; {RECORD_AGAIN}"
+                f"{path}: pairing is {pairing!r}, neither {PAIRING!r} nor left out as in LIBERO's public"
+                f" files: {RECORD_AGAIN}"
+            )
+        skipped = int(pairing is None)
+        convention = plain(data.attrs.get("macros_image_convention", "opengl"))
+        if convention != "opengl":
+            raise ValueError(
+                f"{path}: macros_image_convention is {convention!r}, not 'opengl': its pictures are not"
+                f" upside down, as these files' are; {RECORD_AGAIN}"
             )
         demos = sorted((n for n in data if n.startswith("demo_")), key=lambda n: int(n.removeprefix("demo_")))
         declared = plain(data.attrs.get("num_demos"))
         if declared != len(demos) or not demos:
             raise ValueError(f"{path}: num_demos is {declared}, episodes there {len(demos)}: {RECORD_AGAIN}")
+        # frame k of an episode is obs[k] in either kind of file; actions start at `skipped`
         shapes = [episode_shape(data[name], f"{path}: {name}", cameras) for name in demos]
         sizes = {camera: {shape[1][camera] for shape in shapes} for camera in cameras}
         if mixed := {camera: sorted(size) for camera, size in sizes.items() if len(size) > 1}:
             raise ValueError(f"{path} mixes image sizes {mixed}: {RECORD_AGAIN}")
+        if (shortest := min(length for length, _ in shapes)) <= skipped:
+            raise ValueError(
+                f"{path} has an episode of {shortest} step, whose only action no observation precedes: delete"
+                " that episode"
+            )
         return TaskFile(
             path=path,
             instruction=read_instruction(data, path),
             demos=demos,
-            lengths=[length for length, _ in shapes],
+            lengths=[length - skipped for length, _ in shapes],
             sizes={camera: size.pop() for camera, size in sizes.items()},
             stored={
                 camera: [data[f"{name}/obs/{CAMERAS[camera]}"].id.get_storage_size() for name in demos]
                 for camera in cameras
             },
-            provenance=read_provenance(data, demos, path),
+            provenance=read_provenance(data, demos, path) | ({"pairing": PUBLIC} if skipped else {}),
+            skipped=skipped,
         )
 
 
@@ -155,9 +178,11 @@ def read_instruction(data: h5py.Group, path: Path) -> str:
         instruction = json.loads(text).get("language_instruction", "")
     except (json.JSONDecodeError, AttributeError) as error:
         raise ValueError(f"{path}: problem_info is no JSON object, got {text!r}: {RECORD_AGAIN}") from error
-    if not isinstance(instruction, str) or not instruction.strip():
+    if isinstance(instruction, list):  # some public files keep its letters apart
+        instruction = "".join(map(str, instruction))
+    if not isinstance(instruction, str) or not instruction.strip(' "'):
         raise ValueError(f"{path}: problem_info has no language_instruction, got {text!r}: {RECORD_AGAIN}")
-    return instruction.strip()
+    return instruction.strip(' "')
 
 
 def read_provenance(data: h5py.Group, demos: list[str], path: Path) -> dict[str, Any]:
@@ -213,10 +238,11 @@ def common_sizes(files: list[TaskFile]) -> dict[str, int]:
     return files[0].sizes
 
 
-def read_episode(demo: h5py.Group, where: str, demos: Demos, rows: slice) -> None:
-    """Fill one episode's rows of states and actions."""
-    demos.action[rows] = demo["actions"][()]
-    demos.state[rows] = np.concatenate([demo[f"obs/{name}"][()] for name in STATE_PARTS], axis=1)
+def read_episode(demo: h5py.Group, where: str, demos: Demos, rows: slice, skipped: int) -> None:
+    """Fill one episode's rows of states and actions; the first actions may have no observation before."""
+    demos.action[rows] = demo["actions"][skipped:]
+    state = np.concatenate([demo[f"obs/{name}"][()] for name in STATE_PARTS], axis=1)
+    demos.state[rows] = state[: len(state) - skipped]
     for name, values in (("actions", demos.action[rows]), ("state", demos.state[rows])):
         if not np.isfinite(values).all():
             step = int(np.argwhere(~np.isfinite(values))[0, 0])
