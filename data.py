@@ -16,17 +16,21 @@ Sources: LIBERO's HDF5 layout (github.com/Lifelong-Robot-Learning/LIBERO); featu
 import hashlib
 import json
 import math
+import os
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import tyro
 from torch import Tensor
+
+from selection import DataConfig, camera_key, choose_cameras, choose_episodes, find_data
 
 ORDER_STREAM = 0x0DE5  # keeps the data order apart from any other stream that is keyed by the same seed
 
@@ -61,6 +65,8 @@ class Demos:
     """One record per task file, JSON-able: its name, its bytes, and the bytes of each episode's pictures."""
     checks: dict[str, list[int]] = field(default_factory=dict)
     """Camera -> what `picture_checks` would give, where it is known already (features.py)."""
+    own_stats: dict[str, dict[str, np.ndarray]] | None = None
+    """The statistics that come with the data set, where they are complete and all of it is here."""
 
     def __len__(self) -> int:
         """Return the number of frames F."""
@@ -88,10 +94,29 @@ class Demos:
         headers say. Compressed pictures hardly change without changing their bytes; others do."""
         return hashlib.sha256(json.dumps([self.fingerprint_of(()), self.files]).encode()).hexdigest()[:16]
 
+    def mean_picture(self, camera: str) -> np.ndarray:
+        """Return a camera's mean picture (S, S, 3) float64."""
+        images = self.images[camera]
+        sums = sum(images[a : b + 1].sum(0, dtype=np.int64) for a, b in zip(self.first, self.last))
+        return sums / len(self)
+
     def picture_checks(self, camera: str, part: slice = slice(None)) -> list[int]:
         """Return one CRC over all pixels for each episode, or each of a part of them."""
         images = self.images[camera]
         return [zlib.crc32(images[a : b + 1]) for a, b in zip(self.first[part], self.last[part])]
+
+    def only(self, episodes: np.ndarray) -> "Demos":
+        """Return these episodes alone, in the order of the data; tasks keep their numbers."""
+        rows = np.flatnonzero(np.isin(self.episode, episodes))
+        episode, first, last = boundaries((self.last - self.first + 1)[episodes])
+        images = {
+            name: pictures.only(episodes) if isinstance(pictures, StoredPictures) else pictures[rows]
+            for name, pictures in self.images.items()
+        }
+        parts = {"images": images, "state": self.state[rows], "action": self.action[rows], "episode": episode}
+        parts |= {"first": first, "last": last, "task": self.task[episodes], "own_stats": None}
+        checks = {name: [found[e] for e in episodes] for name, found in self.checks.items()}
+        return replace(self, **parts, checks=checks)
 
     def chunk(self, index: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
         """Return the actions t .. t+length-1 (B, C, A) float32 and is_pad (B, C) bool: past the end the last
@@ -168,6 +193,16 @@ class StoredPictures:
             out[here] = self.read(self.places[number], rows[here] - self.first[number])
         return out
 
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def only(self, episodes: np.ndarray) -> "StoredPictures":
+        """Return these episodes' pictures alone."""
+        ends = np.append(self.first[1:], self.shape[0])
+        _, first, last = boundaries((ends - self.first)[episodes])
+        places = [self.places[e] for e in episodes]
+        return replace(self, shape=(int(last[-1]) + 1, *self.shape[1:]), places=places, first=first)
+
 
 def boundaries(lengths: Iterable[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return episode (F,), first (E,) and last (E,) for episodes of these lengths laid end to end."""
@@ -180,41 +215,64 @@ def boundaries(lengths: Iterable[int]) -> tuple[np.ndarray, np.ndarray, np.ndarr
 # loading
 
 
-def load(path: Path, cameras: Iterable[str] | None = None, in_memory: bool = True) -> Demos:
-    """Read a data set: a folder or file in LIBERO's HDF5 layout.
+def load(
+    path: Path | str,
+    cameras: Iterable[str] | None = None,
+    in_memory: bool | None = True,
+    options: DataConfig | None = None,
+) -> Demos:
+    """Read a data set: a folder or file in LIBERO's HDF5 layout, a LeRobot v3 folder, or one's hub id.
 
-    Pictures stay in the files where `in_memory` is false, and are read from there when they are asked for.
+    Args: cameras, by the names that they get, of those that `options` chooses; default: all of these.
+    in_memory: whether pictures are decoded now; None: as `options` says, with a line where they are not.
     Raises ValueError, in one line, for what is missing, damaged, inconsistent or too big for this machine.
     """
-    import libero_hdf5  # which imports this file
-
-    chosen = tuple(libero_hdf5.CAMERAS) if cameras is None else cameras
-    demos = libero_hdf5.read(Path(path), [camera_name(camera) for camera in chosen])
+    options = options or DataConfig()
+    path = find_data(path, options.data_revision)
+    names = choose_cameras(options.cameras, cameras)
+    reader = layout(path)
+    demos = reader.read(path, None if names is None else list(names.values()))
+    if names is not None:  # two names may stand for one camera of the data
+        found = dict(zip(names, (demos.images[camera_key(old, demos.images)] for old in names.values())))
+        demos = replace(demos, images=found)
+    chosen = choose_episodes(demos.tasks, demos.task, options, path)
+    demos = demos if len(chosen) == len(demos.first) else demos.only(chosen)
+    if in_memory is None:
+        in_memory = options.pictures == "memory" or (options.pictures == "auto" and fits(demos))
+        if not in_memory:
+            print(f"data {path}: {picture_bytes(demos) / 2**30:.3g} GiB of pictures stay in the files")
     if not in_memory:
         return demos
     check_memory(demos)
     return replace(demos, images={camera: pictures[:] for camera, pictures in demos.images.items()})
 
 
-def camera_name(name: str) -> str:
-    """Return the feature name of a camera given in full or in short (image, image2)."""
-    from libero_hdf5 import CAMERAS
+def layout(path: Path) -> ModuleType:
+    """Return the reader of a data set's layout; each has `read(path, cameras)`."""
+    import lerobot_v3
+    import libero_hdf5  # which import this file
 
-    full = name if name.startswith("observation.images.") else f"observation.images.{name}"
-    if full not in CAMERAS:
-        short = " or ".join(camera.rsplit(".", 1)[1] for camera in CAMERAS)
-        raise ValueError(f"unknown camera {name!r}: use {short}")
-    return full
+    return lerobot_v3 if lerobot_v3.is_lerobot(path) else libero_hdf5
+
+
+def picture_bytes(demos: Demos) -> int:
+    return sum(math.prod(pictures.shape) for pictures in demos.images.values())
+
+
+def fits(demos: Demos) -> bool:
+    """Say whether the pictures take at most half of the free memory, shared by the ranks of this machine."""
+    free, ranks = available_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return free is None or picture_bytes(demos) * ranks <= free / 2
 
 
 def check_memory(demos: Demos) -> None:
     """Refuse a data set that would not fit, before the machine starts to swap or kills the run."""
-    need = sum(math.prod(pictures.shape) for pictures in demos.images.values())
+    need = picture_bytes(demos)
     free = available_memory()
     if free is not None and need > free:
         raise ValueError(
             f"{len(demos):,} frames from {len(demos.images)} cameras need {need / 2**30:.3g} GiB of memory,"
-            f" but {free / 2**30:.3g} GiB are free: use fewer task files, or record smaller pictures"
+            f" but {free / 2**30:.3g} GiB are free: use fewer episodes, or --pictures files"
         )
 
 
@@ -229,6 +287,20 @@ def available_memory() -> int | None:
 
 # ------------------------------------------------------------------------------------------------------------
 # statistics and keyed randomness
+
+
+def chosen_statistics(demos: Demos) -> tuple[dict[str, dict[str, Tensor]], str]:
+    """Return the statistics that a fresh policy takes, and a line that says where they come from."""
+    if demos.own_stats is None:
+        return statistics(demos), f"computed from these {len(demos):,} frames"
+    stats = {
+        name: {
+            key: torch.from_numpy(value).to(torch.int64 if key == "count" else torch.float32)
+            for key, value in values.items()
+        }
+        for name, values in demos.own_stats.items()
+    }
+    return stats, "the data set's own, meta/stats.json"
 
 
 def statistics(demos: Demos) -> dict[str, dict[str, Tensor]]:

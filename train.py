@@ -36,7 +36,7 @@ import cpu
 from arm import Arm, ArmConfig, Summary, load_arm, stored_config
 from checkpoint import fresh_processor, load_policy, start_from_vlm
 from config import PRESETS
-from data import Demos, statistics
+from data import Demos, chosen_statistics
 from diagnostics import (
     CollapseWatch,
     Usage,
@@ -51,16 +51,17 @@ from model import SmolVLA, masked_mean
 from offline import measure
 from processor import Processor
 from runs import check_space, cut_metrics, log, log_validation, open_run, save
+from selection import DataConfig, find_data
 from source import Source, held_out, saved_partners
 from world import Latents, cache_path, change_statistics, latents_of, prepare
 
 
 @dataclass(frozen=True)
-class TrainConfig(ArmConfig):
+class TrainConfig(ArmConfig, DataConfig):
     """Train one arm."""
 
     data: Path = Path("data/demo")
-    """Folder of demonstrations, as demos.py writes them."""
+    """Demonstrations: a folder or file in LIBERO's HDF5 layout, a LeRobot v3 folder, or one's hub id."""
 
     out: Path = Path("runs/run")
     """Run folder; one that exists is resumed, if its configuration agrees."""
@@ -155,6 +156,7 @@ class TrainConfig(ArmConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        DataConfig.__post_init__(self)
         for flag in ("total_samples", "batch_size", "accumulate", "flow_draws", "log_every", "save_every"):
             if getattr(self, flag) < 1:
                 raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)} must be at least 1")
@@ -174,7 +176,17 @@ class TrainConfig(ArmConfig):
     @property
     def free(self) -> tuple[str, ...]:
         """Fields that may change when a run is resumed."""
-        return ("out", "data", "features", "log_every", "save_every", "compile", "threads", "accumulate")
+        return (
+            "out",
+            "data",
+            "pictures",
+            "features",
+            "log_every",
+            "save_every",
+            "compile",
+            "threads",
+            "accumulate",
+        )
 
     def precision(self, device: torch.device) -> torch.dtype:
         """The type to compute in on a device."""
@@ -251,9 +263,10 @@ def build_policy(config: TrainConfig, demos: Demos) -> tuple[SmolVLA, Processor]
     torch.manual_seed(config.seed)
     if config.init not in PRESETS:
         return load_policy(config.init, config.revision, config.vlm, config.stats_of, config.allow_missing)
-    preset = dataclasses.replace(PRESETS[config.init], cameras=tuple(demos.images))
+    widths = {"state_dim": demos.state.shape[1], "action_dim": demos.action.shape[1]}
+    preset = dataclasses.replace(PRESETS[config.init], cameras=tuple(demos.images), **widths)
     size = next(iter(demos.images.values())).shape[1]
-    stats = statistics(demos)
+    stats, _ = chosen_statistics(demos)
     floors = {"observation.state": config.state_std_floor, "action": config.action_std_floor}
     for feature, floor in floors.items():
         stats[feature]["std"] = stats[feature]["std"].clamp(min=floor)
@@ -280,7 +293,7 @@ def arm_config(config: TrainConfig) -> ArmConfig:
 
 def mean_image(demos: Demos, camera: str) -> Tensor:
     """The data set's mean picture of a camera, (3, S, S) uint8."""
-    mean = demos.images[camera].mean(0).round().astype(np.uint8)
+    mean = demos.mean_picture(camera).round().astype(np.uint8)
     return torch.from_numpy(mean).permute(2, 0, 1).contiguous()  # (S, S, 3) -> (3, S, S)
 
 
@@ -396,13 +409,15 @@ def main(config: TrainConfig) -> None:
         torch.set_num_threads(config.threads)
 
     # data
-    writes = bool(config.sites) and not cache_path(config.data, config).exists()
+    folder = find_data(config.data, config.data_revision)
+    home = config.cache_home(folder)
+    writes = bool(config.sites) and not cache_path(home, config).exists()
     if config.features is not None and writes:
         say("there are no world latents yet: pictures are read once, to make them")
-    demos, features = load_with(config.features, config.data, full=writes)
+    demos, features = load_with(config.features, folder, writes, config)
     if rank and ranks > 1:
         dist.barrier()  # the first rank writes the cache, the others find it
-    latents = prepare(config.data, demos, config) if config.sites else None
+    latents = prepare(home, demos, config) if config.sites else None
     if rank == 0 and ranks > 1:
         dist.barrier()
 
@@ -448,7 +463,7 @@ def main(config: TrainConfig) -> None:
             torch.load(config.out / "last" / "optimizer.pt", weights_only=True, map_location=device)
         )
 
-    banner(config, demos, arm, facts, device, ranks, say)
+    banner(config, demos, arm, facts, device, ranks, resumed, say)
     say(f"run folder {config.out}" + (f", resumed at {done:,} samples" if resumed else ""))
     if done >= config.total_samples:
         say("nothing to do: the budget is spent")
@@ -495,7 +510,14 @@ def main(config: TrainConfig) -> None:
 
 
 def banner(
-    config: TrainConfig, demos: Demos, arm: Arm, facts: dict, device: torch.device, ranks: int, say
+    config: TrainConfig,
+    demos: Demos,
+    arm: Arm,
+    facts: dict,
+    device: torch.device,
+    ranks: int,
+    resumed: bool,
+    say,
 ) -> None:
     """Print what a person wants to know before a run."""
     live, total, threads = facts["params_trainable"], facts["params_total"], torch.get_num_threads()
@@ -507,6 +529,8 @@ def banner(
     episodes = f"{len(demos.first)} episodes, {len(demos):,} frames"
     tokens = f", tokens from {config.features}" if config.features else ""
     say(f"data {config.data}: {episodes}, fingerprint {demos.fingerprint}{tokens}")
+    fresh = config.init in PRESETS and not resumed
+    say(f"statistics: {chosen_statistics(demos)[1] if fresh else 'from the checkpoint'}")
     if len(config.sites) > 1:
         say(f"warning: {len(config.sites)} fusion sites at once: what helps is harder to attribute to one")
     if config.sites:

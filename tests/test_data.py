@@ -109,6 +109,40 @@ def test_pictures_left_in_the_files_are_those_in_memory(tmp_path):
         there.frames([11], "observation.images.image")
 
 
+def make_public(path: Path) -> Path:
+    """Turn a file of ours into a public one: the attribute is all that differs in the layout."""
+    with h5py.File(path, "a") as file:
+        del file["data"].attrs["pairing"]
+        file["data"].attrs["macros_image_convention"] = "opengl"
+    return path
+
+
+def test_public_files_pair_an_action_with_the_observation_before_it(tmp_path):
+    ours = load(write_task(tmp_path / "ours" / "a_demo.hdf5", lengths=(5, 3)))
+    public = load(make_public(write_task(tmp_path / "public" / "a_demo.hdf5", lengths=(5, 3))))
+    acts, sees = [1, 2, 3, 4, 6, 7], [0, 1, 2, 3, 5, 6]  # rows of the same file, read as ours
+    np.testing.assert_array_equal(public.action, ours.action[acts])
+    np.testing.assert_array_equal(public.state, ours.state[sees])
+    for camera in CAMERAS:
+        np.testing.assert_array_equal(public.images[camera], ours.images[camera][sees])
+    assert (public.last - public.first + 1).tolist() == [4, 2]
+    assert "action[t] goes with observation[t-1]" in public.provenance[0]["pairing"]
+    assert "pairing" not in ours.provenance[0]
+    assert public.fingerprint != ours.fingerprint
+
+
+def test_a_public_episode_of_one_step_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"an episode of 1 step, .* no observation precedes: delete"):
+        load(make_public(write_task(tmp_path / "a_demo.hdf5", lengths=(5, 1))))
+
+
+def test_instructions_in_quotes_or_letters_are_read(tmp_path):
+    path = write_task(tmp_path / "a_demo.hdf5")
+    for written in ('"pick it up" ', list("pick it up")):
+        edit(path, problem_info=json.dumps({"language_instruction": written}))
+        assert load(path).tasks == ["pick it up"]
+
+
 def test_a_batch_speaks_lerobots_names(tmp_path):
     demos = load(write_task(tmp_path / "a_demo.hdf5"))
     batch = demos.batch(np.array([0, 7, 4]), 3, demos.images)
@@ -234,7 +268,11 @@ DAMAGES = {
     "empty": (lambda path: h5py.File(path, "w").close(), "has no group 'data'"),
     "pairing": (
         lambda path: edit(path, pairing="after"),
-        "pairing is 'after'.*after the action.*not supported",
+        "pairing is 'after', neither .* nor left out",
+    ),
+    "convention": (
+        lambda path: edit(path, macros_image_convention="opencv"),
+        "macros_image_convention is 'opencv', not 'opengl'",
     ),
     "instruction": (lambda path: edit(path, problem_info="{}"), "problem_info has no language_instruction"),
     "blank": (
@@ -332,7 +370,7 @@ def test_data_larger_than_memory_are_refused_before_reading(tmp_path, monkeypatc
 
 
 def test_an_unknown_camera_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="unknown camera 'wrist': use image or image2"):
+    with pytest.raises(ValueError, match=r"unknown camera 'wrist' in .*: use image or image2"):
         load(write_task(tmp_path / "a_demo.hdf5"), ["wrist"])
 
 
