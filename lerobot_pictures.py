@@ -143,8 +143,8 @@ class Video:
         self.path, self.lock = path, threading.Lock()
         with readable(path):
             self.container = av.open(str(path))
-            if not self.container.streams.video:
-                raise ValueError(f"{path} holds no video: {COPY_AGAIN}")
+            if not self.container.streams.video or self.container.streams.video[0].codec_context is None:
+                raise ValueError(f"{path} is truncated or damaged (it holds no video): {COPY_AGAIN}")
             self.stream = self.container.streams.video[0]
             self.stream.codec_context.thread_count = 1  # several would hold frames back after every seek
             packets = [(p.pts, p.is_keyframe) for p in self.container.demux(self.stream) if p.pts is not None]

@@ -4,8 +4,8 @@ Small tables are read whole: meta/, and of data/ all columns that are no picture
 until they are asked for (lerobot_pictures.py), and are upright as they are stored. Which file holds an
 episode is said by the episode's own row, for the data and for each camera independently.
 
-    python data.py inspect tests/lerobot_v3/L_video       # what is in a data set
-    python data.py check tests/lerobot_v3/L_video         # what is wrong with it
+    python data.py inspect tests/lerobot_v3/L_video/dataset   # what is in a data set
+    python data.py check tests/lerobot_v3/L_video/dataset     # what is wrong with it
 
 Shapes: F frames, E episodes, D a vector's width.
 Source: the format as lerobot 0.6.1 writes and reads it (github.com/huggingface/lerobot, datasets/).
