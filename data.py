@@ -1,16 +1,16 @@
-"""Episodes -> batches: LIBERO-layout HDF5 files held in memory, cut into what one training sample needs.
+"""Episodes -> batches: demonstrations in flat arrays over frames, cut into what one training sample needs.
 
-A data set is a folder of `<task>_demo.hdf5` files, or one such file. Everything is read once into flat arrays
-over frames; an episode is a range of frames, and no chunk, history or future ever leaves it. Pictures stay
-uint8 and are turned by 180 degrees exactly once, here: the files keep MuJoCo's raw, upside-down frames. Who
-hardly looks at them leaves them in the files (`in_memory=False`): features.py, and training from its tokens.
+A data set is in LIBERO's HDF5 layout (libero_hdf5.py) or LeRobot's v3 (lerobot_v3.py), given by path or hub
+id; selection.py says which part of it is read. An episode is a range of frames, and no chunk, history or
+future ever leaves it. Pictures stay uint8, the right way up. They are held in memory, or left in the files
+where they would not fit or hardly anyone looks at them: features.py, and training from its tokens.
 
-    python demos.py --help                     # records demonstrations in this layout
-    python data.py inspect DATA                # episodes, frames, tasks, cameras, ranges, provenance
+    python demos.py --help                     # records demonstrations
+    python data.py inspect DATA                # episodes, tasks, cameras, ranges; sample pictures
+    python data.py check DATA                  # what is wrong with it
 
-Shapes: F frames, E episodes, S picture side, B batch, T history frames, K future frames, C actions in a
-chunk, A action width (7). State (8) = end-effector position 3 (m), axis-angle 3 (rad), gripper 2 (m).
-Sources: LIBERO's HDF5 layout (github.com/Lifelong-Robot-Learning/LIBERO); feature names as in lerobot.
+Shapes: F frames, E episodes, S a picture's sides, B batch, T history frames, K future frames, C actions in a
+chunk, A action width. Feature names are lerobot's.
 """
 
 import hashlib
@@ -23,11 +23,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
 from selection import DataConfig, camera_key, choose_cameras, choose_episodes, find_data
@@ -350,41 +349,11 @@ def epoch_order(num_frames: int, seed: int, epoch: int) -> np.ndarray:
 # the command line
 
 
-@dataclass(frozen=True)
-class Config:
-    """Look into a data set."""
-
-    command: tyro.conf.Positional[Literal["inspect"]]
-    """What to do: `inspect` prints what the data set holds."""
-
-    data: tyro.conf.Positional[Path]
-    """A folder of `*.hdf5` task files, or one such file."""
-
-
-def describe(demos: Demos) -> str:
-    """Return the lines that `inspect` prints."""
-    lengths = demos.last - demos.first + 1
-    lines = [
-        f"{len(lengths)} episodes, {len(demos):,} frames ({lengths.min()} to {lengths.max()} an episode), "
-        f"{len(demos.tasks)} tasks, fingerprint {demos.fingerprint}"
-    ]
-    lines += [f"camera {name}: {images.shape[1]}x{images.shape[2]}" for name, images in demos.images.items()]
-    for name, stats in statistics(demos).items():
-        for key in ("min", "mean", "max"):
-            lines.append(f"{name:18s} {key:4s} " + " ".join(f"{value:8.3f}" for value in stats[key].tolist()))
-    for number, (instruction, record) in enumerate(zip(demos.tasks, demos.provenance)):
-        lines.append(f'task {number}: "{instruction}", {int((demos.task == number).sum())} episodes')
-        lines += [f"  {name}: {value}" for name, value in record.items()]
-    return "\n".join(lines)
-
-
 def main() -> None:
-    """Run the command line; what is wrong with the data is said in one line."""
-    config = tyro.cli(Config, description=__doc__)
-    try:
-        print(describe(load(config.data)))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    """Run `inspect` or `check`."""
+    import data_check  # which imports this file
+
+    data_check.main()
 
 
 if __name__ == "__main__":

@@ -165,10 +165,10 @@ class Video:
         nearest = np.where(seconds - times[before] <= times[after] - seconds, before, after)
         far = np.abs(times[nearest] - seconds)
         if far.max(initial=0) > TOLERANCE:
-            worst = int(far.argmax())
+            lost = int((far > TOLERANCE).argmax())
             raise ValueError(
-                f"{self.path} has no frame at {seconds[worst]:.4f} s, the nearest of {len(times):,} is at"
-                f" {times[nearest[worst]]:.4f} s: {COPY_AGAIN}"
+                f"{self.path} has no frame at {seconds[lost]:.4f} s, the nearest of {len(times):,} is at"
+                f" {times[nearest[lost]]:.4f} s: {COPY_AGAIN}"
             )
         return nearest
 
@@ -208,12 +208,21 @@ def open_video(name: tuple) -> Video:
     return Video(Path(name[0]))
 
 
+def count_frames(path: Path) -> int:
+    """Return a video's frames."""
+    return len(open_video(stamp(path)).pts)
+
+
+def frame_numbers(place: VideoPlace, steps: np.ndarray) -> np.ndarray:
+    """Return the frames of the video that are an episode's steps (n,), without decoding them."""
+    return open_video(stamp(place.path)).number(place.begins + steps / place.fps)
+
+
 def read_video(place: VideoPlace, steps: np.ndarray) -> np.ndarray:
     """Decode an episode's pictures (n, H, W, 3) uint8 at these steps, from its video."""
     video = open_video(stamp(place.path))
     with video.lock:
-        numbers = video.number(place.begins + steps / place.fps)
-        distinct, back = np.unique(numbers, return_inverse=True)
+        distinct, back = np.unique(frame_numbers(place, steps), return_inverse=True)
         pictures = np.stack(list(video.read(distinct)))
     check_shape(pictures.shape[1:], place.shape, str(place.path))
     return pictures[back]

@@ -13,7 +13,7 @@ Source: the format as lerobot 0.6.1 writes and reads it (github.com/huggingface/
 
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,47 +228,53 @@ def vectors(column: pa.ChunkedArray, where: str) -> np.ndarray:
     return flat.to_numpy(zero_copy_only=False).reshape(len(array), -1)
 
 
+def read_file(path: Path, numbers: list[int], episodes: Episodes) -> dict[str, np.ndarray]:
+    """Read states, actions and counters of these episodes' file; ValueError for a wrong count of rows."""
+    table = read_table(path, [STATE, ACTION, *COUNTERS])
+    wanted = int(episodes.length[numbers].sum())
+    if len(table) != wanted:
+        raise ValueError(
+            f"{path} has {len(table):,} rows, its episodes {numbers[0]}..{numbers[-1]} have {wanted:,}:"
+            f" {COPY_AGAIN}"
+        )
+    return {name: vectors(table[name], f"{path}: {name}") for name in table.column_names}
+
+
+def wrong_rows(
+    path: Path, numbers: list[int], episodes: Episodes, rows: dict[str, np.ndarray]
+) -> Iterator[str]:
+    """Yield what can't be right in a data file's rows: counters that jump, values that aren't finite."""
+    lengths = episodes.length[numbers]
+    episode = np.repeat(numbers, lengths)
+    step = np.concatenate([np.arange(length) for length in lengths])
+    starts = np.cumsum(episodes.length) - episodes.length
+    wanted = {"index": starts[episode] + step, "episode_index": episode, "frame_index": step}
+    for name, values in wanted.items():
+        if (wrong := np.flatnonzero(rows[name][:, 0] != values)).size:
+            row = int(wrong[0])
+            seen = f"{rows[name][row, 0]} in row {row}, not {values[row]}"
+            yield f"{path}: {name} is {seen}, {wrong.size} rows in all: {COPY_AGAIN}"
+    for name in (STATE, ACTION):
+        broken = np.flatnonzero(~np.isfinite(rows[name]).all(1))
+        for number in np.unique(episode[broken]):
+            first = int(step[broken[episode[broken] == number][0]])
+            where = f"step {first} of episode {number}"
+            yield f"{path}: {name} has a non-finite value at {where}: delete the episode, or {COPY_AGAIN}"
+
+
 def read_rows(root: Path, info: dict[str, Any], episodes: Episodes) -> dict[str, np.ndarray]:
     """Read states, actions and counters of all data files; ValueError where rows aren't what meta/ says."""
     parts: dict[str, list[np.ndarray]] = {name: [] for name in (STATE, ACTION, *COUNTERS)}
     for path, numbers in episodes.data_files(root, info).items():
-        table = read_table(path, list(parts))
-        wanted = int(episodes.length[numbers].sum())
-        if len(table) != wanted:
-            raise ValueError(
-                f"{path} has {len(table):,} rows, its episodes {numbers[0]}..{numbers[-1]} have {wanted:,}:"
-                f" {COPY_AGAIN}"
-            )
+        rows = read_file(path, numbers, episodes)
+        for problem in wrong_rows(path, numbers, episodes, rows):
+            raise ValueError(f"{problem}; `python data.py check {root}` lists all that is wrong")
         for name, part in parts.items():
-            part.append(vectors(table[name], f"{path}: {name}"))
-    rows = {}
-    for name, part in parts.items():
-        if len({values.shape[1] for values in part}) > 1:
-            seen = sorted({values.shape[1] for values in part})
-            raise ValueError(f"{root}: {name} is {seen} wide in different data files: {COPY_AGAIN}")
-        rows[name] = np.concatenate(part)
-    return rows
-
-
-def check_rows(root: Path, episodes: Episodes, rows: dict[str, np.ndarray]) -> None:
-    """Raise ValueError at the first row whose counters or values can't be right."""
-    episode, first, _ = boundaries(episodes.length)
-    frames = np.arange(len(episode))
-    wanted = {"index": frames, "episode_index": episode, "frame_index": frames - first[episode]}
-    for name, values in wanted.items():
-        if (wrong := np.flatnonzero(rows[name][:, 0] != values)).size:
-            row = int(wrong[0])
-            raise ValueError(
-                f"{root}: {name} is {rows[name][row, 0]} in row {row}, not {values[row]}, {wrong.size} rows"
-                f" in all: {COPY_AGAIN}; `python data.py check` lists what is wrong"
-            )
-    for name in (STATE, ACTION):
-        if (wrong := np.flatnonzero(~np.isfinite(rows[name]).all(1))).size:
-            row = int(wrong[0])
-            raise ValueError(
-                f"{root}: {name} has a non-finite value at step {row - first[episode[row]]} of episode"
-                f" {episode[row]}: leave it out with --episodes, or {COPY_AGAIN}"
-            )
+            part.append(rows[name])
+            if part[0].shape[1] != part[-1].shape[1]:
+                widths = f"{part[-1].shape[1]} wide, {part[0].shape[1]} in the files before"
+                raise ValueError(f"{path}: {name} is {widths}: {COPY_AGAIN}")
+    return {name: np.concatenate(part) for name, part in parts.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -285,7 +291,6 @@ def read(root: Path, cameras: list[str] | None = None) -> Demos:
     names = list(kinds) if cameras is None else [camera_key(name, kinds, str(root)) for name in cameras]
     tasks, episodes = read_tasks(root), read_episodes(root, info, names)
     rows = read_rows(root, info, episodes)
-    check_rows(root, episodes, rows)
     episode, first, last = boundaries(episodes.length)
     widths = {name: rows[name].shape[1] for name in (STATE, ACTION)}
     return Demos(

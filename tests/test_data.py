@@ -1,8 +1,6 @@
 """What a data set must hold to be read, and what a batch never does: leave its episode."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
@@ -16,7 +14,6 @@ import data
 from data import Demos, boundaries, load, sample_order, sample_rng, statistics
 from libero_hdf5 import CAMERAS
 
-ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 
 
@@ -372,16 +369,3 @@ def test_data_larger_than_memory_are_refused_before_reading(tmp_path, monkeypatc
 def test_an_unknown_camera_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"unknown camera 'wrist' in .*: use image or image2"):
         load(write_task(tmp_path / "a_demo.hdf5"), ["wrist"])
-
-
-def test_inspect_prints_the_data_set_and_errors_take_one_line(tmp_path, monkeypatch):
-    path = write_task(tmp_path / "a_demo.hdf5")
-    command = [sys.executable, str(ROOT / "data.py"), "inspect"]
-    done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=True)
-    for text in ("2 episodes, 8 frames (3 to 5 an episode)", "observation.images.image2: 8x8"):
-        assert text in done.stdout
-    for text in ('task 0: "pick up the a_demo", 2 episodes', "init_state_ids: [10, 11]", "env_seed: 7"):
-        assert text in done.stdout
-    monkeypatch.setattr(sys, "argv", ["data.py", "inspect", str(tmp_path / "no")])
-    with pytest.raises(SystemExit, match=r"^error: no such data folder"):
-        data.main()
