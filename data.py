@@ -238,7 +238,7 @@ def load(
     demos = demos if len(chosen) == len(demos.first) else demos.only(chosen)
     if in_memory is None:
         in_memory = options.pictures == "memory" or (options.pictures == "auto" and fits(demos))
-        if not in_memory:
+        if not in_memory and os.environ.get("RANK", "0") == "0":
             print(f"data {path}: {picture_bytes(demos) / 2**30:.3g} GiB of pictures stay in the files")
     if not in_memory:
         return demos
@@ -273,6 +273,40 @@ def check_memory(demos: Demos) -> None:
             f"{len(demos):,} frames from {len(demos.images)} cameras need {need / 2**30:.3g} GiB of memory,"
             f" but {free / 2**30:.3g} GiB are free: use fewer episodes, or --pictures files"
         )
+
+
+def in_files(demos: Demos) -> bool:
+    """Say whether pictures stay in the files."""
+    return any(isinstance(pictures, StoredPictures) for pictures in demos.images.values())
+
+
+def remember_checks(demos: Demos, home: Path) -> Demos:
+    """Give pictures that stay in the files their CRCs, from a file beside the data; where it knows nothing of
+    these files (names, bytes, times of change), every picture is decoded once, and the file is written.
+
+    Args: home, as `DataConfig.cache_home` gives it.
+    """
+    if not in_files(demos):
+        return demos
+    name = "picture_checks.json"
+    path = home / name if home.is_dir() else home.with_name(f"{home.stem}_{name}")
+    files = sorted({str(place.path) for pictures in demos.images.values() for place in pictures.places})
+    headers = [demos.light_fingerprint, [Path(file).stat().st_mtime_ns for file in files]]
+    try:
+        stored = json.loads(path.read_text())
+        checks = stored["checks"] if stored["headers"] == headers else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        checks = {}
+    if not set(demos.images) <= set(checks):
+        print(f"data: decoding {len(demos):,} frames once, to fingerprint them: {path}", flush=True)
+        checks = {camera: demos.picture_checks(camera) for camera in demos.images}
+        beside = path.with_name(f"{path.name}.{os.getpid()}")
+        try:
+            beside.write_text(json.dumps({"headers": headers, "checks": checks}) + "\n")
+            beside.replace(path)
+        except OSError as error:  # a folder that is only read; nothing but time is lost
+            print(f"data: the next run will do so again, {path} can't be written ({error.strerror})")
+    return replace(demos, checks={camera: checks[camera] for camera in demos.images})
 
 
 def available_memory() -> int | None:

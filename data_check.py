@@ -157,7 +157,7 @@ def check_libero(path: Path, decode: bool, found: Findings) -> None:
             episode = found.attempt(read_libero_episode, file, name, length)
             parts += [] if episode is None else [episode]
             for camera in cameras if decode else ():
-                place = (file.path, f"data/{name}/obs/{libero_hdf5.CAMERAS[camera]}")
+                place = libero_hdf5.Place(file.path, f"data/{name}/obs/{libero_hdf5.CAMERAS[camera]}")
                 found.attempt(libero_hdf5.read_pictures, place, np.arange(length))
     if parts:
         found.constant("observation.state", np.concatenate([state for state, _ in parts]))

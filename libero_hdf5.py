@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -52,6 +52,13 @@ class TaskFile:
     skipped: int  # actions at an episode's start that no observation precedes: 1 in public files
 
 
+class Place(NamedTuple):
+    """An episode's pictures from one camera."""
+
+    path: Path
+    name: str  # of the dataset inside the file
+
+
 def read(path: Path, cameras: list[str] | None = None) -> Demos:
     """Read a folder of task files, or one file; pictures stay where they are. Cameras: None for all.
 
@@ -64,7 +71,9 @@ def read(path: Path, cameras: list[str] | None = None) -> Demos:
     episode, first, last = boundaries(lengths)
     images = {}
     for camera, size in sizes.items():
-        places = [(file.path, f"data/{name}/obs/{CAMERAS[camera]}") for file in files for name in file.demos]
+        places = [
+            Place(file.path, f"data/{name}/obs/{CAMERAS[camera]}") for file in files for name in file.demos
+        ]
         images[camera] = StoredPictures((len(episode), size, size, 3), places, first, read_pictures)
     demos = Demos(
         images=images,
@@ -88,10 +97,10 @@ def read(path: Path, cameras: list[str] | None = None) -> Demos:
     return demos
 
 
-def read_pictures(place: tuple[Path, str], steps: np.ndarray) -> np.ndarray:
+def read_pictures(place: Place, steps: np.ndarray) -> np.ndarray:
     """Read an episode's pictures (n, S, S, 3) and turn them by 180 degrees: the one place that does so."""
-    with opened(place[0]) as file:
-        found = file[place[1]][steps.min() : steps.max() + 1]
+    with opened(place.path) as file:
+        found = file[place.name][steps.min() : steps.max() + 1]
     return found[steps - steps.min(), ::-1, ::-1]
 
 

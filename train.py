@@ -36,7 +36,7 @@ import cpu
 from arm import Arm, ArmConfig, Summary, load_arm, stored_config
 from checkpoint import fresh_processor, load_policy, start_from_vlm
 from config import PRESETS
-from data import Demos, chosen_statistics
+from data import Demos, chosen_statistics, in_files, remember_checks
 from diagnostics import (
     CollapseWatch,
     Usage,
@@ -47,6 +47,7 @@ from diagnostics import (
 )
 from features import load_with
 from files import read_json
+from loader import Loader
 from model import SmolVLA, masked_mean
 from offline import measure
 from processor import Processor
@@ -54,6 +55,8 @@ from runs import check_space, cut_metrics, log, log_validation, open_run, save
 from selection import DataConfig, find_data
 from source import Source, held_out, saved_partners
 from world import Latents, cache_path, change_statistics, latents_of, prepare
+
+STEPS_AHEAD = 2  # steps whose pictures are decoded while another one runs
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,9 @@ class TrainConfig(ArmConfig, DataConfig):
     compile: bool = False
     """Compile tower, trunk and expert block by block; for a GPU, where it pays within minutes."""
 
+    workers: int = 0
+    """Processes of each rank that decode coming batches, where pictures stay in the files; 0: none."""
+
     threads: int | None = None
     """Threads of torch on a CPU; default: torch's own choice."""
 
@@ -160,6 +166,8 @@ class TrainConfig(ArmConfig, DataConfig):
         for flag in ("total_samples", "batch_size", "accumulate", "flow_draws", "log_every", "save_every"):
             if getattr(self, flag) < 1:
                 raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)} must be at least 1")
+        if self.workers < 0:
+            raise ValueError(f"--workers {self.workers} must be at least 0")
         if self.features is not None and self.freeze != "expert":
             raise ValueError(
                 f"--features with --freeze {self.freeze}: what makes the tokens would train, and theirs grow "
@@ -180,6 +188,7 @@ class TrainConfig(ArmConfig, DataConfig):
             "out",
             "data",
             "pictures",
+            "workers",
             "features",
             "log_every",
             "save_every",
@@ -337,6 +346,14 @@ def shares(first: int, count: int, rank: int, ranks: int, accumulate: int) -> li
     return [(part, 1.0) if len(part) else (np.array([first]), 0.0) for part in mine]
 
 
+def expect(config: TrainConfig, source: Source, done: int, rank: int, ranks: int) -> None:
+    """Have the pictures of this step and the next ones decoded in the background."""
+    for first in range(done, done + (1 + STEPS_AHEAD) * config.batch_size, config.batch_size):
+        if (count := min(config.batch_size, config.total_samples - first)) > 0:
+            for numbers, _ in shares(first, count, rank, ranks, config.accumulate):
+                source.expect(numbers)
+
+
 def optimizer_step(
     config: TrainConfig,
     source: Source,
@@ -417,6 +434,8 @@ def main(config: TrainConfig) -> None:
     demos, features = load_with(config.features, folder, writes, config)
     if rank and ranks > 1:
         dist.barrier()  # the first rank writes the cache, the others find it
+    if features is None:
+        demos = remember_checks(demos, home)
     latents = prepare(home, demos, config) if config.sites else None
     if rank == 0 and ranks > 1:
         dist.barrier()
@@ -470,6 +489,10 @@ def main(config: TrainConfig) -> None:
         return
 
     # loop
+    loader = None
+    if config.workers and features is None and in_files(demos):
+        loader = Loader(demos, config.workers)
+        demos = loader.demos
     source = Source(
         arm,
         processor,
@@ -480,6 +503,7 @@ def main(config: TrainConfig) -> None:
         config.flow_draws,
         frames=frames,
         features=features,
+        loader=loader,
     )
     model = DistributedDataParallel(arm, gradient_as_bucket_view=True) if ranks > 1 else arm
     usage, watch = Usage(config.num_hypotheses, device), CollapseWatch()
@@ -487,6 +511,7 @@ def main(config: TrainConfig) -> None:
     while done < config.total_samples:
         count = min(config.batch_size, config.total_samples - done)
         finished = done + count >= config.total_samples
+        expect(config, source, done, rank, ranks)
         logged = (step + 1) % config.log_every == 0 or finished
         out = optimizer_step(config, source, model, optimizer, done, count, rank, ranks, logged)
         step, done, before = step + 1, done + count, done
@@ -506,6 +531,8 @@ def main(config: TrainConfig) -> None:
                 log_validation(config, line)
         if rank == 0 and (finished or done // config.save_every > before // config.save_every):
             save(config, arm, processor, optimizer, done, step)
+    if loader is not None:
+        loader.close()
     say(f"done: {config.out / 'last'}")
 
 
