@@ -9,6 +9,7 @@ at a large square size in the case's type.
     python bench.py train --size tiny               # an optimiser step, from pictures and from features
     python bench.py fusion --size tiny              # a step at every site, beside what it costs in FLOPs
     python bench.py bank --size tiny                # a step with 1 and 4 hypotheses
+    python bench.py data                            # samples/s of each reader, alone and with processes
     python bench.py train                           # full size, 450 M parameters; some minutes on two cores
 
 Plain: eager, default kernels, pictures encoded at every step, gradients recorded through the whole prefix,
@@ -42,6 +43,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import cpu
 from arm import Arm, ArmConfig, Summary
 from config import PRESETS
+from data import Demos, load
+from loader import Loader
 from model import SmolVLA, prefix_inputs
 from train import TrainConfig, make_optimizer, optimizer_step
 
@@ -67,8 +70,9 @@ BANKS = {
 class BenchConfig:
     """Measure speed and memory on random weights."""
 
-    what: Annotated[Literal["model", "train", "fusion", "bank"], tyro.conf.Positional]
-    """A chunk's latency, with import and load; an optimiser step; one at every site; one with a bank."""
+    what: Annotated[Literal["model", "train", "fusion", "bank", "data"], tyro.conf.Positional]
+    """A chunk's latency, with import and load; an optimiser step; one at every site; one with a bank; random
+    frames' pictures, read from the files."""
 
     size: Literal["base", "tiny"] = "base"
     """Preset: 450 M parameters and two pictures of 512 x 512, or the demo's."""
@@ -94,6 +98,12 @@ class BenchConfig:
     threads: int | None = None
     """Threads of torch on a CPU; default: torch's own choice."""
 
+    data: tuple[Path, ...] = ()
+    """Data sets that `data` reads; default: the two small LeRobot sets among the tests."""
+
+    workers: tuple[int, ...] = (0, 1, 2)
+    """Numbers of processes that `data` is measured with; 0: read in this one."""
+
     checkpoint: Path | None = None
     """Folder in which `model` leaves the random checkpoint that it loads; default: a temporary one."""
 
@@ -101,6 +111,8 @@ class BenchConfig:
     """File that the JSON lines are appended to as well."""
 
     def __post_init__(self) -> None:
+        if min(self.workers, default=0) < 0:
+            raise ValueError(f"--workers {self.workers} must be at least 0 each")
         for flag in ("batch_size", "repeats", "rounds"):
             if getattr(self, flag) < 1:
                 raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)} must be at least 1")
@@ -401,6 +413,47 @@ def measure_load(config: BenchConfig) -> dict:
     return {"case": "import and load", "seconds": imported + loaded, "import": imported, "load": loaded}
 
 
+def measure_data(config: BenchConfig) -> Iterator[dict]:
+    """Read batches of random frames, all cameras, from each set's files: samples a second, the best turn."""
+    root = Path(__file__).resolve().parent / "tests" / "lerobot_v3"
+    for path in config.data or (root / "L_image" / "dataset", root / "L_video" / "dataset"):
+        demos = load(path, in_memory=False)
+        shape = " ".join(f"{p.shape[1]}x{p.shape[2]}" for p in demos.images.values())
+        for workers in config.workers:
+            rates = [samples_a_second(demos, workers, config.batch_size) for _ in range(config.rounds)]
+            yield {
+                "case": f"{path}, {workers} processes",
+                "frames": len(demos),
+                "cameras": shape,
+                "batch": config.batch_size,
+                "workers": workers,
+                "per_second": max(rates),
+            }
+
+
+def samples_a_second(demos: Demos, workers: int, batch: int) -> float:
+    """Read random batches for a while; with processes, two batches are always on their way."""
+    loader = Loader(demos, workers) if workers else None
+    rng, cameras = np.random.default_rng(0), tuple(demos.images)
+    coming = [rng.integers(0, len(demos), batch) for _ in range(3)]
+    start, done, warm = time.perf_counter(), 0, 0
+    while time.perf_counter() - start < LEAST:
+        if loader is not None:
+            for index in coming:
+                loader.expect(index, cameras)
+        index = coming.pop(0)
+        coming.append(rng.integers(0, len(demos), batch))
+        for camera in cameras:
+            (loader.demos if loader else demos).frames(index, camera)
+        done, warm = done + batch, warm + 1
+        if warm == 4:  # files are open, processes busy
+            start, done = time.perf_counter(), 0
+    rate = done / (time.perf_counter() - start)
+    if loader is not None:
+        loader.close()
+    return rate
+
+
 # ---- main ---------------------------------------------------------------------------------------------
 
 
@@ -462,12 +515,16 @@ def table(rows: list[dict]) -> str:
 def main(config: BenchConfig) -> None:
     """Measure all cases of one kind."""
     rows = []
-    for row in lines(config):
+    for row in measure_data(config) if config.what == "data" else lines(config):
         rows.append(row)
         print(json.dumps(row), flush=True)
         if config.out is not None:
             with config.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
+    if config.what == "data":
+        for row in rows:
+            print(f"{row['case']:60s} {row['cameras']:16s} {row['per_second']:9.1f} samples/s")
+        return
     print(table(rows))
     for dtype, peak in {row["dtype"]: row["peak_flops"] for row in rows if "dtype" in row}.items():
         print(f"peak of a matrix product in {dtype}: {peak / 1e9:,.0f} GFLOP/s on {rows[0]['device']}")

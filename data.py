@@ -1,41 +1,36 @@
-"""Episodes -> batches: LIBERO-layout HDF5 files held in memory, cut into what one training sample needs.
+"""Episodes -> batches: demonstrations in flat arrays over frames, cut into what one training sample needs.
 
-A data set is a folder of `<task>_demo.hdf5` files, or one such file. Everything is read once into flat arrays
-over frames; an episode is a range of frames, and no chunk, history or future ever leaves it. Pictures stay
-uint8 and are turned by 180 degrees exactly once, here: the files keep MuJoCo's raw, upside-down frames. Who
-hardly looks at them leaves them in the files (`in_memory=False`): features.py, and training from its tokens.
+A data set is in LIBERO's HDF5 layout (libero_hdf5.py) or LeRobot's v3 (lerobot_v3.py), given by path or hub
+id; selection.py says which part of it is read. An episode is a range of frames, and no chunk, history or
+future ever leaves it. Pictures stay uint8, the right way up. They are held in memory, or left in the files
+where they would not fit or hardly anyone looks at them: features.py, and training from its tokens.
 
-    python demos.py --help                     # records demonstrations in this layout
-    python data.py inspect DATA                # episodes, frames, tasks, cameras, ranges, provenance
+    python demos.py --help                     # records demonstrations
+    python data.py inspect DATA                # episodes, tasks, cameras, ranges; sample pictures
+    python data.py check DATA                  # what is wrong with it
 
-Shapes: F frames, E episodes, S picture side, B batch, T history frames, K future frames, C actions in a
-chunk, A action width (7). State (8) = end-effector position 3 (m), axis-angle 3 (rad), gripper 2 (m).
-Sources: LIBERO's HDF5 layout (github.com/Lifelong-Robot-Learning/LIBERO); feature names as in lerobot.
+Shapes: F frames, E episodes, S a picture's sides, B batch, T history frames, K future frames, C actions in a
+chunk, A action width. Feature names are lerobot's.
 """
 
 import hashlib
 import json
+import math
+import os
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from types import ModuleType
+from typing import Any
 
-import h5py
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
-# lerobot's feature name -> the name inside LIBERO's files
-CAMERAS = {"observation.images.image": "agentview_rgb", "observation.images.image2": "eye_in_hand_rgb"}
-STATE_PARTS = {"ee_pos": 3, "ee_ori": 3, "gripper_states": 2}
-ACTION_DIM = 7
-PAIRING = "observation_before_action"
-PROVENANCE = ("suite", "task_id", "displace", "noise", "size", "draw", "reset", "env_seed", "versions")
-RECORD_AGAIN = "record it again with `python demos.py`"
+from selection import DataConfig, camera_key, choose_cameras, choose_episodes, find_data
+
 ORDER_STREAM = 0x0DE5  # keeps the data order apart from any other stream that is keyed by the same seed
 
 
@@ -69,6 +64,8 @@ class Demos:
     """One record per task file, JSON-able: its name, its bytes, and the bytes of each episode's pictures."""
     checks: dict[str, list[int]] = field(default_factory=dict)
     """Camera -> what `picture_checks` would give, where it is known already (features.py)."""
+    own_stats: dict[str, dict[str, np.ndarray]] | None = None
+    """The statistics that come with the data set, where they are complete and all of it is here."""
 
     def __len__(self) -> int:
         """Return the number of frames F."""
@@ -96,10 +93,29 @@ class Demos:
         headers say. Compressed pictures hardly change without changing their bytes; others do."""
         return hashlib.sha256(json.dumps([self.fingerprint_of(()), self.files]).encode()).hexdigest()[:16]
 
+    def mean_picture(self, camera: str) -> np.ndarray:
+        """Return a camera's mean picture (S, S, 3) float64."""
+        images = self.images[camera]
+        sums = sum(images[a : b + 1].sum(0, dtype=np.int64) for a, b in zip(self.first, self.last))
+        return sums / len(self)
+
     def picture_checks(self, camera: str, part: slice = slice(None)) -> list[int]:
         """Return one CRC over all pixels for each episode, or each of a part of them."""
         images = self.images[camera]
         return [zlib.crc32(images[a : b + 1]) for a, b in zip(self.first[part], self.last[part])]
+
+    def only(self, episodes: np.ndarray) -> "Demos":
+        """Return these episodes alone, in the order of the data; tasks keep their numbers."""
+        rows = np.flatnonzero(np.isin(self.episode, episodes))
+        episode, first, last = boundaries((self.last - self.first + 1)[episodes])
+        images = {
+            name: pictures.only(episodes) if isinstance(pictures, StoredPictures) else pictures[rows]
+            for name, pictures in self.images.items()
+        }
+        parts = {"images": images, "state": self.state[rows], "action": self.action[rows], "episode": episode}
+        parts |= {"first": first, "last": last, "task": self.task[episodes], "own_stats": None}
+        checks = {name: [found[e] for e in episodes] for name, found in self.checks.items()}
+        return replace(self, **parts, checks=checks)
 
     def chunk(self, index: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
         """Return the actions t .. t+length-1 (B, C, A) float32 and is_pad (B, C) bool: past the end the last
@@ -154,6 +170,39 @@ class Demos:
         return index
 
 
+@dataclass(frozen=True, eq=False)
+class StoredPictures:
+    """One camera's pictures left in their files: an array (F, S, S, 3) uint8 that is read where indexed."""
+
+    shape: tuple[int, int, int, int]
+    places: list[Any]
+    """Each episode's place in the files, as `read` takes it."""
+    first: np.ndarray
+    """(E,) int64: the first frame of each episode."""
+    read: Callable[[Any, np.ndarray], np.ndarray]
+    """The layout's own: an episode's place and steps (n,) -> pictures (n, S, S, 3), the right way up."""
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Read pictures (n, S, S, 3)."""
+        rows = np.arange(self.shape[0])[rows]
+        out = np.empty((len(rows), *self.shape[1:]), np.uint8)
+        episode = np.searchsorted(self.first, rows, side="right") - 1
+        for number in np.unique(episode):
+            here = np.flatnonzero(episode == number)
+            out[here] = self.read(self.places[number], rows[here] - self.first[number])
+        return out
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def only(self, episodes: np.ndarray) -> "StoredPictures":
+        """Return these episodes' pictures alone."""
+        ends = np.append(self.first[1:], self.shape[0])
+        _, first, last = boundaries((ends - self.first)[episodes])
+        places = [self.places[e] for e in episodes]
+        return replace(self, shape=(int(last[-1]) + 1, *self.shape[1:]), places=places, first=first)
+
+
 def boundaries(lengths: Iterable[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return episode (F,), first (E,) and last (E,) for episodes of these lengths laid end to end."""
     lengths = np.asarray(list(lengths), dtype=np.int64)
@@ -162,230 +211,102 @@ def boundaries(lengths: Iterable[int]) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 # ------------------------------------------------------------------------------------------------------------
-# reading LIBERO's HDF5 layout
+# loading
 
 
-@dataclass(frozen=True)
-class TaskFile:
-    """What a file's header says, before any picture is read."""
+def load(
+    path: Path | str,
+    cameras: Iterable[str] | None = None,
+    in_memory: bool | None = True,
+    options: DataConfig | None = None,
+) -> Demos:
+    """Read a data set: a folder or file in LIBERO's HDF5 layout, a LeRobot v3 folder, or one's hub id.
 
-    path: Path
-    instruction: str
-    demos: list[str]
-    lengths: list[int]
-    sizes: dict[str, int]  # camera -> S, pixels
-    stored: dict[str, list[int]]  # camera -> bytes that each episode's pictures take, compressed or not
-    provenance: dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class StoredPictures:
-    """One camera's pictures left in their files: an array (F, S, S, 3) uint8 that is read where indexed."""
-
-    shape: tuple[int, int, int, int]
-    places: list[tuple[Path, str]]
-    """Each episode's file, and the dataset in it."""
-    first: np.ndarray
-    """(E,) int64: the first frame of each episode."""
-
-    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        """Read pictures (n, S, S, 3) and turn them by 180 degrees: the one place where that happens."""
-        rows = np.arange(self.shape[0])[rows]
-        out = np.empty((len(rows), *self.shape[1:]), np.uint8)
-        episode = np.searchsorted(self.first, rows, side="right") - 1
-        for number in np.unique(episode):
-            here = np.flatnonzero(episode == number)
-            steps = rows[here] - self.first[number]
-            with opened(self.places[number][0]) as file:
-                found = file[self.places[number][1]][steps.min() : steps.max() + 1]
-            out[here] = found[steps - steps.min(), ::-1, ::-1]
-        return out
-
-
-def load(path: Path, cameras: Iterable[str] = tuple(CAMERAS), in_memory: bool = True) -> Demos:
-    """Read a folder of task files, or one file, into memory: headers first, then straight into place.
-
-    Pictures stay in the files where `in_memory` is false, and are read from there when they are asked for.
+    Args: cameras, by the names that they get, of those that `options` chooses; default: all of these.
+    in_memory: whether pictures are decoded now; None: as `options` says, with a line where they are not.
     Raises ValueError, in one line, for what is missing, damaged, inconsistent or too big for this machine.
     """
-    cameras = [camera_name(camera) for camera in cameras]
-    files = [read_header(file, cameras) for file in task_files(Path(path))]
-    sizes = common_sizes(files)
-    lengths = [length for file in files for length in file.lengths]
-    episode, first, last = boundaries(lengths)
-    images = {}
-    for camera, size in sizes.items():
-        places = [(file.path, f"data/{name}/obs/{CAMERAS[camera]}") for file in files for name in file.demos]
-        images[camera] = StoredPictures((len(episode), size, size, 3), places, first)
-    if in_memory:
-        check_memory(len(episode), sizes)
-        images = {camera: pictures[:] for camera, pictures in images.items()}
-    demos = Demos(
-        images=images,
-        state=np.empty((len(episode), sum(STATE_PARTS.values())), np.float32),
-        action=np.empty((len(episode), ACTION_DIM), np.float32),
-        episode=episode,
-        first=first,
-        last=last,
-        task=np.repeat(np.arange(len(files)), [len(file.demos) for file in files]),
-        tasks=[file.instruction for file in files],
-        provenance=[file.provenance for file in files],
-        files=[{"file": f.path.name, "bytes": f.path.stat().st_size, "pictures": f.stored} for f in files],
-    )
-    row = 0
-    for file in files:
-        with opened(file.path) as handle:
-            for name, length in zip(file.demos, file.lengths):
-                read_episode(handle["data"][name], f"{file.path}: {name}", demos, slice(row, row + length))
-                row += length
-    return demos
+    options = options or DataConfig()
+    path = find_data(path, options.data_revision)
+    names = choose_cameras(options.cameras, cameras)
+    reader = layout(path)
+    demos = reader.read(path, None if names is None else list(names.values()))
+    if names is not None:  # two names may stand for one camera of the data
+        found = dict(zip(names, (demos.images[camera_key(old, demos.images)] for old in names.values())))
+        demos = replace(demos, images=found)
+    chosen = choose_episodes(demos.tasks, demos.task, options, path)
+    demos = demos if len(chosen) == len(demos.first) else demos.only(chosen)
+    if in_memory is None:
+        in_memory = options.pictures == "memory" or (options.pictures == "auto" and fits(demos))
+        if not in_memory and os.environ.get("RANK", "0") == "0":
+            print(f"data {path}: {picture_bytes(demos) / 2**30:.3g} GiB of pictures stay in the files")
+    if not in_memory:
+        return demos
+    check_memory(demos)
+    return replace(demos, images={camera: pictures[:] for camera, pictures in demos.images.items()})
 
 
-def camera_name(name: str) -> str:
-    """Return the feature name of a camera given in full or in short (image, image2)."""
-    full = name if name.startswith("observation.images.") else f"observation.images.{name}"
-    if full not in CAMERAS:
-        short = " or ".join(camera.rsplit(".", 1)[1] for camera in CAMERAS)
-        raise ValueError(f"unknown camera {name!r}: use {short}")
-    return full
+def layout(path: Path) -> ModuleType:
+    """Return the reader of a data set's layout; each has `read(path, cameras)`."""
+    import lerobot_v3
+    import libero_hdf5  # which import this file
+
+    return lerobot_v3 if lerobot_v3.is_lerobot(path) else libero_hdf5
 
 
-def task_files(path: Path) -> list[Path]:
-    """Return the data set's HDF5 files by name; other layouts would branch off here."""
-    if not path.exists():
-        raise ValueError(f"no such data folder or file: {path}; record demonstrations with `python demos.py`")
-    if path.is_file():
-        return [path]
-    for parts in sorted([path] if path.suffix == ".parts" else path.glob("*.parts")):
-        stem = parts.with_suffix("")  # a recording collects its episodes in NAME.parts, then writes NAME.hdf5
-        finals = (stem, stem.with_name(stem.name + ".hdf5"), stem.with_name(stem.name + "_demo.hdf5"))
-        if not any(final.is_file() for final in finals):
-            raise ValueError(f"interrupted recording, {parts} has no final file: run `python demos.py` again")
-    files = sorted(path.glob("*.hdf5"))
-    if not files:
-        raise ValueError(f"no *.hdf5 file in {path}: record demonstrations there with `python demos.py`")
-    return files
+def picture_bytes(demos: Demos) -> int:
+    return sum(math.prod(pictures.shape) for pictures in demos.images.values())
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[h5py.File]:
-    """Open an HDF5 file for reading; damage, found now or while reading, becomes a one-line ValueError."""
-    try:
-        with h5py.File(path, "r") as file:
-            yield file
-    except (OSError, KeyError, RuntimeError) as error:  # what h5py raises, depending on where the damage lies
-        cause = " ".join(str(error).split())
-        raise ValueError(f"{path} is truncated or damaged ({cause}): delete it and {RECORD_AGAIN}") from error
+def fits(demos: Demos) -> bool:
+    """Say whether the pictures take at most half of the free memory, shared by the ranks of this machine."""
+    free, ranks = available_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return free is None or picture_bytes(demos) * ranks <= free / 2
 
 
-def read_header(path: Path, cameras: list[str]) -> TaskFile:
-    """Read a file's attributes and the shapes of its episodes, and refuse what can't be used."""
-    with opened(path) as file:
-        if "data" not in file:
-            raise ValueError(f"{path} has no group 'data', so it isn't in LIBERO's layout: {RECORD_AGAIN}")
-        data = file["data"]
-        pairing = plain(data.attrs.get("pairing"))
-        if pairing != PAIRING:
-            raise ValueError(
-                f"{path}: pairing is {pairing!r}, not {PAIRING!r}: public LIBERO files record observations"
-                f" after the action, a step off from what a policy sees: not supported yet; {RECORD_AGAIN}"
-            )
-        demos = sorted((n for n in data if n.startswith("demo_")), key=lambda n: int(n.removeprefix("demo_")))
-        declared = plain(data.attrs.get("num_demos"))
-        if declared != len(demos) or not demos:
-            raise ValueError(f"{path}: num_demos is {declared}, episodes there {len(demos)}: {RECORD_AGAIN}")
-        shapes = [episode_shape(data[name], f"{path}: {name}", cameras) for name in demos]
-        sizes = {camera: {shape[1][camera] for shape in shapes} for camera in cameras}
-        if mixed := {camera: sorted(size) for camera, size in sizes.items() if len(size) > 1}:
-            raise ValueError(f"{path} mixes image sizes {mixed}: {RECORD_AGAIN}")
-        return TaskFile(
-            path=path,
-            instruction=read_instruction(data, path),
-            demos=demos,
-            lengths=[length for length, _ in shapes],
-            sizes={camera: size.pop() for camera, size in sizes.items()},
-            stored={
-                camera: [data[f"{name}/obs/{CAMERAS[camera]}"].id.get_storage_size() for name in demos]
-                for camera in cameras
-            },
-            provenance=read_provenance(data, demos, path),
-        )
-
-
-def read_instruction(data: h5py.Group, path: Path) -> str:
-    """Return the instruction; an empty one would train a policy blind to its prompt, at plausible losses."""
-    text = plain(data.attrs.get("problem_info", "{}"))
-    try:
-        instruction = json.loads(text).get("language_instruction", "")
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"{path}: problem_info is no JSON object, got {text!r}: {RECORD_AGAIN}") from error
-    if not isinstance(instruction, str) or not instruction.strip():
-        raise ValueError(f"{path}: problem_info has no language_instruction, got {text!r}: {RECORD_AGAIN}")
-    return instruction.strip()
-
-
-def read_provenance(data: h5py.Group, demos: list[str], path: Path) -> dict[str, Any]:
-    """Return how the file was recorded; what it does not say is None."""
-    record = {name: plain(data.attrs.get(name)) for name in PROVENANCE}
-    if isinstance(record["versions"], str) and record["versions"].startswith("{"):
-        record["versions"] = json.loads(record["versions"])
-    init_states = [plain(data[name].attrs.get("init_state_id")) for name in demos]
-    return {"file": path.name, **record, "init_state_ids": init_states}
-
-
-def plain(value: Any) -> Any:
-    """Turn an HDF5 attribute into what JSON can hold."""
-    if isinstance(value, bytes):
-        return value.decode()
-    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
-
-
-def episode_shape(demo: h5py.Group, where: str, cameras: list[str]) -> tuple[int, dict[str, int]]:
-    """Return an episode's length and its picture sizes, after checking each dataset's shape."""
-    length = plain(demo.attrs.get("num_samples"))
-    expected = {"actions": (length, ACTION_DIM)}
-    expected |= {f"obs/{name}": (length, width) for name, width in STATE_PARTS.items()}
-    for name, shape in expected.items():
-        if name not in demo or demo[name].shape != shape or not length:
-            seen = demo[name].shape if name in demo else "nothing"
-            raise ValueError(f"{where}: {name} should be {shape} by num_samples, got {seen}: {RECORD_AGAIN}")
-    sizes = {}
-    for camera in cameras:
-        name = f"obs/{CAMERAS[camera]}"
-        if name not in demo:
-            there = ", ".join(sorted(n for n in demo["obs"] if n.endswith("_rgb"))) or "none"
-            raise ValueError(f"{where}: no camera {CAMERAS[camera]}, there are {there}: {RECORD_AGAIN}")
-        images = demo[name]
-        size = images.shape[1] if images.ndim == 4 else 0
-        if images.shape != (length, size, size, 3) or images.dtype != np.uint8:
-            seen = f"{images.shape} {images.dtype}"
-            raise ValueError(
-                f"{where}: {name} should be ({length}, S, S, 3) uint8, got {seen}: {RECORD_AGAIN}"
-            )
-        sizes[camera] = size
-    return length, sizes
-
-
-def common_sizes(files: list[TaskFile]) -> dict[str, int]:
-    """Return the picture size of each camera, which all files must share."""
-    for file in files[1:]:
-        if file.sizes != files[0].sizes:
-            raise ValueError(
-                f"image sizes differ: {files[0].path.name} has {files[0].sizes}, {file.path.name} has"
-                f" {file.sizes}: record all task files with one --size"
-            )
-    return files[0].sizes
-
-
-def check_memory(frames: int, sizes: dict[str, int]) -> None:
+def check_memory(demos: Demos) -> None:
     """Refuse a data set that would not fit, before the machine starts to swap or kills the run."""
-    need = frames * sum(size * size * 3 for size in sizes.values())
+    need = picture_bytes(demos)
     free = available_memory()
     if free is not None and need > free:
         raise ValueError(
-            f"{frames:,} frames from {len(sizes)} cameras need {need / 2**30:.3g} GiB of memory, but"
-            f" {free / 2**30:.3g} GiB are free: use fewer task files, or record smaller pictures"
+            f"{len(demos):,} frames from {len(demos.images)} cameras need {need / 2**30:.3g} GiB of memory,"
+            f" but {free / 2**30:.3g} GiB are free: use fewer episodes, or --pictures files"
         )
+
+
+def in_files(demos: Demos) -> bool:
+    """Say whether pictures stay in the files."""
+    return any(isinstance(pictures, StoredPictures) for pictures in demos.images.values())
+
+
+def remember_checks(demos: Demos, home: Path) -> Demos:
+    """Give pictures that stay in the files their CRCs, from a file beside the data; where it knows nothing of
+    these files (names, bytes, times of change), every picture is decoded once, and the file is written.
+
+    Args: home, as `DataConfig.cache_home` gives it.
+    """
+    if not in_files(demos):
+        return demos
+    name = "picture_checks.json"
+    path = home / name if home.is_dir() else home.with_name(f"{home.stem}_{name}")
+    files = sorted({str(place.path) for pictures in demos.images.values() for place in pictures.places})
+    headers = [demos.light_fingerprint, [Path(file).stat().st_mtime_ns for file in files]]
+    try:
+        stored = json.loads(path.read_text())
+        checks = stored["checks"] if stored["headers"] == headers else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        checks = {}
+    if not set(demos.images) <= set(checks):
+        print(f"data: decoding {len(demos):,} frames once, to fingerprint them: {path}", flush=True)
+        checks = {camera: demos.picture_checks(camera) for camera in demos.images}
+        beside = path.with_name(f"{path.name}.{os.getpid()}")
+        try:
+            beside.write_text(json.dumps({"headers": headers, "checks": checks}) + "\n")
+            beside.replace(path)
+        except OSError as error:  # a folder that is only read; nothing but time is lost
+            print(f"data: the next run will do so again, {path} can't be written ({error.strerror})")
+    return replace(demos, checks={camera: checks[camera] for camera in demos.images})
 
 
 def available_memory() -> int | None:
@@ -397,18 +318,22 @@ def available_memory() -> int | None:
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 
-def read_episode(demo: h5py.Group, where: str, demos: Demos, rows: slice) -> None:
-    """Fill one episode's rows of states and actions."""
-    demos.action[rows] = demo["actions"][()]
-    demos.state[rows] = np.concatenate([demo[f"obs/{name}"][()] for name in STATE_PARTS], axis=1)
-    for name, values in (("actions", demos.action[rows]), ("state", demos.state[rows])):
-        if not np.isfinite(values).all():
-            step = int(np.argwhere(~np.isfinite(values))[0, 0])
-            raise ValueError(f"{where}: {name} has a non-finite value at step {step}: {RECORD_AGAIN}")
-
-
 # ------------------------------------------------------------------------------------------------------------
 # statistics and keyed randomness
+
+
+def chosen_statistics(demos: Demos) -> tuple[dict[str, dict[str, Tensor]], str]:
+    """Return the statistics that a fresh policy takes, and a line that says where they come from."""
+    if demos.own_stats is None:
+        return statistics(demos), f"computed from these {len(demos):,} frames"
+    stats = {
+        name: {
+            key: torch.from_numpy(value).to(torch.int64 if key == "count" else torch.float32)
+            for key, value in values.items()
+        }
+        for name, values in demos.own_stats.items()
+    }
+    return stats, "the data set's own, meta/stats.json"
 
 
 def statistics(demos: Demos) -> dict[str, dict[str, Tensor]]:
@@ -458,41 +383,11 @@ def epoch_order(num_frames: int, seed: int, epoch: int) -> np.ndarray:
 # the command line
 
 
-@dataclass(frozen=True)
-class Config:
-    """Look into a data set."""
-
-    command: tyro.conf.Positional[Literal["inspect"]]
-    """What to do: `inspect` prints what the data set holds."""
-
-    data: tyro.conf.Positional[Path]
-    """A folder of `*.hdf5` task files, or one such file."""
-
-
-def describe(demos: Demos) -> str:
-    """Return the lines that `inspect` prints."""
-    lengths = demos.last - demos.first + 1
-    lines = [
-        f"{len(lengths)} episodes, {len(demos):,} frames ({lengths.min()} to {lengths.max()} an episode), "
-        f"{len(demos.tasks)} tasks, fingerprint {demos.fingerprint}"
-    ]
-    lines += [f"camera {name}: {images.shape[1]}x{images.shape[2]}" for name, images in demos.images.items()]
-    for name, stats in statistics(demos).items():
-        for key in ("min", "mean", "max"):
-            lines.append(f"{name:18s} {key:4s} " + " ".join(f"{value:8.3f}" for value in stats[key].tolist()))
-    for number, (instruction, record) in enumerate(zip(demos.tasks, demos.provenance)):
-        lines.append(f'task {number}: "{instruction}", {int((demos.task == number).sum())} episodes')
-        lines += [f"  {name}: {value}" for name, value in record.items()]
-    return "\n".join(lines)
-
-
 def main() -> None:
-    """Run the command line; what is wrong with the data is said in one line."""
-    config = tyro.cli(Config, description=__doc__)
-    try:
-        print(describe(load(config.data)))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    """Run `inspect` or `check`."""
+    import data_check  # which imports this file
+
+    data_check.main()
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ import tyro
 from torch import Tensor
 
 import cpu
-from data import Demos, camera_name, load
+from data import Demos, load
+from selection import DataConfig, find_data
 from world import cache_folder, compare
 
 if TYPE_CHECKING:
@@ -62,11 +63,11 @@ SIZES = ("image_size", "vision_size", "patch_size", "scale_factor", "vision_head
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(DataConfig):
     """Encode every picture with a policy's frozen vision tower, once, for `train.py --features`."""
 
     data: tyro.conf.Positional[Path]
-    """A folder of `*.hdf5` task files, or one such file."""
+    """A data set, as for train.py."""
 
     init: str = "tiny"
     """Whose tower: a preset's name (fresh weights), a checkpoint folder, or a hub id."""
@@ -214,15 +215,17 @@ def row_bytes(stored: dict[str, Any], frames: int | None = None) -> int:
     return math.prod(frame) * np.dtype(KINDS[stored["dtype"]]).itemsize * (F if frames is None else frames)
 
 
-def load_with(path: Path | None, data: Path, full: bool) -> tuple[Demos, Features | None]:
+def load_with(
+    path: Path | None, data: Path, full: bool, options: DataConfig | None = None
+) -> tuple[Demos, Features | None]:
     """Load a data set; where features of it are given, its pictures stay in the files.
 
     Args: full, where the caller will read pictures all the same: then every pixel is checked.
     """
     if path is None:
-        return load(data), None
+        return load(data, in_memory=None, options=options), None
     features = Features.open(path)
-    return features.vouch(load(data, in_memory=False), full), features
+    return features.vouch(load(data, in_memory=False, options=options), full), features
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -343,7 +346,11 @@ def frozen_policy(config: Config, demos: Demos, device: torch.device) -> tuple[S
     start = TrainConfig(**{name: getattr(config, name) for name in same})
     policy, processor = build_policy(start, demos)
     for camera in policy.config.cameras:
-        camera_name(camera)  # raises where the data have no such camera
+        if camera not in demos.images:
+            raise ValueError(
+                f"the policy's camera {camera} is not in the data, there are {', '.join(demos.images)}:"
+                " rename one with --cameras"
+            )
     policy.to(device).freeze("expert")
     policy.set_dtype(getattr(torch, config.dtype))
     if device.type == "cpu":
@@ -375,10 +382,11 @@ def agree(value: Any) -> Any:
 def write(config: Config, rank: int, ranks: int, device: torch.device) -> str:
     """Write the cache, or go on with it, or check a finished one; say what was done, in a line."""
     start = time.perf_counter()
-    demos = load(config.data, in_memory=False)
+    folder = find_data(config.data, config.data_revision)
+    demos = load(folder, in_memory=False, options=config)
     policy, processor = frozen_policy(config, demos, device)
     tower = tower_identity(policy, config.dtype)
-    path = config.out or cache_folder(config.data, "features", tower)
+    path = config.out or cache_folder(config.cache_home(folder), "features", tower)
     part, again = part_of(path), "delete {} and run again"
     there, begun = agree((path.exists(), (part / SIDECAR).is_file()))
     if begun and not there:  # the light fingerprint is enough to go on

@@ -245,6 +245,14 @@ def task_names(suite: str) -> list[str]:
         return _benchmark(suite).get_task_names()
 
 
+def task_instructions(suite: str) -> list[str]:
+    """Return the suite's instructions in LIBERO's order. Imports LIBERO, not MuJoCo."""
+    check_suite(suite)
+    with _silence():
+        tasks = _benchmark(suite)
+        return [tasks.get_task(i).language for i in range(tasks.get_num_tasks())]
+
+
 def _benchmark(suite: str) -> Any:
     try:
         from libero.libero import benchmark

@@ -23,6 +23,7 @@ from torch import Tensor
 from arm import Arm, ArmConfig
 from data import Demos, sample_order, sample_rng
 from features import Features
+from loader import Loader
 from processor import Processor
 from prophet import draw_chance, prophet_width
 from world import Latents
@@ -47,6 +48,7 @@ class Source:
     stream: int = TRAINING
     frames: np.ndarray | None = None  # those that are drawn from; default: all
     features: Features | None = None  # stand in for the pictures, where given
+    loader: Loader | None = None  # decodes what `expect` is told, while something else is done
 
     def __post_init__(self) -> None:
         if self.frames is None:
@@ -54,16 +56,29 @@ class Source:
 
     def batch(self, numbers: np.ndarray) -> tuple[dict, dict, Tensor, Tensor]:
         """Make `Arm.forward`'s arguments for these global sample numbers, consecutive ones."""
-        # The numbers of a micro batch are consecutive; the data have one permutation an epoch.
-        index = self.frames[sample_order(len(self.frames), self.seed, int(numbers[0]), len(numbers))]
+        index = self.index(numbers)
         world = self.world(index, numbers, self.arm.config.trains_on)
         return self.observe(index), world, *self.flow(numbers)
+
+    def index(self, numbers: np.ndarray) -> np.ndarray:
+        """Return these samples' frames; the numbers are consecutive, the data have one order an epoch."""
+        return self.frames[sample_order(len(self.frames), self.seed, int(numbers[0]), len(numbers))]
+
+    def expect(self, numbers: np.ndarray) -> None:
+        """Have the pictures of a coming batch decoded in the background."""
+        if self.loader is not None:
+            self.loader.expect(self.index(numbers), self.cameras)
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """The cameras whose pictures are read."""
+        blind = self.arm.config.blind or self.features is not None
+        return () if blind else self.arm.policy.config.cameras
 
     def observe(self, index: np.ndarray) -> dict:
         """Make the policy's inputs of these frames, actions included."""
         policy = self.arm.policy.config
-        cameras = () if self.arm.config.blind or self.features is not None else policy.cameras
-        batch = self.demos.batch(index, policy.chunk_size, cameras)
+        batch = self.demos.batch(index, policy.chunk_size, self.cameras)
         if self.features is not None:
             batch |= self.features.batch(index)
         batch = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}

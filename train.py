@@ -36,7 +36,7 @@ import cpu
 from arm import Arm, ArmConfig, Summary, load_arm, stored_config
 from checkpoint import fresh_processor, load_policy, start_from_vlm
 from config import PRESETS
-from data import Demos, statistics
+from data import Demos, chosen_statistics, in_files, remember_checks
 from diagnostics import (
     CollapseWatch,
     Usage,
@@ -47,20 +47,24 @@ from diagnostics import (
 )
 from features import load_with
 from files import read_json
+from loader import Loader
 from model import SmolVLA, masked_mean
 from offline import measure
 from processor import Processor
 from runs import check_space, cut_metrics, log, log_validation, open_run, save
+from selection import DataConfig, find_data
 from source import Source, held_out, saved_partners
 from world import Latents, cache_path, change_statistics, latents_of, prepare
 
+STEPS_AHEAD = 2  # steps whose pictures are decoded while another one runs
+
 
 @dataclass(frozen=True)
-class TrainConfig(ArmConfig):
+class TrainConfig(ArmConfig, DataConfig):
     """Train one arm."""
 
     data: Path = Path("data/demo")
-    """Folder of demonstrations, as demos.py writes them."""
+    """Demonstrations: a folder or file in LIBERO's HDF5 layout, a LeRobot v3 folder, or one's hub id."""
 
     out: Path = Path("runs/run")
     """Run folder; one that exists is resumed, if its configuration agrees."""
@@ -150,14 +154,20 @@ class TrainConfig(ArmConfig):
     compile: bool = False
     """Compile tower, trunk and expert block by block; for a GPU, where it pays within minutes."""
 
+    workers: int = 0
+    """Processes of each rank that decode coming batches, where pictures stay in the files; 0: none."""
+
     threads: int | None = None
     """Threads of torch on a CPU; default: torch's own choice."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        DataConfig.__post_init__(self)
         for flag in ("total_samples", "batch_size", "accumulate", "flow_draws", "log_every", "save_every"):
             if getattr(self, flag) < 1:
                 raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)} must be at least 1")
+        if self.workers < 0:
+            raise ValueError(f"--workers {self.workers} must be at least 0")
         if self.features is not None and self.freeze != "expert":
             raise ValueError(
                 f"--features with --freeze {self.freeze}: what makes the tokens would train, and theirs grow "
@@ -174,7 +184,18 @@ class TrainConfig(ArmConfig):
     @property
     def free(self) -> tuple[str, ...]:
         """Fields that may change when a run is resumed."""
-        return ("out", "data", "features", "log_every", "save_every", "compile", "threads", "accumulate")
+        return (
+            "out",
+            "data",
+            "pictures",
+            "workers",
+            "features",
+            "log_every",
+            "save_every",
+            "compile",
+            "threads",
+            "accumulate",
+        )
 
     def precision(self, device: torch.device) -> torch.dtype:
         """The type to compute in on a device."""
@@ -251,9 +272,10 @@ def build_policy(config: TrainConfig, demos: Demos) -> tuple[SmolVLA, Processor]
     torch.manual_seed(config.seed)
     if config.init not in PRESETS:
         return load_policy(config.init, config.revision, config.vlm, config.stats_of, config.allow_missing)
-    preset = dataclasses.replace(PRESETS[config.init], cameras=tuple(demos.images))
+    widths = {"state_dim": demos.state.shape[1], "action_dim": demos.action.shape[1]}
+    preset = dataclasses.replace(PRESETS[config.init], cameras=tuple(demos.images), **widths)
     size = next(iter(demos.images.values())).shape[1]
-    stats = statistics(demos)
+    stats, _ = chosen_statistics(demos)
     floors = {"observation.state": config.state_std_floor, "action": config.action_std_floor}
     for feature, floor in floors.items():
         stats[feature]["std"] = stats[feature]["std"].clamp(min=floor)
@@ -280,7 +302,7 @@ def arm_config(config: TrainConfig) -> ArmConfig:
 
 def mean_image(demos: Demos, camera: str) -> Tensor:
     """The data set's mean picture of a camera, (3, S, S) uint8."""
-    mean = demos.images[camera].mean(0).round().astype(np.uint8)
+    mean = demos.mean_picture(camera).round().astype(np.uint8)
     return torch.from_numpy(mean).permute(2, 0, 1).contiguous()  # (S, S, 3) -> (3, S, S)
 
 
@@ -322,6 +344,14 @@ def shares(first: int, count: int, rank: int, ranks: int, accumulate: int) -> li
     parts = np.array_split(np.arange(first, first + count), ranks * accumulate)
     mine = parts[rank * accumulate : (rank + 1) * accumulate]
     return [(part, 1.0) if len(part) else (np.array([first]), 0.0) for part in mine]
+
+
+def expect(config: TrainConfig, source: Source, done: int, rank: int, ranks: int) -> None:
+    """Have the pictures of this step and the next ones decoded in the background."""
+    for first in range(done, done + (1 + STEPS_AHEAD) * config.batch_size, config.batch_size):
+        if (count := min(config.batch_size, config.total_samples - first)) > 0:
+            for numbers, _ in shares(first, count, rank, ranks, config.accumulate):
+                source.expect(numbers)
 
 
 def optimizer_step(
@@ -396,13 +426,17 @@ def main(config: TrainConfig) -> None:
         torch.set_num_threads(config.threads)
 
     # data
-    writes = bool(config.sites) and not cache_path(config.data, config).exists()
+    folder = find_data(config.data, config.data_revision)
+    home = config.cache_home(folder)
+    writes = bool(config.sites) and not cache_path(home, config).exists()
     if config.features is not None and writes:
         say("there are no world latents yet: pictures are read once, to make them")
-    demos, features = load_with(config.features, config.data, full=writes)
+    demos, features = load_with(config.features, folder, writes, config)
     if rank and ranks > 1:
         dist.barrier()  # the first rank writes the cache, the others find it
-    latents = prepare(config.data, demos, config) if config.sites else None
+    if features is None:
+        demos = remember_checks(demos, home)
+    latents = prepare(home, demos, config) if config.sites else None
     if rank == 0 and ranks > 1:
         dist.barrier()
 
@@ -448,13 +482,17 @@ def main(config: TrainConfig) -> None:
             torch.load(config.out / "last" / "optimizer.pt", weights_only=True, map_location=device)
         )
 
-    banner(config, demos, arm, facts, device, ranks, say)
+    banner(config, demos, arm, facts, device, ranks, resumed, say)
     say(f"run folder {config.out}" + (f", resumed at {done:,} samples" if resumed else ""))
     if done >= config.total_samples:
         say("nothing to do: the budget is spent")
         return
 
     # loop
+    loader = None
+    if config.workers and features is None and in_files(demos):
+        loader = Loader(demos, config.workers)
+        demos = loader.demos
     source = Source(
         arm,
         processor,
@@ -465,6 +503,7 @@ def main(config: TrainConfig) -> None:
         config.flow_draws,
         frames=frames,
         features=features,
+        loader=loader,
     )
     model = DistributedDataParallel(arm, gradient_as_bucket_view=True) if ranks > 1 else arm
     usage, watch = Usage(config.num_hypotheses, device), CollapseWatch()
@@ -472,6 +511,7 @@ def main(config: TrainConfig) -> None:
     while done < config.total_samples:
         count = min(config.batch_size, config.total_samples - done)
         finished = done + count >= config.total_samples
+        expect(config, source, done, rank, ranks)
         logged = (step + 1) % config.log_every == 0 or finished
         out = optimizer_step(config, source, model, optimizer, done, count, rank, ranks, logged)
         step, done, before = step + 1, done + count, done
@@ -491,11 +531,20 @@ def main(config: TrainConfig) -> None:
                 log_validation(config, line)
         if rank == 0 and (finished or done // config.save_every > before // config.save_every):
             save(config, arm, processor, optimizer, done, step)
+    if loader is not None:
+        loader.close()
     say(f"done: {config.out / 'last'}")
 
 
 def banner(
-    config: TrainConfig, demos: Demos, arm: Arm, facts: dict, device: torch.device, ranks: int, say
+    config: TrainConfig,
+    demos: Demos,
+    arm: Arm,
+    facts: dict,
+    device: torch.device,
+    ranks: int,
+    resumed: bool,
+    say,
 ) -> None:
     """Print what a person wants to know before a run."""
     live, total, threads = facts["params_trainable"], facts["params_total"], torch.get_num_threads()
@@ -507,6 +556,8 @@ def banner(
     episodes = f"{len(demos.first)} episodes, {len(demos):,} frames"
     tokens = f", tokens from {config.features}" if config.features else ""
     say(f"data {config.data}: {episodes}, fingerprint {demos.fingerprint}{tokens}")
+    fresh = config.init in PRESETS and not resumed
+    say(f"statistics: {chosen_statistics(demos)[1] if fresh else 'from the checkpoint'}")
     if len(config.sites) > 1:
         say(f"warning: {len(config.sites)} fusion sites at once: what helps is harder to attribute to one")
     if config.sites:

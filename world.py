@@ -35,7 +35,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data import Demos, camera_name, load
+from data import Demos, load
+from selection import DataConfig, camera_name, find_data
 
 FIT_FRAMES = 8192  # evenly spaced; more would cost memory and minutes, and move the first directions little
 ENCODE_FRAMES = 256  # pictures in float at a time
@@ -52,7 +53,7 @@ class WorldConfig:
     """Encoder of the world latents: `pca` is fitted on the demonstrations and needs no download."""
 
     world_camera: tuple[str, ...] = ("observation.images.image",)
-    """Cameras that the world latents see, image and image2 for short; several make one latent."""
+    """Cameras that the world latents see, `observation.images.` left out or not; several make one latent."""
 
     world_dim: int = 64
     """Width D of a world latent, in principal directions."""
@@ -396,17 +397,17 @@ def change_statistics(
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(DataConfig):
     """Fit the world encoder, encode all frames and write both beside the data."""
 
     data: tyro.conf.Positional[Path]
-    """A folder of `*.hdf5` task files, or one such file."""
+    """A data set, as for train.py."""
 
     world_encoder: Literal["pca"] = "pca"
     """Encoder of the world latents."""
 
-    camera: tuple[Literal["image", "image2"], ...] = ("image",)
-    """Cameras that the world latents see; several make one latent."""
+    camera: tuple[str, ...] = ("image",)
+    """Cameras that the world latents see, by the names that --cameras gives; several make one latent."""
 
     dim: int = 64
     """Width D of a world latent, in principal directions."""
@@ -437,9 +438,11 @@ def main() -> None:
 def prepare_once(config: Config) -> None:
     """Write the world latents; a cache that is there and agrees is left alone."""
     start = time.perf_counter()
-    path = cache_path(config.data, config.world)
+    folder = find_data(config.data, config.data_revision)
+    home = config.cache_home(folder)
+    path = cache_path(home, config.world)
     action = "checked" if path.exists() else "wrote"
-    latents = prepare(config.data, load(config.data, config.world.latent_cameras), config.world)
+    latents = prepare(home, load(folder, config.world.latent_cameras, None, config), config.world)
     seconds = time.perf_counter() - start
     print(f"{action} {path}: {len(latents.z):,} latents of width {latents.z.shape[1]} in {seconds:.1f} s")
 

@@ -104,6 +104,18 @@ def test_cases_can_be_chosen_by_name():
         bench.plan(bench.BenchConfig("fusion", only="nothing"))
 
 
+def test_readers_are_measured_alone_and_with_a_process(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "LEAST", 0.05)
+    out = tmp_path / "bench.jsonl"
+    bench.main(bench.BenchConfig("data", workers=(0, 1), rounds=1, out=out))
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["workers"], row["cameras"]) for row in rows] == [(w, "64x64 64x64") for w in (0, 1)] * 2
+    assert [row["frames"] for row in rows] == [131, 131, 139, 139]
+    table = capsys.readouterr().out.splitlines()[-4:]
+    for row, line in zip(rows, table, strict=True):
+        assert row["per_second"] > 1 and line.endswith(f"{row['per_second']:.1f} samples/s")
+
+
 def test_a_batch_of_nothing_is_refused():
     with pytest.raises(ValueError, match="--batch-size 0 must be at least 1"):
         bench.BenchConfig("model", batch_size=0)
