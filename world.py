@@ -17,7 +17,6 @@ Shapes: F frames, n frames of a call, S picture side, V cameras, D latent width,
 P = 3 * resolution * (V * resolution) pixels of a shrunk picture.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -35,6 +34,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from blocks import cache_folder, compare
 from data import Demos, camera_name, load
 
 FIT_FRAMES = 8192  # evenly spaced; more would cost memory and minutes, and move the first directions little
@@ -295,14 +295,6 @@ def cache_path(data_path: Path, config: WorldConfig) -> Path:
     return cache_folder(data_path, f"world_{config.world_encoder}", config.latent_identity)
 
 
-def cache_folder(data_path: Path, kind: str, identity: dict[str, Any]) -> Path:
-    """Return a cache's folder, inside a data folder or beside a data file. Its name has a hash of what is not
-    the data: where these changed, the old cache is met and refused, instead of caches piling up."""
-    data_path = Path(data_path)
-    name = f"{kind}_{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]}"
-    return data_path / name if data_path.is_dir() else data_path.with_name(f"{data_path.stem}_{name}")
-
-
 def sidecar(demos: Demos, encoder: PCA) -> dict[str, Any]:
     """Return all that a cache must agree on with the run that opens it, as JSON."""
     return {
@@ -352,14 +344,6 @@ def open_cache(path: Path, demos: Demos, config: WorldConfig) -> Latents:
             f"world cache {path}: z.npy is {rows.shape} {rows.dtype}, not one row a frame: {again}"
         )
     return Latents(encoder.standardise(torch.from_numpy(np.array(rows))), encoder, config)
-
-
-def compare(stored: dict[str, Any], wanted: dict[str, Any], again: str, what: str = "world cache") -> None:
-    """Raise ValueError, naming the field and both sides, at the first disagreement."""
-    for field, value in wanted.items():
-        if stored.get(field) != value:
-            has, wants = (f"{side}"[:80] for side in (stored.get(field), value))
-            raise ValueError(f"{what}, {field}: cache has {has}, run wants {wants}: {again}")
 
 
 # ------------------------------------------------------------------------------------------------------------
