@@ -267,13 +267,19 @@ def encode(policy: SmolVLA, processor: Processor, pictures: dict[str, Tensor]) -
 # the command, `python world.py features`
 
 
-def frozen_policy(config: Config, demos: Demos, device: torch.device) -> tuple[SmolVLA, Processor]:
-    """Build the policy that train.py would start from, frozen, in the stored type, with the same kernels."""
+def start_policy(config: Config, demos: Demos) -> tuple[SmolVLA, Processor]:
+    """Build the policy that train.py would start from; its draws leave the caller's generator alone."""
     from train import TrainConfig, build_policy  # which imports this file
 
     same = ("data", "init", "revision", "vlm", "stats_of", "allow_missing", "seed")
     start = TrainConfig(**{name: getattr(config, name) for name in same})
-    policy, processor = build_policy(start, demos)
+    with torch.random.fork_rng(devices=[]):
+        return build_policy(start, demos)
+
+
+def frozen_policy(config: Config, demos: Demos, device: torch.device) -> tuple[SmolVLA, Processor]:
+    """Build that policy frozen, in the stored type, with the same kernels."""
+    policy, processor = start_policy(config, demos)
     for camera in policy.config.cameras:
         camera_name(camera)  # raises where the data have no such camera
     policy.to(device).freeze("expert")
