@@ -21,6 +21,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def lay_out(part: Path, layout: Layout, wanted: dict[str, Any]) -> None:
     rows, marks = part / layout.file, part / MARKS
     check_space(part, layout)
     part.mkdir(parents=True, exist_ok=True)
-    write_beside(part / layout.sidecar, json.dumps(wanted) + "\n")
+    write_beside(part / layout.sidecar, json.dumps(wanted).encode() + b"\n")
     if marks.is_file() and not (rows.is_file() and rows.stat().st_size == layout.size):
         marks.unlink()
     for file, length in ((rows, layout.size), (marks, layout.blocks)):
@@ -141,11 +142,16 @@ def lay_out(part: Path, layout: Layout, wanted: dict[str, Any]) -> None:
         handle.write(layout.header)
 
 
-def write_beside(path: Path, text: str) -> None:
-    """Write a file under another name, then rename it."""
+def write_beside(path: Path, content: bytes, keep: bool = False) -> None:
+    """Write a file under another name, then rename it; with `keep`, not over one that is there."""
     beside = path.with_name(f"{path.name}.{os.getpid()}")
-    beside.write_text(text)
-    beside.replace(path)
+    beside.write_bytes(content)
+    if keep:
+        with suppress(FileExistsError):
+            os.link(beside, path)
+        beside.unlink()
+    else:
+        beside.replace(path)
 
 
 def check_space(part: Path, layout: Layout) -> None:

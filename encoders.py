@@ -331,7 +331,8 @@ class Learned(Encoder):
     size: int
     """Side S of the pictures that its statistics are of."""
     backbone: Backbone
-    stats: WorldStats
+    stats: WorldStats | None
+    """None until all rows of a cache are there."""
 
     def encode(self, frames: Tensor | Mapping[str, Tensor]) -> Tensor:
         """As `PCA.encode`; the network runs where `to` has put it."""

@@ -44,7 +44,7 @@ from prophet import NEEDS, ROLLOUT_MODES
 from render import setup_gl
 from sim import CAMERAS, NUM_INIT_STATES, SUITES, SimConfig, parse_ids
 from source import CHANCE, FLOW, MEMORY, PARTNER, ROLLOUT, Source, chance, memory_noise, stack
-from world import latents_of
+from world import latents_for
 
 
 @dataclass(frozen=True)
@@ -569,7 +569,7 @@ def evaluate_offline(
                 f"--offline {config.offline}: {run_folder} was trained on all episodes of it; record others, "
                 "or train with --val-every, which holds some out"
             )
-    latents = None if arm.encoder is None else latents_of(arm.encoder, demos)
+    latents = None if arm.encoder is None else latents_for(config.offline, arm.encoder, demos)
     source = Source(arm, processor, demos, latents, arm.scale.device, seed=0)
     found = measure(source, episodes, modes)
     print(f"checkpoint {folder}, data {config.offline}\n{table(found)}")

@@ -526,7 +526,9 @@ def banner(
         say(f"warning: {len(config.sites)} fusion sites at once: what helps is harder to attribute to one")
     if config.sites:
         ahead, chunk = config.future * config.world_stride, arm.policy.config.n_action_steps
-        say(f"memory {config.mode}: looks {ahead / 20:.1f} s ahead; a chunk executes {chunk / 20:.1f} s")
+        back = (config.history - 1) * config.world_stride + config.world_clip - 1
+        looks = f"looks {ahead / 20:.1f} s ahead, {back / 20:.1f} s back"
+        say(f"memory {config.mode}: {looks}; a chunk executes {chunk / 20:.1f} s")
 
 
 def log_line(config: TrainConfig, arm: Arm, out: dict, step: int, done: int, rate: float) -> dict[str, float]:

@@ -22,13 +22,13 @@ frames.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 import blocks
@@ -197,6 +197,15 @@ def spelt(config: WorldConfig) -> str:
     return " ".join(f"--{flag} {value}" for flag, value in flags.items() if value is not None)
 
 
+def latents_for(data_path: Path, encoder: PCA | Learned, demos: Demos) -> Latents:
+    """Give a data set's latents under a checkpoint's encoder, from their cache where one is there."""
+    if isinstance(encoder, Learned):
+        path = cache_path(data_path, encoder.config, encoder.backbone)
+        if path.exists():
+            return open_cache(path, demos, encoder.config, encoder.backbone).under(encoder, demos)
+    return latents_of(encoder, demos)
+
+
 def latents_of(encoder: PCA | Learned, demos: Demos) -> Latents:
     """Encode other demonstrations, held-out ones say, with the encoder of a run; nothing is cached."""
     return Latents(encoder.standardise(encode_demos(encoder, demos)), encoder, encoder.config)
@@ -259,17 +268,18 @@ def open_cache(path: Path, demos: Demos, config: WorldConfig, backbone: Backbone
         raise ValueError(
             f"world cache {path}: {ROWS} is {rows.shape} {rows.dtype}, not one row a frame: {again}"
         )
-    if stored.get("crc", found := checksum(rows)) != found:  # earlier caches have none
-        raise ValueError(f"world cache {path} is damaged ({ROWS} has other bytes than written): {again}")
+    for file, crc in checksums(path, rows).items():
+        if stored.get("crc", {}).get(file, crc) != crc:  # earlier caches have none
+            raise ValueError(f"world cache {path} is damaged ({file} has other bytes than written): {again}")
     return Latents(standardised(encoder, rows), encoder, config, rows)
 
 
-def checksum(rows: np.ndarray) -> int:
-    """Return the CRC of an array's bytes, read piece by piece."""
+def checksums(folder: Path, rows: np.ndarray) -> dict[str, int]:
+    """Return the CRCs of a cache's array, read piece by piece, and of its encoder's file."""
     crc = 0
     for start in range(0, len(rows), 2**14):
         crc = zlib.crc32(rows[start : start + 2**14], crc)
-    return crc
+    return {ROWS: crc, ENCODER: zlib.crc32((folder / ENCODER).read_bytes())}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -296,32 +306,44 @@ def write_cache(
     ranks: int = 1,
 ) -> None:
     """Encode all frames, or those that an earlier call left out; every rank calls it."""
-    part, layout = part_of(path), layout_of(config, len(demos))
+    try:
+        fill(part_of(path), demos, config, backbone, rank, ranks)
+    except FileNotFoundError:
+        if ranks > 1 or not path.exists():  # else another process was faster, and it has written the same
+            raise
+    if rank == 0 and part_of(path).exists():
+        blocks.finish(part_of(path), path)
+
+
+def fill(
+    part: Path, demos: Demos, config: WorldConfig, backbone: Backbone | None, rank: int, ranks: int
+) -> None:
+    """Write all that a finished cache has into its unfinished folder."""
+    layout = layout_of(config, len(demos))
     if rank == 0:
         open_part(part, layout, demos, config, backbone)
     agree(None)  # the folder is laid out
-    encoder = read_pca(part, config) if backbone is None else None
+    if backbone is None:
+        encoder = read_pca(part, config)
+    else:
+        encoder = Learned(config, picture_size(demos, config), backbone, None)
 
     def read(block: int) -> dict[str, Tensor]:
         return clips(demos, config, layout.index(block))
 
     def compute(frames: dict[str, Tensor]) -> np.ndarray:
-        z = (encoder or raw).encode(frames)
+        z = encoder.encode(frames)
         if not z.isfinite().all():
-            raise ValueError(f"--world-encoder {config.world_encoder} gave latents that are not finite")
+            raise ValueError(
+                f"--world-encoder {config.world_encoder} gave latents that are not finite: mend its model"
+            )
         return z.numpy()
 
-    raw = None if backbone is None else Learned(config, picture_size(demos, config), backbone, None)
     blocks.write_blocks(part, layout, read, compute, rank, ranks)
     if ranks > 1:
         dist.barrier()
     if rank == 0:
-        try:
-            complete(part, encoder, raw)
-        except FileNotFoundError:
-            if not path.exists():  # else another process was faster, and it has written the same
-                raise
-        blocks.finish(part, path)
+        complete(part, encoder)
 
 
 def open_part(
@@ -338,11 +360,8 @@ def open_part(
     blocks.lay_out(part, layout, wanted)
     if backbone is None and not (part / ENCODER).is_file():
         (part / blocks.MARKS).write_bytes(bytes(layout.blocks))  # what is there was another fit's
-        beside = part / f"{ENCODER}.{os.getpid()}"
-        save_file(fit(demos, config).state(), beside)
-        with suppress(FileExistsError):
-            os.link(beside, part / ENCODER)  # the first process's fit counts, for all that write here
-        beside.unlink()
+        # Where several processes fit at once, the first one's counts for all.
+        blocks.write_beside(part / ENCODER, save(fit(demos, config).state()), keep=True)
 
 
 def read_pca(part: Path, config: WorldConfig) -> PCA:
@@ -352,16 +371,15 @@ def read_pca(part: Path, config: WorldConfig) -> PCA:
         raise ValueError(f"{part / ENCODER} is damaged ({error}): delete {part} and run again") from error
 
 
-def complete(part: Path, encoder: PCA | None, raw: Learned | None) -> None:
-    """Measure what all rows are needed for, and write it into the sidecar."""
+def complete(part: Path, encoder: PCA | Learned) -> None:
+    """Write what takes all rows to know: a learned encoder's statistics, and the CRCs."""
     rows = np.load(part / ROWS, mmap_mode="r")
-    if encoder is None:
-        encoder = Learned(raw.config, raw.size, raw.backbone, WorldStats.of_each(rows))
-        beside = part / f"{ENCODER}.{os.getpid()}"
-        save_file(encoder.state(), beside)
-        beside.replace(part / ENCODER)
+    if isinstance(encoder, Learned):
+        encoder = dataclasses.replace(encoder, stats=WorldStats.of_each(rows))
+        blocks.write_beside(part / ENCODER, save(encoder.state()))
     stored = json.loads((part / SIDECAR).read_text()) | stats_json(encoder.stats)
-    blocks.write_beside(part / SIDECAR, json.dumps(stored | {"crc": checksum(rows)}, indent=1) + "\n")
+    stored["crc"] = checksums(part, rows)
+    blocks.write_beside(part / SIDECAR, json.dumps(stored, indent=1).encode() + b"\n")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -387,9 +405,13 @@ def change_statistics(
     rms, means = [], []
     for k in range(K):
         now, then = torch.from_numpy(index[valid[:, k]]), torch.from_numpy(future[valid[:, k], k])
-        change = (z[then] - z[now] if delta else z[then]).double()  # (n, D)
-        rms.append(change.square().sum(1).mean().sqrt())
-        means.append(change.mean(0))
+        squares, sums = [], []
+        for a, b in zip(now.split(rows := max(1, CHUNK // z.shape[1])), then.split(rows)):
+            change = (z[b] - z[a] if delta else z[b]).double()  # (n, D)
+            squares.append(change.square().sum(1))
+            sums.append(change.mean(0) * (len(a) / len(now)))
+        rms.append(torch.cat(squares).mean().sqrt())
+        means.append(torch.stack(sums).sum(0))
     return torch.stack(rms).float(), torch.stack(means).float()
 
 
