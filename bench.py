@@ -9,6 +9,7 @@ at a large square size in the case's type.
     python bench.py train --size tiny               # an optimiser step, from pictures and from features
     python bench.py fusion --size tiny              # a step at every site, beside what it costs in FLOPs
     python bench.py bank --size tiny                # a step with 1 and 4 hypotheses
+    python bench.py world --size tiny               # world encoders, and their caches against pictures
     python bench.py train                           # full size, 450 M parameters; some minutes on two cores
 
 Plain: eager, default kernels, pictures encoded at every step, gradients recorded through the whole prefix,
@@ -39,6 +40,7 @@ import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench_world
 import cpu
 from arm import Arm, ArmConfig, Summary
 from config import PRESETS
@@ -67,8 +69,9 @@ BANKS = {
 class BenchConfig:
     """Measure speed and memory on random weights."""
 
-    what: Annotated[Literal["model", "train", "fusion", "bank"], tyro.conf.Positional]
-    """A chunk's latency, with import and load; an optimiser step; one at every site; one with a bank."""
+    what: Annotated[Literal["model", "train", "fusion", "bank", "world"], tyro.conf.Positional]
+    """A chunk's latency, with import and load; an optimiser step; one at every site; one with a bank; world
+    encoders and their caches."""
 
     size: Literal["base", "tiny"] = "base"
     """Preset: 450 M parameters and two pictures of 512 x 512, or the demo's."""
@@ -93,6 +96,10 @@ class BenchConfig:
 
     checkpoint: Path | None = None
     """Folder in which `model` leaves the random checkpoint that it loads; default: a temporary one."""
+
+    world_model: str | None = None
+    """Folder or hub id of a dinov2 or vjepa2 model that `world` measures alone; default: all encoders that
+    need no download, these two small and random."""
 
     out: Path | None = None
     """File that the JSON lines are appended to as well."""
@@ -455,13 +462,16 @@ def table(rows: list[dict]) -> str:
 def main(config: BenchConfig) -> None:
     """Measure all cases of one kind."""
     rows = []
-    for row in lines(config):
+    of_world = config.what == "world"
+    if of_world and config.threads:
+        torch.set_num_threads(config.threads)
+    for row in bench_world.lines(config.size, config.world_model) if of_world else lines(config):
         rows.append(row)
         print(json.dumps(row), flush=True)
         if config.out is not None:
             with config.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-    print(table(rows))
+    print(bench_world.table(rows) if of_world else table(rows))
     for dtype, peak in {row["dtype"]: row["peak_flops"] for row in rows if "dtype" in row}.items():
         print(f"peak of a matrix product in {dtype}: {peak / 1e9:,.0f} GFLOP/s on {rows[0]['device']}")
 
