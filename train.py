@@ -413,8 +413,8 @@ def main(config: TrainConfig) -> None:
     demos, features = load_with(config.features, config.data, full=bool(writes))
     backbone = None  # of the world latents
     if config.sites:
-        start = dataclasses.replace(config, init=str(config.out / "last")) if resumed else config
-        backbone = open_backbone(config, own_policy(start, demos))
+        last = {"init": str(config.out / "last"), "stats_of": None} if resumed else {}
+        backbone = open_backbone(config, own_policy(dataclasses.replace(config, **last), demos))
         config = resolved(config, backbone)
     if rank and ranks > 1:
         dist.barrier()  # the first rank writes the cache, the others find it

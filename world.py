@@ -193,7 +193,10 @@ def spelt(config: WorldConfig) -> str:
     flags = {"world-encoder": config.world_encoder, "camera": short}
     flags |= {"clip": config.world_clip} if config.world_clip > 1 else {}
     flags |= {"world-model": config.world_model, "world-revision": config.world_revision}
-    flags |= {"init": getattr(config, "init", "CHECKPOINT")} if config.world_encoder == "siglip" else {}
+    if config.world_encoder == "siglip":
+        flags |= {
+            name: getattr(config, name) for name in ("init", "revision", "seed") if hasattr(config, name)
+        }
     return " ".join(f"--{flag} {value}" for flag, value in flags.items() if value is not None)
 
 

@@ -22,6 +22,7 @@ from test_data import toy_demos, write_task
 from test_train import TWO_RANKS
 
 import blocks
+import checkpoint
 import encoders
 import train
 import world
@@ -375,6 +376,20 @@ def test_a_missing_package_names_the_command_that_installs_it(models, monkeypatc
     assert encoders.TRANSFORMERS in project["dependency-groups"]["dev"]
 
 
+def test_a_hub_id_is_pinned_to_the_commit_that_it_was_found_at(models, tmp_path, monkeypatch):
+    snapshot = shutil.copytree(models["dinov2"], tmp_path / "snapshots" / "0123abc")
+    asked = []
+    monkeypatch.setattr(checkpoint, "find_folder", lambda *given: asked.append(given) or snapshot)
+    config = WorldConfig("dinov2", world_revision="main")
+    backbone = open_backbone(config)
+    assert asked == [("facebook/dinov2-base", "main")]
+    assert (backbone.facts["model"], backbone.facts["model_revision"]) == ("facebook/dinov2-base", "0123abc")
+    found = resolved(config, backbone)
+    assert (found.world_model, found.world_revision) == ("facebook/dinov2-base", "0123abc")
+    local = open_backbone(WorldConfig("dinov2", world_model=str(models["dinov2"])))
+    assert local.facts["weights"] == backbone.facts["weights"] and local.facts["model_revision"] is None
+
+
 def test_reading_a_model_leaves_the_random_numbers_alone(models):
     torch.manual_seed(3)
     wanted = torch.rand(3)
@@ -477,9 +492,8 @@ def test_an_arm_trains_on_a_learned_cache_resumes_and_is_measured_offline(case, 
     own = {name: shutil.copytree(folder, tmp_path / name) for name, folder in models.items()}
     folder = make_data(tmp_path / "data")
     config = TrainConfig(data=folder, out=tmp_path / "run", **SHORT, **flags_of(CASES[case], own))
-    with pytest.raises(
-        ValueError, match=r"there are no world latents at .*: write them with `python world.py"
-    ):
+    flags = "--init tiny --seed 0`" if case == "siglip" else f"--clip 4 --world-model {own['vjepa2']}`"
+    with pytest.raises(ValueError, match=f"there are no world latents at .*: write them with .* {flags}"):
         train.main(config)
     _, latents = cached(folder, CASES[case], own)
     train.main(dataclasses.replace(config, save_every=8))
@@ -626,7 +640,7 @@ world.write(world.Config(Path({data!r}), {fields}), 0, 1, torch.device("cpu"))
 """
 
 
-@pytest.mark.parametrize("case", ["pca", "vjepa2"])
+@pytest.mark.parametrize("case", ["pca", "siglip"])
 def test_a_killed_run_goes_on_to_the_same_bytes(case, models, tmp_path, small_blocks, monkeypatch):
     whole, _ = cached(make_data(tmp_path / "whole"), CASES[case], models)
     torn = make_data(tmp_path / "torn")
