@@ -24,6 +24,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from checkpoint import load_policy, save_policy
+from encoders import PCA, Learned, WorldConfig, encoder_from_state
 from files import read_tensors, save_tensors
 from fusion import Fusion, Memory, Site
 from model import SmolVLA
@@ -47,7 +48,6 @@ from prophet import (
     parse_mode,
     world_loss,
 )
-from world import PCA, WorldConfig, encoder_from_state
 
 WORLD_FILE = "world.safetensors"
 
@@ -156,7 +156,7 @@ class ArmConfig(WorldConfig):
 
     # Fields in which a run that goes on from an arm's checkpoint may differ from it.
     free_to_change: ClassVar = (
-        "memory", "blind", "detach_memory", "lambda_world", "lambda_mag", "gate_init",
+        "memory", "blind", "detach_memory", "lambda_world", "lambda_mag", "gate_init", "world_model",
     )  # fmt: skip
 
     @property
@@ -207,7 +207,7 @@ class Arm(nn.Module):
         self,
         config: ArmConfig,
         policy: SmolVLA,
-        encoder: PCA | None,
+        encoder: PCA | Learned | None,
         summary: Summary,
         mean_images: dict[str, Tensor],
     ) -> None:
@@ -389,11 +389,11 @@ def is_ours(name: str) -> bool:
     return not name.startswith("policy.") or name.startswith("policy.fusion.")
 
 
-def load_arm(folder: str | Path, **how: object) -> tuple[Arm, Processor]:
+def load_arm(folder: str | Path, world_model: str | None = None, **how: object) -> tuple[Arm, Processor]:
     """Load an arm from a checkpoint folder; lerobot's own, without `world.safetensors`, has no memory.
 
-    What else `load_policy` takes goes to it.
-
+    Args: world_model, where the world encoder's model lies, if not where it lay in training. What else
+    `load_policy` takes goes to it.
     Raises ValueError, one line, where the folder is incomplete or its files do not fit one another.
     """
     policy, processor = load_policy(folder, **how)
@@ -408,7 +408,9 @@ def load_arm(folder: str | Path, **how: object) -> tuple[Arm, Processor]:
         for n, t in tensors.items()
         if n.startswith("mean_images.")
     }
-    encoder = encoder_from_state(encoded, config) if encoded else None
+    if world_model is not None and config.sites:
+        config = dataclasses.replace(config, world_model=world_model)
+    encoder = encoder_from_state(encoded, config, policy) if encoded else None
     absent = [name for name in Summary._fields if name not in tensors]
     if absent:
         raise ValueError(f"{path} has no {', '.join(absent)}: an older version wrote it; train the arm again")

@@ -10,6 +10,7 @@ at a large square size in the case's type.
     python bench.py fusion --size tiny              # a step at every site, beside what it costs in FLOPs
     python bench.py bank --size tiny                # a step with 1 and 4 hypotheses
     python bench.py data                            # samples/s of each reader, alone and with processes
+    python bench.py world --size tiny               # world encoders, and their caches against pictures
     python bench.py train                           # full size, 450 M parameters; some minutes on two cores
 
 Plain: eager, default kernels, pictures encoded at every step, gradients recorded through the whole prefix,
@@ -40,6 +41,7 @@ import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench_world
 import cpu
 from arm import Arm, ArmConfig, Summary
 from config import PRESETS
@@ -70,9 +72,9 @@ BANKS = {
 class BenchConfig:
     """Measure speed and memory on random weights."""
 
-    what: Annotated[Literal["model", "train", "fusion", "bank", "data"], tyro.conf.Positional]
+    what: Annotated[Literal["model", "train", "fusion", "bank", "data", "world"], tyro.conf.Positional]
     """A chunk's latency, with import and load; an optimiser step; one at every site; one with a bank; random
-    frames' pictures, read from the files."""
+    frames' pictures, read from the files; world encoders and their caches."""
 
     size: Literal["base", "tiny"] = "base"
     """Preset: 450 M parameters and two pictures of 512 x 512, or the demo's."""
@@ -106,6 +108,10 @@ class BenchConfig:
 
     checkpoint: Path | None = None
     """Folder in which `model` leaves the random checkpoint that it loads; default: a temporary one."""
+
+    world_model: str | None = None
+    """Folder or hub id of a dinov2 or vjepa2 model that `world` measures alone; default: all encoders that
+    need no download, these two small and random."""
 
     out: Path | None = None
     """File that the JSON lines are appended to as well."""
@@ -512,21 +518,35 @@ def table(rows: list[dict]) -> str:
     return "\n".join(out)
 
 
+def measured(config: BenchConfig) -> Iterator[dict]:
+    """Give the JSON lines of what was asked for."""
+    if config.what == "data":
+        return measure_data(config)
+    return bench_world.lines(config.size, config.world_model) if config.what == "world" else lines(config)
+
+
+def tables(config: BenchConfig, rows: list[dict]) -> str:
+    """Lay out what was measured."""
+    if config.what == "data":
+        return "\n".join(
+            f"{row['case']:60s} {row['cameras']:16s} {row['per_second']:9.1f} samples/s" for row in rows
+        )
+    return bench_world.table(rows) if config.what == "world" else table(rows)
+
+
 def main(config: BenchConfig) -> None:
     """Measure all cases of one kind."""
     rows = []
-    for row in measure_data(config) if config.what == "data" else lines(config):
+    if config.what == "world" and config.threads:
+        torch.set_num_threads(config.threads)
+    for row in measured(config):
         rows.append(row)
         print(json.dumps(row), flush=True)
         if config.out is not None:
             with config.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-    if config.what == "data":
-        for row in rows:
-            print(f"{row['case']:60s} {row['cameras']:16s} {row['per_second']:9.1f} samples/s")
-        return
-    print(table(rows))
-    for dtype, peak in {row["dtype"]: row["peak_flops"] for row in rows if "dtype" in row}.items():
+    print(tables(config, rows))
+    for dtype, peak in {r["dtype"]: r["peak_flops"] for r in rows if "peak_flops" in r}.items():
         print(f"peak of a matrix product in {dtype}: {peak / 1e9:,.0f} GFLOP/s on {rows[0]['device']}")
 
 

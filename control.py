@@ -51,12 +51,12 @@ from torch import Tensor
 from arm import Arm, ArmConfig, Summary
 from config import PRESETS
 from diagnostics import attention_diagnostics, world_diagnostics
+from encoders import PCA, WorldStats
 from figures import COLOURS, save, tidy
 from fusion import SITES
 from model import SmolVLA
 from prophet import absolute
 from stats import wilson
-from world import PCA, WorldStats
 
 BRANCHES, BLOCK, LATENT, HISTORY, FUTURE = 2, 4, 32, 4, 4  # R, q, D, T, K
 APART = 2.0  # length of each branch's own direction; a block's usual length is sqrt(q), 2 too

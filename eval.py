@@ -32,7 +32,7 @@ import tyro
 from torch import Tensor
 
 import cpu
-from arm import Arm, load_arm
+from arm import Arm, ArmConfig, load_arm
 from data import load, sample_rng
 from diagnostics import most_attended
 from files import append_json, read_json
@@ -44,7 +44,7 @@ from prophet import NEEDS, ROLLOUT_MODES
 from render import setup_gl
 from sim import CAMERAS, NUM_INIT_STATES, SUITES, SimConfig, parse_ids
 from source import CHANCE, FLOW, MEMORY, PARTNER, ROLLOUT, Source, chance, memory_noise, stack
-from world import latents_of
+from world import latents_for
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,9 @@ class EvalConfig:
 
     max_steps: int | None = None
     """Step limit of an episode; default: the suite's."""
+
+    world_model: str | None = None
+    """Folder or hub id of the world encoder's model; default: the one that it was trained with."""
 
     vlm: str | None = None
     """Folder or hub id of the language model; default: what the checkpoint holds or names."""
@@ -219,19 +222,21 @@ def make_plan(config: EvalConfig, run: dict, arm: Arm) -> Plan:
 # ---- one episode --------------------------------------------------------------------------------------
 
 
-def frame_plan(n: int, history: int, stride: int) -> list[int]:
+def frame_plan(n: int, history: int, stride: int, clip: int = 1) -> list[int]:
     """Which of a decision's n actions (1-based) end on a frame that some later decision's history reads.
 
-    Decisions fall n steps apart; each reads the frames 0, s, .. (T-1)s steps before it.
+    Decisions fall n steps apart; each reads the frames 0, s, .. (T-1)s steps before it, and for each the clip
+    that ends there.
     """
-    reach = range(1, 2 + (history - 1) * stride // n)
-    wanted = {m * n - j * stride for m in reach for j in range(history)}
+    back = [j * stride + i for j in range(history) for i in range(clip)]
+    reach = range(1, 2 + max(back) // n)
+    wanted = {m * n - b for m in reach for b in back}
     return [k for k in range(1, n + 1) if k in wanted or k == n]
 
 
 @dataclass
 class Episode:
-    """What a rollout remembers: where it is, its past latents and its timings."""
+    """What a rollout remembers: where it is, the pictures that its past is made of, and its timings."""
 
     task: int
     init_state: int
@@ -239,7 +244,7 @@ class Episode:
     started: float = field(default_factory=time.perf_counter)
     steps: int = 0
     decisions: int = 0
-    latents: dict[int, Tensor] = field(default_factory=dict)  # step -> (D,)
+    frames: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # step -> camera -> (3, S, S)
     physics: float = 0.0
     drawing: float = 0.0
     policy: float = 0.0
@@ -249,7 +254,7 @@ class Episode:
     imagined: list[Decision] | None = None  # where its futures are to be drawn
 
     def see(self, observation: Observation, arm: Arm, keep_history: bool) -> None:
-        """Take in an observation: timings, the first pictures' mean colours, latents for the history."""
+        """Take in an observation: timings, the first pictures' mean colours, pictures for the history."""
         before = self.steps
         self.steps, self.prompt = observation.steps, observation.language
         self.physics += observation.physics_seconds
@@ -262,21 +267,45 @@ class Episode:
             self.remember(observation, arm, before)
 
     def remember(self, observation: Observation, arm: Arm, before: int) -> None:
-        """Encode the observation's frames, by the very function that made the training cache."""
+        """Keep the observation's pictures, and drop those that no later decision will read."""
+        config = arm.config
         for offset in sorted({k for k, _ in observation.frames}):
-            frames = {c: as_images(f) for (k, c), f in observation.frames.items() if k == offset}
-            if all(camera in frames for camera in arm.config.latent_cameras):
-                self.latents[before + offset] = arm.encoder.embed(frames)[0]
+            frames = {c: as_images(f)[0] for (k, c), f in observation.frames.items() if k == offset}
+            if all(camera in frames for camera in config.latent_cameras):
+                self.frames[before + offset] = {camera: frames[camera] for camera in config.latent_cameras}
+        if self.imagined is None:
+            reach = (config.history - 1) * config.world_stride + config.world_clip - 1
+            self.frames = {step: f for step, f in self.frames.items() if step >= max(0, self.steps - reach)}
 
-    def history(self, config) -> Tensor:
-        """Past latents (T, D) at the present step; before the start the first frame repeats."""
+    def clip(self, step: int, config: ArmConfig) -> dict[str, Tensor]:
+        """What a step's latent sees, by camera (m, 3, S, S); before the start the first frame repeats."""
+        steps = [max(0, step - i) for i in reversed(range(config.world_clip))]
+        return {c: torch.stack([self.frames[s][c] for s in steps]) for c in config.latent_cameras}
+
+    def past(self, config: ArmConfig) -> list[dict[str, Tensor]]:
+        """The T clips of the history at the present step; before the start the first frame repeats."""
         steps = [max(0, self.steps - j * config.world_stride) for j in reversed(range(config.history))]
-        return torch.stack([self.latents[s] for s in steps])
+        return [self.clip(step, config) for step in steps]
 
 
 def as_images(frame: np.ndarray) -> Tensor:
     """A picture (S, S, 3) uint8 as a batch of one, (1, 3, S, S)."""
     return torch.from_numpy(frame).permute(2, 0, 1)[None].contiguous()
+
+
+def histories(arm: Arm, episodes: list[Episode]) -> Tensor:
+    """Encode the episodes' pasts (B, T, D) in one batch, by the very function that made the training cache.
+
+    The batch has one shape whatever an episode has seen so far, so that what else runs changes no bit.
+    """
+    clips = [clip for episode in episodes for clip in episode.past(arm.config)]
+    z = arm.encoder.embed({c: torch.stack([clip[c] for clip in clips]) for c in arm.config.latent_cameras})
+    return z.unflatten(0, (len(episodes), -1))  # (B*T, D) -> (B, T, D)
+
+
+def seen_latents(arm: Arm, episode: Episode) -> dict[int, Tensor]:
+    """Encode all pictures that an episode has kept, by step, one by one; of an encoder of single frames."""
+    return {step: arm.encoder.embed(episode.clip(step, arm.config))[0] for step in episode.frames}
 
 
 # ---- rollouts -----------------------------------------------------------------------------------------
@@ -359,7 +388,7 @@ class Rollout:
         inputs = self.processor(self.arm.blindfold(batch))
         noise, world = self.draw(episodes)
         if self.keep_history:
-            world["z_hist"] = torch.stack([e.history(self.arm.config) for e in episodes]).to(self.device)
+            world["z_hist"] = histories(self.arm, episodes).to(self.device)
         best = most_attended(self.arm, inputs, world, noise) if self.mode == "best1" else None
         chunk = self.arm.act(inputs, noise, self.mode, world, best)
         actions = self.processor.unnormalise(chunk).clamp(-1, 1).cpu().numpy()
@@ -381,7 +410,7 @@ class Rollout:
         n, config = self.plan.n_action_steps, self.arm.config
         frames = [(n, camera) for camera in self.at_decision]
         if self.keep_history:
-            steps = frame_plan(n, config.history, config.world_stride)
+            steps = frame_plan(n, config.history, config.world_stride, config.world_clip)
             if self.running[i].imagined is not None:
                 steps = {*steps, *future_plan(n, config.future, config.world_stride)}
             frames += [(k, camera) for k in sorted(steps) if k < n for camera in self.world_cameras]
@@ -494,13 +523,20 @@ def main(config: EvalConfig) -> None:
     run_folder, folder = find_checkpoint(config.checkpoint or newest_run(Path("runs")))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     how = {name: getattr(config, name) for name in ("vlm", "stats_of", "allow_missing")}
-    arm, processor = load_arm(folder, **how)
+    arm, processor = load_arm(folder, config.world_model, **how)
     arm.to(device).eval().requires_grad_(False)
+    if arm.encoder is not None:
+        arm.encoder.to(device)
     make_fast(config, arm, processor, device)
     run = read_json(run_folder / "config.json") if (run_folder / "config.json").is_file() else {}
     if config.offline is not None:
         evaluate_offline(config, arm, processor, run, run_folder, folder)
         return
+    if config.imagine and arm.encoder is not None and not hasattr(arm.encoder, "decode"):
+        raise ValueError(
+            f"--imagine {config.imagine}: latents of {arm.config.world_encoder} cannot be turned into "
+            "pictures; leave it out, or train with --world-encoder pca"
+        )
     plan = make_plan(config, run, arm)
     modes = config.memory or (arm.config.mode,)
     for mode in modes:
@@ -533,7 +569,7 @@ def evaluate_offline(
                 f"--offline {config.offline}: {run_folder} was trained on all episodes of it; record others, "
                 "or train with --val-every, which holds some out"
             )
-    latents = None if arm.encoder is None else latents_of(arm.encoder, demos)
+    latents = None if arm.encoder is None else latents_for(config.offline, arm.encoder, demos)
     source = Source(arm, processor, demos, latents, arm.scale.device, seed=0)
     found = measure(source, episodes, modes)
     print(f"checkpoint {folder}, data {config.offline}\n{table(found)}")
@@ -556,7 +592,7 @@ def evaluate(rollout: Rollout, checkpoint: str, path: Path) -> None:
         lines.append(result(plan, shared, episode, last, crash))
         if episode.imagined:
             name = f"{checkpoint}-{mode}-{plan.sim.suite}-task{episode.task}-init{episode.init_state}"
-            strips = strips_of_episode(rollout.arm, episode.imagined, episode.latents)
+            strips = strips_of_episode(rollout.arm, episode.imagined, seen_latents(rollout.arm, episode))
             save_strips(path.parent / "imagined", name, strips)
         append_json(path, lines[-1])
         wins, crashes = sum(bool(r["success"]) for r in lines), sum(r["crash"] is not None for r in lines)

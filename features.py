@@ -8,10 +8,9 @@ and connector run once over every frame and camera (`SmolVLA.embed_images`, in t
     torchrun --nproc-per-node 8 world.py features DATA --init CHECKPOINT     # each rank encodes its share
     python train.py --data DATA --init CHECKPOINT --features DATA/features_<hash> --dtype bfloat16
 
-Frames are encoded in fixed blocks, each in one pass of one shape: what a row holds depends neither on the
-ranks nor on where a killed run stopped (on one kind of device). While blocks are missing the folder is named
-`.part` and `done.bin` marks those that are there. `features.json` is the sidecar: all that a run must agree
-with, the tower's weights and sizes, cameras, type, data.
+Frames are encoded in fixed blocks, each in one pass of one shape, and written by blocks.py: on one kind of
+device a row depends neither on the ranks nor on where a killed run stopped. `features.json` is the sidecar:
+all that a run must agree with, the tower's weights and sizes, cameras, type, data.
 
 Two fingerprints name the data. The full one sees every pixel, and has to decode them: it is taken when a
 cache is begun, when the command meets a finished one, and when training reads pictures all the same. The
@@ -28,11 +27,7 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import shutil
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -43,10 +38,11 @@ import torch.distributed as dist
 import tyro
 from torch import Tensor
 
+import blocks
 import cpu
+from blocks import Layout, agree, cache_folder, compare, finish, lay_out, part_of, unfinished, with_checks
 from data import Demos, load
 from selection import DataConfig, find_data
-from world import cache_folder, compare
 
 if TYPE_CHECKING:
     from model import SmolVLA
@@ -55,8 +51,7 @@ if TYPE_CHECKING:
 FORMAT = 1  # raised when the files are laid out in another way
 PICTURES = 1  # raised when anything changes between a stored picture and what the tower sees
 BLOCK = 32  # frames of one pass of the tower
-PROGRESS = 10.0  # seconds between two lines
-ROWS, SIDECAR, MARKS = "features.bin", "features.json", "done.bin"
+ROWS, SIDECAR = "features.bin", "features.json"
 KINDS = {"bfloat16": np.int16, "float32": np.float32}  # numpy has no bfloat16: its 16 bits, as they are
 # Of the tower's sizes, those that its weights' shapes leave open.
 SIZES = ("image_size", "vision_size", "patch_size", "scale_factor", "vision_heads", "vision_eps")
@@ -153,9 +148,8 @@ class Features:
     @classmethod
     def open(cls, path: Path) -> Features:
         """Map a cache; ValueError where it is missing, unfinished or damaged."""
-        rows, marks, run = path / ROWS, path / MARKS, "run `python world.py features`"
-        unfinished = marks.is_file() and 0 in marks.read_bytes()
-        if unfinished or (not path.exists() and part_of(path).exists()):
+        rows, run = path / ROWS, "run `python world.py features`"
+        if unfinished(path):
             raise ValueError(f"features {path} are not finished: {run} again, as before")
         stored = read_sidecar(path, run)
         size = rows.stat().st_size if rows.is_file() else 0
@@ -215,6 +209,14 @@ def row_bytes(stored: dict[str, Any], frames: int | None = None) -> int:
     return math.prod(frame) * np.dtype(KINDS[stored["dtype"]]).itemsize * (F if frames is None else frames)
 
 
+def layout_of(stored: dict[str, Any]) -> Layout:
+    """Return where blocks.py writes the rows of a sidecar."""
+    F, V, n, W = row_shape(stored)
+    shape = f"{F:,} frames x {V} cameras x {n} tokens x {W} in {stored['dtype']}"
+    elsewhere = "free some, or give an --out on another disk"
+    return Layout("features", shape, ROWS, SIDECAR, F, row_bytes(stored, 1), BLOCK, elsewhere)
+
+
 def load_with(
     path: Path | None, data: Path, full: bool, options: DataConfig | None = None
 ) -> tuple[Demos, Features | None]:
@@ -232,87 +234,28 @@ def load_with(
 # writing
 
 
-def part_of(path: Path) -> Path:
-    """Return where a cache lies while it is unfinished."""
-    return path.with_name(f"{path.name}.part")
-
-
 def open_part(part: Path, wanted: dict[str, Any]) -> None:
-    """Lay an unfinished cache out, or go on with one; ValueError where it is another's or the disk is full.
-
-    The sidecar comes first and the marks last: where there are marks, the rows that they speak of are there.
-    """
-    rows, marks, size = part / ROWS, part / MARKS, row_bytes(wanted)
+    """Lay an unfinished cache out, or go on with one; ValueError where it is of something else."""
     if (part / SIDECAR).is_file():
         again = f"delete {part} and run again"
         compare(read_sidecar(part, again), wanted, again, f"unfinished features {part}")
-    check_space(part, wanted)
-    part.mkdir(parents=True, exist_ok=True)
-    beside = part / f"{SIDECAR}.{os.getpid()}"
-    beside.write_text(json.dumps(wanted) + "\n")
-    beside.replace(part / SIDECAR)
-    if marks.is_file() and not (rows.is_file() and rows.stat().st_size == size):
-        marks.unlink()
-    for file, length in ((rows, size), (marks, -(-wanted["rows"] // BLOCK))):
-        with file.open("ab") as handle:  # never cuts off what another process has written there
-            handle.truncate(length)
-
-
-def check_space(part: Path, wanted: dict[str, Any]) -> None:
-    """Say how big the array will be; ValueError where the disk has too little left for what is missing."""
-    F, V, n, W = row_shape(wanted)
-    size = row_bytes(wanted)
-    held = (part / ROWS).stat().st_blocks * 512 if (part / ROWS).is_file() else 0  # of a sparse file
-    shape = f"{F:,} frames x {V} cameras x {n} tokens x {W} in {wanted['dtype']}"
-    print(f"features: {shape} = {size / 1e9:.3g} GB" + f", {held / 1e9:.3g} there" * bool(held), flush=True)
-    free = shutil.disk_usage(next(p for p in (part, *part.absolute().parents) if p.exists())).free
-    if size - held > free:
-        need = f"features need {(size - held) / 1e9:.3g} GB more, the disk has {free / 1e9:.3g} GB left"
-        raise ValueError(f"{need}: free some, or give an --out on another disk")
+    lay_out(part, layout_of(wanted), wanted)
 
 
 def write_blocks(
     part: Path, policy: SmolVLA, processor: Processor, demos: Demos, rank: int, ranks: int
 ) -> None:
-    """Encode this rank's blocks; each goes to its place on the disk, and then it is marked."""
+    """Encode this rank's blocks, each in one pass of one shape: the last one repeats its last frame."""
     wanted = read_sidecar(part, "run again")
-    start = said = time.perf_counter()
-    frames = len(demos)
-    with (part / ROWS).open("r+b") as rows, (part / MARKS).open("r+b", buffering=0) as marks:
-        done = marks.read()
-        todo = [block for block in range(rank, len(done), ranks) if not done[block]]
-        for block, pictures in read_ahead(demos, wanted["cameras"], todo):
-            tokens = encode(policy, processor, pictures)[: frames - block * BLOCK]  # no padding
-            rows.seek(row_bytes(wanted, block * BLOCK))
-            rows.write(tokens.contiguous().view(torch.uint8).cpu().numpy())
-            rows.flush()
-            os.fsync(rows.fileno())
-            marks.seek(block)
-            marks.write(b"\1")
-            if rank == 0 and time.perf_counter() - said > PROGRESS:
-                said = time.perf_counter()
-                marks.seek(0)
-                there = min(marks.read().count(1) * BLOCK, frames)  # by all ranks
-                rate = (there - done.count(1) * BLOCK) / (said - start)
-                left = f"{rate:8,.1f} frames/s  {(frames - there) / rate / 60:6.1f} min left"
-                print(f"features: {there:>11,} of {frames:,} frames  {left}", flush=True)
-
-
-def read_ahead(
-    demos: Demos, cameras: list[str], blocks: list[int]
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Yield each block's pictures (b, 3, S, S) uint8 by camera, while the next one's are being decoded; the
-    last block repeats its last frame."""
 
     def read(block: int) -> dict[str, Tensor]:
         index = np.arange(block * BLOCK, (block + 1) * BLOCK).clip(max=len(demos) - 1)
-        return {camera: demos.frames(index, camera) for camera in cameras}
+        return {camera: demos.frames(index, camera) for camera in wanted["cameras"]}
 
-    with ThreadPoolExecutor(1) as reader:
-        coming = [reader.submit(read, block) for block in blocks[:1]]
-        for number, block in enumerate(blocks):
-            coming += [reader.submit(read, following) for following in blocks[number + 1 : number + 2]]
-            yield block, coming.pop(0).result()
+    def compute(pictures: dict[str, Tensor]) -> np.ndarray:
+        return encode(policy, processor, pictures).contiguous().view(torch.uint8).cpu().numpy()
+
+    blocks.write_blocks(part, layout_of(wanted), read, compute, rank, ranks)
 
 
 @torch.no_grad()
@@ -323,28 +266,23 @@ def encode(policy: SmolVLA, processor: Processor, pictures: dict[str, Tensor]) -
     return torch.stack(policy.embed_images(images), dim=1)  # V x (b, n, W) -> (b, V, n, W)
 
 
-def finish(part: Path, path: Path) -> None:
-    """Give a complete cache its name."""
-    try:
-        part.rename(path)
-    except OSError:
-        if not path.exists():  # else another process was faster, and it has written the same bits
-            raise
-        shutil.rmtree(part, ignore_errors=True)
-    (path / MARKS).unlink(missing_ok=True)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # the command, `python world.py features`
 
 
-def frozen_policy(config: Config, demos: Demos, device: torch.device) -> tuple[SmolVLA, Processor]:
-    """Build the policy that train.py would start from, frozen, in the stored type, with the same kernels."""
+def start_policy(config: Config, demos: Demos) -> tuple[SmolVLA, Processor]:
+    """Build the policy that train.py would start from; its draws leave the caller's generator alone."""
     from train import TrainConfig, build_policy  # which imports this file
 
     same = ("data", "init", "revision", "vlm", "stats_of", "allow_missing", "seed")
     start = TrainConfig(**{name: getattr(config, name) for name in same})
-    policy, processor = build_policy(start, demos)
+    with torch.random.fork_rng(devices=[]):
+        return build_policy(start, demos)
+
+
+def frozen_policy(config: Config, demos: Demos, device: torch.device) -> tuple[SmolVLA, Processor]:
+    """Build that policy frozen, in the stored type, with the same kernels."""
+    policy, processor = start_policy(config, demos)
     for camera in policy.config.cameras:
         if camera not in demos.images:
             raise ValueError(
@@ -356,27 +294,6 @@ def frozen_policy(config: Config, demos: Demos, device: torch.device) -> tuple[S
     if device.type == "cpu":
         cpu.speed_up(policy, policy.dtype)
     return policy, processor
-
-
-def with_checks(demos: Demos, rank: int = 0, ranks: int = 1) -> Demos:
-    """Decode every picture once, each rank its share of the episodes, and note the CRCs."""
-    share = {camera: demos.picture_checks(camera, slice(rank, None, ranks)) for camera in demos.images}
-    shares = [share] * ranks
-    if ranks > 1:
-        dist.all_gather_object(shares, share)
-    checks = {camera: [0] * len(demos.first) for camera in demos.images}
-    for i, share in enumerate(shares):
-        for camera, found in share.items():
-            checks[camera][i::ranks] = found
-    return dataclasses.replace(demos, checks=checks)
-
-
-def agree(value: Any) -> Any:
-    """Give every rank the first one's answer: what lies on a disk may change between two looks."""
-    answer = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(answer)
-    return answer[0]
 
 
 def write(config: Config, rank: int, ranks: int, device: torch.device) -> str:

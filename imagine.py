@@ -25,9 +25,9 @@ from torch import Tensor
 
 from arm import Arm
 from diagnostics import memory_mass
+from encoders import PCA
 from prophet import NEEDS
 from sim import CONTROL_HZ
-from world import PCA
 
 GREY = (214, 214, 214)  # a frame that never came
 INK, RULE = (40, 40, 40), (190, 190, 190)

@@ -40,7 +40,8 @@ def open_run(config: TrainConfig, facts: dict) -> None:
     path = config.out / "config.json"
     record = json.loads(json.dumps(dataclasses.asdict(config) | facts, default=str))
     if path.is_file():
-        there = read_json(path)
+        defaults = {f.name: f.default for f in dataclasses.fields(config)}  # of fields that came later
+        there = json.loads(json.dumps(defaults, default=str)) | read_json(path)
         for name in record:
             if name not in config.free and there.get(name) != record[name]:
                 raise ValueError(

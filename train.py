@@ -45,6 +45,7 @@ from diagnostics import (
     memory_norm,
     world_diagnostics,
 )
+from encoders import open_backbone, resolved
 from features import load_with
 from files import read_json
 from loader import Loader
@@ -54,7 +55,7 @@ from processor import Processor
 from runs import check_space, cut_metrics, log, log_validation, open_run, save
 from selection import DataConfig, find_data
 from source import Source, held_out, saved_partners
-from world import Latents, cache_path, change_statistics, latents_of, prepare
+from world import Latents, cache_path, change_statistics, own_policy, prepare
 
 STEPS_AHEAD = 2  # steps whose pictures are decoded while another one runs
 
@@ -175,6 +176,11 @@ class TrainConfig(ArmConfig, DataConfig):
             )
         if self.features is not None and self.blind:
             raise ValueError("--features with --blind: the mean picture needs the pictures; leave one out")
+        if self.sites and self.world_encoder == "siglip" and self.freeze == "none":
+            raise ValueError(
+                "--world-encoder siglip with --freeze none: the tower would train, and its latents grow "
+                "stale; use --freeze vision"
+            )
 
     @property
     def arm_name(self) -> str:
@@ -185,17 +191,9 @@ class TrainConfig(ArmConfig, DataConfig):
     def free(self) -> tuple[str, ...]:
         """Fields that may change when a run is resumed."""
         return (
-            "out",
-            "data",
-            "pictures",
-            "workers",
-            "features",
-            "log_every",
-            "save_every",
-            "compile",
-            "threads",
-            "accumulate",
-        )
+            "out", "data", "pictures", "workers", "features", "log_every", "save_every", "compile", "threads",
+            "accumulate", "world_model",
+        )  # fmt: skip
 
     def precision(self, device: torch.device) -> torch.dtype:
         """The type to compute in on a device."""
@@ -262,7 +260,8 @@ def continue_arm(config: TrainConfig, stored: ArmConfig) -> tuple[Arm, Processor
             f"--init {config.init} was trained with --memory {stored.memory}, --memory {config.memory} "
             f"{'needs a prophet that it lacks' if config.has_prophet else 'would drop its prophet'}"
         )
-    arm, processor = load_arm(config.init, vlm=config.vlm, allow_missing=config.allow_missing)
+    how = {"vlm": config.vlm, "allow_missing": config.allow_missing}
+    arm, processor = load_arm(config.init, config.world_model, **how)
     arm.config = arm_config(config)
     return arm, processor
 
@@ -426,17 +425,23 @@ def main(config: TrainConfig) -> None:
         torch.set_num_threads(config.threads)
 
     # data
+    resumed = (config.out / "last" / "state.json").is_file()
     folder = find_data(config.data, config.data_revision)
     home = config.cache_home(folder)
-    writes = bool(config.sites) and not cache_path(home, config).exists()
+    writes = config.sites and config.world_encoder == "pca" and not cache_path(home, config).exists()
     if config.features is not None and writes:
         say("there are no world latents yet: pictures are read once, to make them")
-    demos, features = load_with(config.features, folder, writes, config)
+    demos, features = load_with(config.features, folder, bool(writes), config)
+    backbone = None  # of the world latents
+    if config.sites:
+        last = {"init": str(config.out / "last"), "stats_of": None} if resumed else {}
+        backbone = open_backbone(config, own_policy(dataclasses.replace(config, **last), demos))
+        config = resolved(config, backbone)
     if rank and ranks > 1:
         dist.barrier()  # the first rank writes the cache, the others find it
     if features is None:
         demos = remember_checks(demos, home)
-    latents = prepare(home, demos, config) if config.sites else None
+    latents = prepare(home, demos, config, backbone) if config.sites else None
     if rank == 0 and ranks > 1:
         dist.barrier()
 
@@ -445,15 +450,14 @@ def main(config: TrainConfig) -> None:
 
     # arm, at its start or at the last checkpoint
     done = step = 0
-    resumed = (config.out / "last" / "state.json").is_file()
     if resumed:
-        arm, processor = load_arm(config.out / "last", allow_missing=config.allow_missing)
+        arm, processor = load_arm(config.out / "last", config.world_model, allow_missing=config.allow_missing)
         state = read_json(config.out / "last" / "state.json")
         done, step = state["samples"], state["step"]
     else:
         arm, processor = build_arm(config, demos, latents, frames)
-    if latents is not None and not torch.equal(latents.encoder.mean, arm.encoder.mean):
-        latents = latents_of(arm.encoder, demos)  # of a checkpoint that was trained on other data
+    if latents is not None:
+        latents = latents.under(arm.encoder, demos)  # of a checkpoint that was trained on other data
     arm.policy.freeze(config.freeze, processor.raw["train_state_proj"])
     arm.to(device).train()
     processor.pad_to = processor.longest(demos.tasks)  # one length for all batches
@@ -562,7 +566,9 @@ def banner(
         say(f"warning: {len(config.sites)} fusion sites at once: what helps is harder to attribute to one")
     if config.sites:
         ahead, chunk = config.future * config.world_stride, arm.policy.config.n_action_steps
-        say(f"memory {config.mode}: looks {ahead / 20:.1f} s ahead; a chunk executes {chunk / 20:.1f} s")
+        back = (config.history - 1) * config.world_stride + config.world_clip - 1
+        looks = f"looks {ahead / 20:.1f} s ahead, {back / 20:.1f} s back"
+        say(f"memory {config.mode}: {looks}; a chunk executes {chunk / 20:.1f} s")
 
 
 def log_line(config: TrainConfig, arm: Arm, out: dict, step: int, done: int, rate: float) -> dict[str, float]:

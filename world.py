@@ -1,221 +1,109 @@
 """World latents z: what is computed once from frames and cached, and the very same encoding online.
 
-One encoder object, fitted on the demonstrations or restored from a checkpoint, makes the rows of the cache
-and the latents of a rollout, so the two can't differ. `pca` needs no download: pictures are shrunk by area,
-laid side by side where there are several cameras, and projected on their first D principal directions. It can
-be inverted, so that a predicted latent can be looked at.
+One encoder object (encoders.py), made for the demonstrations or restored from a checkpoint, makes the rows of
+the cache and the latents of a rollout, so the two can't differ. A latent belongs to a frame; where it is made
+from a clip, that is the frame and the m-1 control steps before it, and before its episode begins the first
+frame repeats.
 
-    python world.py cache DATA                                  # fits, encodes, writes DATA/world_pca_<hash>/
+    python world.py cache DATA                                  # pca, into DATA/world_pca_<hash>/
     python world.py cache DATA --camera image image2 --dim 32   # both cameras in one latent
+    python world.py cache DATA --world-encoder siglip --init CHECKPOINT     # the policy's own tower
+    torchrun --nproc-per-node 8 world.py cache DATA --world-encoder vjepa2 --clip 4 --camera image2
     python world.py features DATA --init CHECKPOINT             # another cache, the policy's: features.py
 
-A cache holds raw latents, the encoder, and a sidecar that says what it was made from; it opens only where
-every field agrees. Latents leave this file standardised: for `pca` by the mean and one scalar, since dividing
-each dimension by its own spread would blow the noise of the last ones up to the size of the signal.
+A cache holds raw latents in one array, the encoder, and a sidecar that says what it was made from; it opens
+only where every field agrees. blocks.py writes it: killed at any moment, the same command goes on (and reads
+all pictures once more: the data's fingerprint sees every pixel). Training writes the cache of `pca` itself
+where there is none; of the others it names the command, which wants all of a machine's devices.
 
-Shapes: F frames, n frames of a call, S picture side, V cameras, D latent width, K future frames,
-P = 3 * resolution * (V * resolution) pixels of a shrunk picture.
+Shapes: F frames, n frames of a call, m frames of a clip, S picture side, V cameras, D latent width, K future
+frames.
 """
 
-import hashlib
+from __future__ import annotations
+
+import dataclasses
+import io
 import json
 import os
-import shutil
 import time
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 import tyro
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+import blocks
+from blocks import Layout, agree, cache_folder, compare, part_of, with_checks
 from data import Demos, load
-from selection import DataConfig, camera_name, find_data
+from encoders import (
+    PCA,
+    Backbone,
+    Learned,
+    WorldConfig,
+    WorldEncoder,
+    WorldStats,
+    encoder_from_state,
+    open_backbone,
+    principal,
+    resolved,
+    shrink,
+    views,
+)
+from selection import DataConfig, find_data
 
 FIT_FRAMES = 8192  # evenly spaced; more would cost memory and minutes, and move the first directions little
 ENCODE_FRAMES = 256  # pictures in float at a time
-REVISION = {
-    "pca": "1"
-}  # raised when an encoder's arithmetic changes; for a downloaded encoder its revision hash
-
-
-@dataclass(frozen=True)
-class WorldConfig:
-    """What the world latents are made of."""
-
-    world_encoder: Literal["pca"] = "pca"
-    """Encoder of the world latents: `pca` is fitted on the demonstrations and needs no download."""
-
-    world_camera: tuple[str, ...] = ("observation.images.image",)
-    """Cameras that the world latents see, `observation.images.` left out or not; several make one latent."""
-
-    world_dim: int = 64
-    """Width D of a world latent, in principal directions."""
-
-    world_resolution: int = 32
-    """Side in pixels to which pictures are shrunk before they are encoded."""
-
-    def __post_init__(self) -> None:
-        if not self.world_camera or len(set(self.latent_cameras)) < len(self.world_camera):
-            raise ValueError(
-                f"--world-camera needs different cameras, got {self.world_camera}: name each once"
-            )
-        if self.world_resolution < 1:
-            raise ValueError(f"--world-resolution must be positive, got {self.world_resolution}: 32 is usual")
-        if not 1 <= self.world_dim <= self.latent_pixels:
-            seen = f"{self.world_dim} with {self.latent_pixels} pixels in a shrunk picture"
-            raise ValueError(
-                f"--world-dim is {seen}: choose 1..{self.latent_pixels}, or a larger --world-resolution"
-            )
-
-    @property
-    def latent_cameras(self) -> tuple[str, ...]:
-        """The cameras' full names."""
-        return tuple(camera_name(camera) for camera in self.world_camera)
-
-    @property
-    def latent_pixels(self) -> int:
-        """P, the values of a shrunk picture."""
-        return 3 * self.world_resolution**2 * len(self.world_camera)
-
-    @property
-    def latent_identity(self) -> dict[str, Any]:
-        """What decides a latent's value, as JSON; clip is the number of frames that one latent sees."""
-        return {
-            "encoder": self.world_encoder,
-            "revision": REVISION[self.world_encoder],
-            "cameras": list(self.latent_cameras),
-            "dim": self.world_dim,
-            "resolution": self.world_resolution,
-            "clip": 1,
-        }
+CLIPS = 32  # of a network's one pass
+ROWS, SIDECAR, ENCODER = "z.npy", "cache.json", "encoder.safetensors"
+CHUNK = 2**27  # numbers in double at a time
 
 
 # ------------------------------------------------------------------------------------------------------------
-# encoders
+# frames -> latents
 
 
-@dataclass(frozen=True, eq=False)
-class WorldStats:
-    """How latents are standardised; the values travel with the checkpoint."""
-
-    mean: Tensor
-    """(D,) float32."""
-    std: Tensor
-    """(1,) float32 for one scalar, (D,) for an encoder whose dimensions are standardised one by one."""
-    dim_std: Tensor
-    """(D,) float32: what spread each dimension has after standardising."""
-
-    @classmethod
-    def of(cls, z: Tensor) -> "WorldStats":
-        """Measure raw latents (F, D) with one scalar spread for all dimensions."""
-        exact = z.double()
-        spread = exact.std(0, unbiased=False)
-        std = spread.square().mean().sqrt().reshape(1)
-        if not std > 0:
-            raise ValueError("the world latents never change, all pictures are the same: record other ones")
-        return cls(exact.mean(0).float(), std.float(), (spread / std).float())
-
-
-@dataclass(frozen=True, eq=False)
-class PCA:
-    """The first D principal directions of shrunk pictures: deterministic, and it can be inverted."""
-
-    config: WorldConfig
-    size: int
-    """Side S of the pictures that it was fitted on; others are refused, since they shrink differently."""
-    mean: Tensor
-    """(P,) float32, the mean picture in [0, 1]."""
-    components: Tensor
-    """(D, P) float32, orthonormal rows, by falling variance; each one's largest entry is positive."""
-    stats: WorldStats
-
-    def encode(self, frames: Tensor | Mapping[str, Tensor]) -> Tensor:
-        """Return raw latents (n, D) float32 of pictures (n, 3, S, S) uint8: a tensor for one camera, or a
-        mapping by camera, in which others are ignored. The cache and rollouts both call this; it stays on the
-        CPU, in float32, whatever the policy runs on."""
-        pictures = views(frames, self.config)
-        if pictures[0].shape[-1] != self.size:
+def clips(demos: Demos, config: WorldConfig, index: np.ndarray) -> dict[str, Tensor]:
+    """Return what the latents of these frames see: by camera (n, 3, S, S), or clips (n, m, 3, S, S) uint8."""
+    for camera in config.latent_cameras:
+        if camera not in demos.images:
+            there = ", ".join(demos.images)
             raise ValueError(
-                f"the world encoder was fitted on {self.size}-pixel pictures, got {tuple(pictures[0].shape)}:"
-                f" render with --size {self.size}"
+                f"--world-camera {camera} is not among the loaded cameras, {there}: load it as well"
             )
-        with torch.autocast("cpu", enabled=False):  # a caller's bfloat16 must not reach the latents
-            pixels = shrink([picture.cpu() for picture in pictures], self.config.world_resolution)  # (n, P)
-            return (pixels - self.mean) @ self.components.T  # (n, P) -> (n, D)
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Return the pictures (n, 3, resolution, V * resolution) uint8 of raw latents (n, D)."""
-        pixels = (z @ self.components + self.mean).mul(255).round().clamp(0, 255).byte()  # (n, D) -> (n, P)
-        return pixels.reshape(len(z), 3, self.config.world_resolution, -1)  # (n, P) -> (n, 3, R, V*R)
-
-    def standardise(self, z: Tensor) -> Tensor:
-        """Bring raw latents (..., D) to the scale that prophet and fusion work in."""
-        return (z - self.stats.mean) / self.stats.std
-
-    def unstandardise(self, z: Tensor) -> Tensor:
-        """Undo `standardise`; this is what `decode` takes."""
-        return z * self.stats.std + self.stats.mean
-
-    def embed(self, frames: Tensor | Mapping[str, Tensor]) -> Tensor:
-        """Return standardised latents (n, D): the one call that a rollout needs."""
-        return self.standardise(self.encode(frames))
-
-    def state(self) -> dict[str, Tensor]:
-        """Return all that `encoder_from_state` needs besides the config, as tensors."""
-        return {
-            "pca.size": torch.tensor([self.size]),
-            "pca.mean": self.mean,
-            "pca.components": self.components,
-            **{f"stats.{name}": getattr(self.stats, name) for name in ("mean", "std", "dim_std")},
-        }
+    if config.world_clip == 1:
+        return {camera: demos.frames(index, camera) for camera in config.latent_cameras}
+    steps = demos.history(index, config.world_clip, 1)  # (n, m)
+    unique, place = np.unique(steps, return_inverse=True)  # clips overlap
+    place = torch.from_numpy(place.reshape(steps.shape))
+    return {camera: demos.frames(unique, camera)[place] for camera in config.latent_cameras}
 
 
-def encoder_from_state(tensors: Mapping[str, Tensor], config: WorldConfig) -> PCA:
-    """Rebuild the encoder that `state()` described; ValueError where the tensors belong to another config."""
-    shape, wanted = tuple(tensors["pca.components"].shape), (config.world_dim, config.latent_pixels)
-    if shape != wanted:
-        raise ValueError(
-            f"the stored world encoder has components {shape}, but --world-dim, --world-resolution and"
-            f" --world-camera ask for {wanted}: use those that it was made with"
-        )
-    tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
-    stats = WorldStats(*(tensors[f"stats.{name}"] for name in ("mean", "std", "dim_std")))
-    return PCA(config, int(tensors["pca.size"]), tensors["pca.mean"], tensors["pca.components"], stats)
+def block_of(config: WorldConfig) -> int:
+    """How many latents are made in one call."""
+    return ENCODE_FRAMES if config.world_encoder == "pca" else CLIPS
 
 
-def views(frames: Tensor | Mapping[str, Tensor], config: WorldConfig) -> list[Tensor]:
-    """Return the config's cameras' pictures (n, 3, S, S) uint8 in its order."""
-    if isinstance(frames, Tensor):
-        assert len(config.latent_cameras) == 1, (
-            f"{len(config.latent_cameras)} cameras: give a mapping, not one tensor"
-        )
-        pictures = [frames]
-    else:
-        pictures = [frames[camera] for camera in config.latent_cameras]
-    for picture in pictures:
-        assert picture.dtype == torch.uint8, f"pictures must be uint8 in 0..255, got {picture.dtype}"
-        assert picture.shape == pictures[0].shape and picture.shape[-2] == picture.shape[-1], (
-            f"cameras must share one square picture size, got {[tuple(p.shape) for p in pictures]}"
-        )
-    return pictures
+def picture_batches(demos: Demos, config: WorldConfig, index: np.ndarray) -> Iterator[dict[str, Tensor]]:
+    """Yield what the latents of these frames see, a few at a time."""
+    size = block_of(config)
+    for start in range(0, len(index), size):
+        yield clips(demos, config, index[start : start + size])
 
 
-def shrink(pictures: list[Tensor], resolution: int) -> Tensor:
-    """Average pictures (n, 3, S, S) uint8 by area and lay cameras side by side: (n, P) float32 in 0..1."""
-    size = pictures[0].shape[-1]
-    if size < resolution:
-        raise ValueError(
-            f"--world-resolution {resolution} is more than the pictures' {size} pixels: lower it"
-        )
-    small = [F.interpolate(picture.float() / 255, size=resolution, mode="area") for picture in pictures]
-    return torch.cat(small, dim=-1).flatten(1)  # V x (n, 3, R, R) -> (n, 3, R, V*R) -> (n, P)
+def encode_demos(encoder: PCA | Learned, demos: Demos) -> Tensor:
+    """Return the raw latents (F, D) of all frames."""
+    return torch.cat(
+        [encoder.encode(b) for b in picture_batches(demos, encoder.config, np.arange(len(demos)))]
+    )
 
 
 def fit(demos: Demos, config: WorldConfig) -> PCA:
@@ -224,44 +112,14 @@ def fit(demos: Demos, config: WorldConfig) -> PCA:
     batches = picture_batches(demos, config, every)
     pixels = torch.cat([shrink(views(frames, config), config.world_resolution) for frames in batches])
     mean, components = principal(pixels, config.world_dim)
-    size = demos.images[config.latent_cameras[0]].shape[1]
-    return PCA(config, size, mean, components, WorldStats.of((pixels - mean) @ components.T))
-
-
-def principal(pixels: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Return the mean (P,) and the first `dim` principal directions (dim, P) of rows (n, P), float32, by an
-    exact eigen-decomposition in float64; an eigenvector's sign is free: its largest entry is positive."""
-    if dim >= len(pixels):
-        raise ValueError(f"--world-dim {dim} needs more than {dim} frames, got {len(pixels)}: lower it")
-    exact = pixels.double()
-    mean = exact.mean(0)
-    exact -= mean
-    _, vectors = torch.linalg.eigh(exact.T @ exact / len(exact))  # (n, P) -> (P, P), by rising variance
-    components = vectors.T.flip(0)[:dim]  # (P, P) -> (dim, P)
-    largest = components.gather(1, components.abs().argmax(1, keepdim=True))  # (dim, 1)
-    return mean.float(), (components * largest.sign()).float().contiguous()
-
-
-def picture_batches(demos: Demos, config: WorldConfig, index: np.ndarray) -> Iterator[dict[str, Tensor]]:
-    """Yield the config's cameras' pictures of these frames, a few at a time."""
-    for camera in config.latent_cameras:
-        if camera not in demos.images:
-            there = ", ".join(demos.images)
-            raise ValueError(
-                f"--world-camera {camera} is not among the loaded cameras, {there}: load it as well"
-            )
-    for start in range(0, len(index), ENCODE_FRAMES):
-        yield {
-            camera: demos.frames(index[start : start + ENCODE_FRAMES], camera)
-            for camera in config.latent_cameras
-        }
-
-
-def encode_demos(encoder: PCA, demos: Demos) -> Tensor:
-    """Return the raw latents (F, D) of all frames."""
-    return torch.cat(
-        [encoder.encode(b) for b in picture_batches(demos, encoder.config, np.arange(len(demos)))]
+    return PCA(
+        config, picture_size(demos, config), mean, components, WorldStats.of((pixels - mean) @ components.T)
     )
+
+
+def picture_size(demos: Demos, config: WorldConfig) -> int:
+    """S of the data."""
+    return demos.images[config.latent_cameras[0]].shape[1]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -274,93 +132,258 @@ class Latents:
 
     z: Tensor
     """(F, D) float32, standardised, in memory."""
-    encoder: PCA
+    encoder: PCA | Learned
     config: WorldConfig
+    raw: np.ndarray | None = None
+    """(F, D) float32 before that, mapped from the cache."""
+
+    def under(self, encoder: PCA | Learned, demos: Demos) -> Latents:
+        """Give the same frames' latents as another encoder has them, a checkpoint's from other data say."""
+        if same_encoder(self.encoder, encoder):
+            return self
+        if isinstance(encoder, PCA) or self.raw is None:
+            return latents_of(encoder, demos)
+        return Latents(standardised(encoder, self.raw), encoder, self.config, self.raw)  # the same network
 
 
-def prepare(data_path: Path, demos: Demos, config: WorldConfig) -> Latents:
-    """Open the data set's cache, after writing it where there is none yet."""
-    path = cache_path(data_path, config)
+def same_encoder(a: PCA | Learned, b: PCA | Learned) -> bool:
+    """Whether two encoders give the same latents, where both are of one configuration."""
+    others = b.state()
+    return all(torch.equal(t, others[name]) for name, t in a.state().items() if name != "learned.facts")
+
+
+def prepare(data_path: Path, demos: Demos, config: WorldConfig, backbone: Backbone | None = None) -> Latents:
+    """Open the data set's cache; of `pca`, after writing it where there is none yet.
+
+    Args: config as `resolved` gives it, for an encoder with a backbone.
+    """
+    path = cache_path(data_path, config, backbone)
     if not path.exists():
-        write_cache(path, demos, fit(demos, config))
-    return open_cache(path, demos, config)
+        if backbone is not None:
+            raise missing(path, data_path, config, backbone)
+        write_cache(path, demos, config)
+    return open_cache(path, demos, config, backbone)
 
 
-def latents_of(encoder: PCA, demos: Demos) -> Latents:
+def missing(path: Path, data_path: Path, config: WorldConfig, backbone: Backbone) -> ValueError:
+    """Say how to write a learned encoder's cache, and how one that is there differs."""
+    command = f"python world.py cache {data_path} {spelt(config)}"
+    if part_of(path).exists():
+        return ValueError(f"world cache {path} is not finished: run `{command}` again, as before")
+    identity, nearest = identity_of(config, backbone), None
+    for other in sorted(path.parent.glob(f"{path.name.rsplit('_', 1)[0]}_*/{SIDECAR}")):
+        try:
+            stored = json.loads(other.read_text())
+            differ = [field for field, value in identity.items() if stored.get(field) != value]
+        except (OSError, ValueError, AttributeError):
+            continue
+        if not other.parent.name.endswith(".part") and (nearest is None or len(differ) < len(nearest[0])):
+            nearest = differ, other.parent, stored
+    if nearest and nearest[0]:
+        field = nearest[0][0]
+        sides = f"{field}: cache has {nearest[2].get(field)}, run wants {identity[field]}"
+        return ValueError(
+            f"world cache {nearest[1]}, {sides}: write another, `{command}`, or ask for that one"
+        )
+    return ValueError(f"there are no world latents at {path}: write them with `{command}`")
+
+
+def spelt(config: WorldConfig) -> str:
+    """Return the flags of `world.py cache` that give this configuration."""
+    short = " ".join(camera.rsplit(".", 1)[-1] for camera in config.latent_cameras)
+    flags = {"world-encoder": config.world_encoder, "camera": short}
+    flags |= {"clip": config.world_clip} if config.world_clip > 1 else {}
+    flags |= {"world-model": config.world_model, "world-revision": config.world_revision}
+    if config.world_encoder == "siglip":
+        flags |= {
+            name: getattr(config, name) for name in ("init", "revision", "seed") if hasattr(config, name)
+        }
+    return " ".join(f"--{flag} {value}" for flag, value in flags.items() if value is not None)
+
+
+def latents_for(data_path: Path, encoder: PCA | Learned, demos: Demos) -> Latents:
+    """Give a data set's latents under a checkpoint's encoder, from their cache where one is there."""
+    if isinstance(encoder, Learned):
+        path = cache_path(data_path, encoder.config, encoder.backbone)
+        if path.exists():
+            return open_cache(path, demos, encoder.config, encoder.backbone).under(encoder, demos)
+    return latents_of(encoder, demos)
+
+
+def latents_of(encoder: PCA | Learned, demos: Demos) -> Latents:
     """Encode other demonstrations, held-out ones say, with the encoder of a run; nothing is cached."""
     return Latents(encoder.standardise(encode_demos(encoder, demos)), encoder, encoder.config)
 
 
-def cache_path(data_path: Path, config: WorldConfig) -> Path:
+def identity_of(config: WorldConfig, backbone: Backbone | None) -> dict[str, Any]:
+    """What decides a latent's value besides the pictures, as JSON."""
+    return config.latent_identity | ({} if backbone is None else backbone.facts)
+
+
+def cache_path(data_path: Path, config: WorldConfig, backbone: Backbone | None = None) -> Path:
     """Return the folder of the world latents' cache."""
-    return cache_folder(data_path, f"world_{config.world_encoder}", config.latent_identity)
+    return cache_folder(data_path, f"world_{config.world_encoder}", identity_of(config, backbone))
 
 
-def cache_folder(data_path: Path, kind: str, identity: dict[str, Any]) -> Path:
-    """Return a cache's folder, inside a data folder or beside a data file. Its name has a hash of what is not
-    the data: where these changed, the old cache is met and refused, instead of caches piling up."""
-    data_path = Path(data_path)
-    name = f"{kind}_{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]}"
-    return data_path / name if data_path.is_dir() else data_path.with_name(f"{data_path.stem}_{name}")
-
-
-def sidecar(demos: Demos, encoder: PCA) -> dict[str, Any]:
-    """Return all that a cache must agree on with the run that opens it, as JSON."""
+def made_from(demos: Demos, config: WorldConfig, backbone: Backbone | None) -> dict[str, Any]:
+    """Return what a cache must agree on with the run that opens it, but for the statistics, as JSON."""
     return {
-        **encoder.config.latent_identity,
-        "size": encoder.size,
-        "fingerprint": demos.fingerprint_of(encoder.config.latent_cameras),
+        **identity_of(config, backbone),
+        "size": picture_size(demos, config),
+        "fingerprint": demos.fingerprint_of(config.latent_cameras),
         "rows": len(demos),
-        "mean": encoder.stats.mean.tolist(),
-        "std": encoder.stats.std.tolist(),
     }
 
 
-def write_cache(path: Path, demos: Demos, encoder: PCA) -> None:
-    """Encode all frames; write latents, encoder and sidecar beside, then rename: none is ever half there."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    np.save(beside / "z.npy", encode_demos(encoder, demos).numpy())
-    save_file(encoder.state(), beside / "encoder.safetensors")
-    (beside / "cache.json").write_text(json.dumps(sidecar(demos, encoder), indent=1) + "\n")
-    try:
-        beside.rename(path)
-    except OSError:
-        if not path.exists():  # another process was faster, and its cache is checked like any other
-            raise
-        shutil.rmtree(beside)
+def stats_json(stats: WorldStats) -> dict[str, Any]:
+    return {"mean": stats.mean.tolist(), "std": stats.std.tolist()}
 
 
-def open_cache(path: Path, demos: Demos, config: WorldConfig) -> Latents:
+def standardised(encoder: PCA | Learned, rows: np.ndarray) -> Tensor:
+    """Copy raw rows (F, D) into memory, standardised."""
+    z = torch.empty(rows.shape)
+    for start in range(0, len(rows), 2**14):
+        part = torch.from_numpy(np.array(rows[start : start + 2**14]))
+        z[start : start + 2**14] = encoder.standardise(part)
+    return z
+
+
+def open_cache(path: Path, demos: Demos, config: WorldConfig, backbone: Backbone | None = None) -> Latents:
     """Read a cache; ValueError with both sides where any field of its sidecar isn't what this run needs."""
     again = f"delete {path} and run again"
+    if blocks.unfinished(path):
+        raise ValueError(f"world cache {path} is not finished: run `python world.py cache` again, as before")
     try:
-        stored = json.loads((path / "cache.json").read_text())
-        rows = np.load(path / "z.npy", mmap_mode="r")
-        tensors = load_file(path / "encoder.safetensors")
+        stored = json.loads((path / SIDECAR).read_text())
+        rows = np.load(path / ROWS, mmap_mode="r")
+        tensors = load_file(path / ENCODER)
     except (OSError, ValueError, EOFError, SafetensorError) as error:
         cause = " ".join(str(error).split())
         raise ValueError(f"world cache {path} is missing or damaged ({cause}): {again}") from error
     # the config's fields first: where they differ, the stored encoder can't be rebuilt to compare the rest
-    compare(stored, config.latent_identity, again)
-    encoder = encoder_from_state(tensors, config)
-    compare(
-        stored, sidecar(demos, encoder) | {"size": demos.images[config.latent_cameras[0]].shape[1]}, again
-    )
+    compare(stored, identity_of(config, backbone), again)
+    if backbone is None:
+        encoder = encoder_from_state(tensors, config)
+    else:
+        stats = WorldStats(*(tensors[f"stats.{name}"] for name in ("mean", "std", "dim_std")))
+        encoder = Learned(config, int(tensors["learned.size"]), backbone, stats)
+    compare(stored, made_from(demos, config, backbone) | stats_json(encoder.stats), again)
     if rows.shape != (len(demos), config.world_dim) or rows.dtype != np.float32:
         raise ValueError(
-            f"world cache {path}: z.npy is {rows.shape} {rows.dtype}, not one row a frame: {again}"
+            f"world cache {path}: {ROWS} is {rows.shape} {rows.dtype}, not one row a frame: {again}"
         )
-    return Latents(encoder.standardise(torch.from_numpy(np.array(rows))), encoder, config)
+    for file, crc in checksums(path, rows).items():
+        if stored.get("crc", {}).get(file, crc) != crc:  # earlier caches have none
+            raise ValueError(f"world cache {path} is damaged ({file} has other bytes than written): {again}")
+    return Latents(standardised(encoder, rows), encoder, config, rows)
 
 
-def compare(stored: dict[str, Any], wanted: dict[str, Any], again: str, what: str = "world cache") -> None:
-    """Raise ValueError, naming the field and both sides, at the first disagreement."""
-    for field, value in wanted.items():
-        if stored.get(field) != value:
-            has, wants = (f"{side}"[:80] for side in (stored.get(field), value))
-            raise ValueError(f"{what}, {field}: cache has {has}, run wants {wants}: {again}")
+def checksums(folder: Path, rows: np.ndarray) -> dict[str, int]:
+    """Return the CRCs of a cache's array, read piece by piece, and of its encoder's file."""
+    crc = 0
+    for start in range(0, len(rows), 2**14):
+        crc = zlib.crc32(rows[start : start + 2**14], crc)
+    return {ROWS: crc, ENCODER: zlib.crc32((folder / ENCODER).read_bytes())}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# writing
+
+
+def layout_of(config: WorldConfig, frames: int) -> Layout:
+    """Return where blocks.py writes the rows: a numpy file, header first."""
+    shape, header = (frames, config.world_dim), io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    size = f"{frames:,} frames x {config.world_dim} in float32"
+    row = 4 * config.world_dim
+    return Layout(
+        "world latents", size, ROWS, SIDECAR, frames, row, block_of(config), header=header.getvalue()
+    )
+
+
+def write_cache(
+    path: Path,
+    demos: Demos,
+    config: WorldConfig,
+    backbone: Backbone | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+) -> None:
+    """Encode all frames, or those that an earlier call left out; every rank calls it."""
+    try:
+        fill(part_of(path), demos, config, backbone, rank, ranks)
+    except FileNotFoundError:
+        if ranks > 1 or not path.exists():  # else another process was faster, and it has written the same
+            raise
+    if rank == 0 and part_of(path).exists():
+        blocks.finish(part_of(path), path)
+
+
+def fill(
+    part: Path, demos: Demos, config: WorldConfig, backbone: Backbone | None, rank: int, ranks: int
+) -> None:
+    """Write all that a finished cache has into its unfinished folder."""
+    layout = layout_of(config, len(demos))
+    if rank == 0:
+        open_part(part, layout, demos, config, backbone)
+    agree(None)  # the folder is laid out
+    if backbone is None:
+        encoder = read_pca(part, config)
+    else:
+        encoder = Learned(config, picture_size(demos, config), backbone, None)
+
+    def read(block: int) -> dict[str, Tensor]:
+        return clips(demos, config, layout.index(block))
+
+    def compute(frames: dict[str, Tensor]) -> np.ndarray:
+        z = encoder.encode(frames)
+        if not z.isfinite().all():
+            raise ValueError(
+                f"--world-encoder {config.world_encoder} gave latents that are not finite: mend its model"
+            )
+        return z.numpy()
+
+    blocks.write_blocks(part, layout, read, compute, rank, ranks)
+    if ranks > 1:
+        dist.barrier()
+    if rank == 0:
+        complete(part, encoder)
+
+
+def open_part(
+    part: Path, layout: Layout, demos: Demos, config: WorldConfig, backbone: Backbone | None
+) -> None:
+    """Lay an unfinished cache out, or go on with one; ValueError where it is of something else."""
+    wanted, again = made_from(demos, config, backbone), f"delete {part} and run again"
+    if (part / SIDECAR).is_file():
+        try:
+            stored = json.loads((part / SIDECAR).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"unfinished world cache {part} is damaged ({error}): {again}") from error
+        compare(stored, wanted, again, f"unfinished world cache {part}")
+    blocks.lay_out(part, layout, wanted)
+    if backbone is None and not (part / ENCODER).is_file():
+        (part / blocks.MARKS).write_bytes(bytes(layout.blocks))  # what is there was another fit's
+        # Where several processes fit at once, the first one's counts for all.
+        blocks.write_beside(part / ENCODER, save(fit(demos, config).state()), keep=True)
+
+
+def read_pca(part: Path, config: WorldConfig) -> PCA:
+    try:
+        return encoder_from_state(load_file(part / ENCODER), config)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{part / ENCODER} is damaged ({error}): delete {part} and run again") from error
+
+
+def complete(part: Path, encoder: PCA | Learned) -> None:
+    """Write what takes all rows to know: a learned encoder's statistics, and the CRCs."""
+    rows = np.load(part / ROWS, mmap_mode="r")
+    if isinstance(encoder, Learned):
+        encoder = dataclasses.replace(encoder, stats=WorldStats.of_each(rows))
+        blocks.write_beside(part / ENCODER, save(encoder.state()))
+    stored = json.loads((part / SIDECAR).read_text()) | stats_json(encoder.stats)
+    stored["crc"] = checksums(part, rows)
+    blocks.write_beside(part / SIDECAR, json.dumps(stored, indent=1).encode() + b"\n")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -386,9 +409,13 @@ def change_statistics(
     rms, means = [], []
     for k in range(K):
         now, then = torch.from_numpy(index[valid[:, k]]), torch.from_numpy(future[valid[:, k], k])
-        change = (z[then] - z[now] if delta else z[then]).double()  # (n, D)
-        rms.append(change.square().sum(1).mean().sqrt())
-        means.append(change.mean(0))
+        squares, sums = [], []
+        for a, b in zip(now.split(rows := max(1, CHUNK // z.shape[1])), then.split(rows)):
+            change = (z[b] - z[a] if delta else z[b]).double()  # (n, D)
+            squares.append(change.square().sum(1))
+            sums.append(change.mean(0) * (len(a) / len(now)))
+        rms.append(torch.cat(squares).mean().sqrt())
+        means.append(torch.stack(sums).sum(0))
     return torch.stack(rms).float(), torch.stack(means).float()
 
 
@@ -398,53 +425,111 @@ def change_statistics(
 
 @dataclass(frozen=True)
 class Config(DataConfig):
-    """Fit the world encoder, encode all frames and write both beside the data."""
+    """Encode all frames and write their world latents beside the data; `pca` is fitted first."""
 
     data: tyro.conf.Positional[Path]
     """A data set, as for train.py."""
 
-    world_encoder: Literal["pca"] = "pca"
-    """Encoder of the world latents."""
+    world_encoder: WorldEncoder = "pca"
+    """Encoder of the world latents: `pca`, fitted on the data; `siglip`, the tower of --init; `dinov2` or
+    `vjepa2`, models of transformers'."""
 
     camera: tuple[str, ...] = ("image",)
     """Cameras that the world latents see, by the names that --cameras gives; several make one latent."""
 
     dim: int = 64
-    """Width D of a world latent, in principal directions."""
+    """Width D of a `pca` latent, in principal directions; other encoders have a width of their own."""
 
     resolution: int = 32
-    """Side in pixels to which pictures are shrunk before they are encoded."""
+    """Side in pixels to which `pca` shrinks pictures; other encoders have a side of their own."""
+
+    clip: int = 1
+    """Consecutive frames that one latent of `vjepa2` sees."""
+
+    world_model: str | None = None
+    """Folder or hub id of the model of `dinov2` or `vjepa2`; default: facebook/dinov2-base,
+    facebook/vjepa2-vitg-fpc64-256."""
+
+    world_revision: str | None = None
+    """Revision of the hub id of --world-model, to pin it."""
+
+    init: str = "tiny"
+    """Whose tower `siglip` is: a preset's name (fresh weights), a checkpoint folder, or a hub id."""
+
+    revision: str | None = None
+    """Revision of the hub id of --init, to pin it."""
+
+    vlm: str | None = None
+    """Folder or hub id of the language model, as for train.py."""
+
+    stats_of: str | None = None
+    """Data set whose statistics to use, where the checkpoint of --init holds those of several."""
+
+    allow_missing: bool = False
+    """Go on when tensors or statistics of that checkpoint are missing, or tensors unexpected."""
+
+    seed: int = 0
+    """Seed of a preset's fresh weights."""
 
     @property
     def world(self) -> WorldConfig:
         """The same choice as the training program spells it."""
-        return WorldConfig(self.world_encoder, self.camera, self.dim, self.resolution)
+        own = (self.world_model, self.world_revision)
+        return WorldConfig(self.world_encoder, self.camera, self.dim, self.resolution, self.clip, *own)
 
 
 def main() -> None:
-    """Run the command line: `cache`, or features.py's `features`."""
-    import features  # which imports this file
+    """Run the command line: `cache`, or features.py's `features`; on one rank or on torchrun's."""
+    import features  # which imports this file's neighbours
+    from train import start_ranks
 
     cache = Annotated[Config, tyro.conf.subcommand("cache")]
     tokens = Annotated[features.Config, tyro.conf.subcommand("features")]
     rank0 = os.environ.get("RANK", "0") == "0"
     config = tyro.cli(cache | tokens, description=__doc__, console_outputs=rank0)
     try:
-        features.main(config) if isinstance(config, features.Config) else prepare_once(config)
+        if isinstance(config, features.Config):
+            features.main(config)
+        else:
+            line = write(config, *start_ranks())
+            if rank0:
+                print(line)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def prepare_once(config: Config) -> None:
-    """Write the world latents; a cache that is there and agrees is left alone."""
+def write(config: Config, rank: int, ranks: int, device: torch.device) -> str:
+    """Write the cache, or go on with it, or check a finished one; say what was done, in a line."""
     start = time.perf_counter()
     folder = find_data(config.data, config.data_revision)
     home = config.cache_home(folder)
-    path = cache_path(home, config.world)
-    action = "checked" if path.exists() else "wrote"
-    latents = prepare(home, load(folder, config.world.latent_cameras, None, config), config.world)
+    demos = load(folder, in_memory=False, options=config)
+    backbone = open_backbone(config.world, own_policy(config, demos))
+    world = resolved(config.world, backbone)
+    if backbone is not None:
+        backbone.device = device
+    demos = with_checks(demos, rank, ranks, world.latent_cameras)
+    path = cache_path(home, world, backbone)
+    there = agree(path.exists())
+    if not there:
+        write_cache(path, demos, world, backbone, rank, ranks)
+    if rank == 0:
+        open_cache(path, demos, world, backbone)
     seconds = time.perf_counter() - start
-    print(f"{action} {path}: {len(latents.z):,} latents of width {latents.z.shape[1]} in {seconds:.1f} s")
+    shape = f"{len(demos):,} latents of width {world.world_dim}"
+    return f"{'checked' if there else 'wrote'} {path}: {shape} in {seconds:.1f} s"
+
+
+def own_policy(config: Any, demos: Demos) -> Any:
+    """Build the policy that a run would start from, where the world latents are its tower's; else None."""
+    if config.world_encoder != "siglip":
+        return None
+    from features import start_policy
+
+    return start_policy(config, demos)[0]
 
 
 if __name__ == "__main__":

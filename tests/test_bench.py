@@ -116,6 +116,22 @@ def test_readers_are_measured_alone_and_with_a_process(tmp_path, capsys, monkeyp
         assert row["per_second"] > 1 and line.endswith(f"{row['per_second']:.1f} samples/s")
 
 
+@pytest.mark.slow
+def test_world_encoders_and_their_caches_are_measured(tmp_path):
+    out = tmp_path / "bench.jsonl"
+    flags = ["--size", "tiny", "--threads", "1", "--out", out]
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench.py", "world", *flags], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["case"].split(",")[0] for row in rows] == ["pca", "siglip", "dinov2", "vjepa2"]
+    for row in rows:
+        assert row["frames_per_second"] > 0 and row["case"] in done.stdout.split("}\n")[-1]
+        found = row["samples_per_second_cache"] / row["samples_per_second_pictures"]
+        assert row["ratio"] == pytest.approx(found) and found > 10
+
+
 def test_a_batch_of_nothing_is_refused():
     with pytest.raises(ValueError, match="--batch-size 0 must be at least 1"):
         bench.BenchConfig("model", batch_size=0)

@@ -33,13 +33,14 @@ from sim import NUM_INIT_STATES, parse_ids
 ROOT = Path(__file__).parent.parent
 
 
-@given(st.integers(1, 12), st.integers(1, 6), st.integers(1, 6))
-def test_the_frames_that_are_drawn_are_those_that_decisions_read(n, history, stride):
-    drawn = {0} | {m * n + k for m in range(8) for k in frame_plan(n, history, stride)}
-    read = {max(0, m * n - j * stride) for m in range(1, 8) for j in range(history)}
+@given(st.integers(1, 12), st.integers(1, 6), st.integers(1, 6), st.integers(1, 5))
+def test_the_frames_that_are_drawn_are_those_that_decisions_read(n, history, stride, clip):
+    drawn = {0} | {m * n + k for m in range(8) for k in frame_plan(n, history, stride, clip)}
+    back = {j * stride + i for j in range(history) for i in range(clip)}
+    read = {max(0, m * n - b) for m in range(1, 8) for b in back}
     assert read <= drawn
     last = 7 * n  # further decisions read what lies beyond
-    needed = {m * n - j * stride for m in range(1, 60) for j in range(history)} | {m * n for m in range(60)}
+    needed = {m * n - b for m in range(1, 60) for b in back} | {m * n for m in range(60)}
     assert {step for step in drawn if step <= last} <= needed | {0}
 
 

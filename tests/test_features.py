@@ -20,13 +20,15 @@ from safetensors.torch import load_file
 from test_data import write_task
 from test_train import TWO_RANKS, metrics
 
+import blocks
 import data as data_module
 import features
 import train
 import world
 from arm import Arm, ArmConfig, Summary
+from blocks import MARKS, part_of
 from data import load
-from features import MARKS, ROWS, SIDECAR, Config, Features, frozen_policy, part_of, write
+from features import ROWS, SIDECAR, Config, Features, frozen_policy, write
 from libero_hdf5 import CAMERAS
 from source import Source
 from train import TrainConfig
@@ -119,7 +121,7 @@ def test_the_size_is_said_before_anything_is_written(folder, tmp_path, capsys):
     assert (tmp_path / "f" / ROWS).stat().st_size == 45 * 2 * 16 * 128 * 2
     libero = {"rows": 273_465, "cameras": ["a", "b"], "tokens": 64, "width": 960, "dtype": "bfloat16"}
     try:
-        features.check_space(tmp_path / "big", libero)
+        blocks.check_space(tmp_path / "big", features.layout_of(libero))
     except ValueError as error:
         assert "features need 67.2 GB more" in str(error)  # where this disk is smaller
     said = "features: 273,465 frames x 2 cameras x 64 tokens x 960 in bfloat16 = 67.2 GB\n"
@@ -138,7 +140,7 @@ def test_the_command_line_writes_once_and_then_checks(folder, tmp_path, monkeypa
 
 
 def test_progress_is_said_with_rate_and_time_left(folder, tmp_path, small_blocks, monkeypatch, capsys):
-    monkeypatch.setattr(features, "PROGRESS", 0.0)
+    monkeypatch.setattr(blocks, "PROGRESS", 0.0)
     cache(folder, out=tmp_path / "f")
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.split()[1] for line in lines] == ["8", "16", "24", "32", "40", "45"]
@@ -196,13 +198,13 @@ def test_an_unfinished_cache_that_lost_a_file_still_ends_whole(
 
 def test_blocks_shared_out_over_ranks_make_the_same_bytes(folder, tmp_path, small_blocks, monkeypatch):
     whole = cache(folder, out=tmp_path / "whole")
-    demos = features.with_checks(load(folder, in_memory=False))
+    demos = blocks.with_checks(load(folder, in_memory=False))
     policy, processor = frozen_policy(Config(folder, dtype="float32"), demos, CPU)
     wanted = features.tower_identity(policy, "float32") | features.data_identity(demos)
     features.open_part(tmp_path / "f.part", wanted)
     for rank in (2, 0, 1):
         features.write_blocks(tmp_path / "f.part", policy, processor, demos, rank, 3)
-    features.finish(tmp_path / "f.part", tmp_path / "f")
+    blocks.finish(tmp_path / "f.part", tmp_path / "f")
     assert content(tmp_path / "f") == content(whole)
 
 
@@ -239,7 +241,7 @@ def test_two_runs_may_write_one_cache_at_once(folder, tmp_path, small_blocks, mo
     cache(folder, out=tmp_path / "f")
     assert content(tmp_path / "f") == content(whole) and not part_of(tmp_path / "f").exists()
     features.open_part(part_of(tmp_path / "f"), json.loads((whole / SIDECAR).read_text()))
-    features.finish(part_of(tmp_path / "f"), tmp_path / "f")  # one that began before the other had ended
+    blocks.finish(part_of(tmp_path / "f"), tmp_path / "f")  # one that began before the other had ended
     assert content(tmp_path / "f") == content(whole) and not part_of(tmp_path / "f").exists()
 
 

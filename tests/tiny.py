@@ -9,8 +9,8 @@ import torch
 
 from arm import Arm, ArmConfig, Summary
 from config import PRESETS, SmolVLAConfig
+from encoders import PCA, WorldStats
 from model import SmolVLA
-from world import PCA, WorldStats
 
 CONFIG = dataclasses.replace(
     PRESETS["tiny"], vision_width=32, vision_mlp=64, vision_layers=1, image_size=32, patch_size=8, width=64,
