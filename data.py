@@ -248,10 +248,11 @@ def load(
 
 def layout(path: Path) -> ModuleType:
     """Return the reader of a data set's layout; each has `read(path, cameras)`."""
-    import lerobot_v3
-    import libero_hdf5  # which import this file
-
-    return lerobot_v3 if lerobot_v3.is_lerobot(path) else libero_hdf5
+    if (path / "meta").is_dir():  # of whatever version; both import this file
+        import lerobot_v3 as reader
+    else:
+        import libero_hdf5 as reader
+    return reader
 
 
 def picture_bytes(demos: Demos) -> int:

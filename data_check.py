@@ -6,6 +6,7 @@ changes say, is a warning, and stands apart.
 
     python data.py inspect tests/lerobot_v3/L_video/dataset --out sheet.png
     python data.py check tests/lerobot_v3/L_image/dataset
+    python data.py unpack DATA                    # once, before training reads PNG in parquet
 
 Shapes: F frames, H and W a picture's sides.
 """
@@ -39,8 +40,9 @@ CONSTANT = 1e-8  # a smaller range than this is none
 class Config(DataConfig):
     """Look into a data set."""
 
-    command: tyro.conf.Positional[Literal["inspect", "check"]]
-    """What to do: `inspect` prints what the data set holds, `check` what is wrong with it."""
+    command: tyro.conf.Positional[Literal["inspect", "check", "unpack"]]
+    """What to do: `inspect` prints what the data set holds, `check` what is wrong with it; `unpack` copies
+    pictures out of parquet files, beside them, so that training can read single ones."""
 
     data: tyro.conf.Positional[Path]
     """A folder or file in LIBERO's HDF5 layout, a LeRobot v3 folder, or one's hub id."""
@@ -273,6 +275,13 @@ def check_strays(root: Path, info: dict[str, Any], episodes: lerobot_v3.Episodes
             found.warnings.append(f"{path} has {there:,} frames, {count:,} belong to episodes")
 
 
+def unpack(demos: Demos) -> int:
+    """Copy the pictures of all parquet files out of them; return the bytes written."""
+    places = [p for pictures in demos.images.values() for p in pictures.places]
+    columns = {(p.path, p.column) for p in places if isinstance(p, lerobot_pictures.ImagePlace)}
+    return sum(lerobot_pictures.unpack(path, column) for path, column in sorted(columns))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # the command line
 
@@ -285,6 +294,9 @@ def main() -> None:
         if config.command == "check":
             raise SystemExit(report(folder, check(folder, config.decode)))
         demos = load(folder, in_memory=False, options=config)
+        if config.command == "unpack":
+            print(f"{folder}: {unpack(demos) / 1e9:.3g} GB of pictures copied out of parquet")
+            return
         print(describe(demos))
         contact_sheet(demos).save(config.out)
         print(f"sample frames: {config.out}")

@@ -15,6 +15,7 @@ Shapes: B batch (fixed, padded), C chunk, A action, T history, K future, D laten
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -42,6 +43,7 @@ from pool import EnvPool, Observation, SimCrash
 from processor import Processor
 from prophet import NEEDS, ROLLOUT_MODES
 from render import setup_gl
+from selection import DataConfig
 from sim import CAMERAS, NUM_INIT_STATES, SUITES, SimConfig, parse_ids
 from source import CHANCE, FLOW, MEMORY, PARTNER, ROLLOUT, Source, chance, memory_noise, stack
 from world import latents_for
@@ -560,7 +562,11 @@ def evaluate_offline(
     modes = list(config.memory) or measurable(arm)
     for mode in modes:
         arm.needs(mode, rollout=False)
-    demos = load(config.offline, arm.policy.config.cameras)
+    options = None
+    if run.get("data") == str(config.offline):  # the part that was trained on, of which some is held out
+        names = [f.name for f in dataclasses.fields(DataConfig) if f.name in run]
+        options = DataConfig(**{n: tuple(run[n]) if isinstance(run[n], list) else run[n] for n in names})
+    demos = load(config.offline, arm.policy.config.cameras, in_memory=None, options=options)
     episodes = np.arange(len(demos.first))
     if demos.fingerprint == run.get("data_fingerprint"):
         episodes = np.array(run.get("held_out", []), np.int64)

@@ -93,12 +93,74 @@ def read_images(place: ImagePlace, steps: np.ndarray) -> np.ndarray:
     starts = open_parquet(name)[1]
     rows = place.row + steps
     pictures = {}
+    unpacked = find_unpacked(name, place.column)
     for row in np.unique(rows).tolist():
-        group = int(np.searchsorted(starts, row, side="right")) - 1
-        content = read_group(name, place.column, group)[row - int(starts[group])].as_py()
+        if unpacked is None:
+            group = int(np.searchsorted(starts, row, side="right")) - 1
+            content = read_group(name, place.column, group)[row - int(starts[group])].as_py()
+        else:
+            content = unpacked.read(row)
         pictures[row] = decode_image(content, f"{place.path}: {place.column} in row {row}")
         check_shape(pictures[row].shape, place.shape, f"{place.path}: {place.column} in row {row}")
     return np.stack([pictures[row] for row in rows.tolist()])
+
+
+class Unpacked:
+    """Image files laid end to end, copied out of a parquet file; then where each begins, and of which file.
+
+    Parquet gives no single picture: a whole row group is read for it, ten megabytes and more.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("rb")
+        size = path.stat().st_size
+        tail = np.frombuffer(os.pread(self.file.fileno(), 24, max(size - 24, 0)), np.int64)
+        self.source, count = tail[:2].tolist(), int(tail[2]) if len(tail) == 3 else -1
+        begin = size - 24 - 8 * (count + 1)
+        self.offsets = np.zeros(0, np.int64)
+        if count >= 0 and begin >= 0:
+            self.offsets = np.frombuffer(os.pread(self.file.fileno(), 8 * (count + 1), begin), np.int64)
+        self.whole = len(self.offsets) > 0 and int(self.offsets[-1]) == begin
+
+    def read(self, row: int) -> bytes:
+        """Return a row's image file."""
+        first, end = int(self.offsets[row]), int(self.offsets[row + 1])
+        return os.pread(self.file.fileno(), end - first, first)
+
+
+def unpacked_path(path: Path, column: str) -> Path:
+    return path.with_suffix(f".{column}.pictures")
+
+
+@lru_cache(16 * OPEN_FILES)
+def open_unpacked(name: tuple) -> Unpacked:
+    return Unpacked(Path(name[0]))
+
+
+def find_unpacked(name: tuple, column: str) -> Unpacked | None:
+    """Return the copy of a data file's pictures, where there is one that is whole and of this very file."""
+    path = unpacked_path(Path(name[0]), column)
+    if not path.is_file():
+        return None
+    found = open_unpacked(stamp(path))
+    return found if found.whole and found.source == list(name[1:3]) else None
+
+
+def unpack(path: Path, column: str) -> int:
+    """Copy a column's image files out of a data file, unless that is done; return the bytes written."""
+    name = stamp(path)
+    if find_unpacked(name, column) is not None:
+        return 0
+    target = unpacked_path(path, column)
+    beside = target.with_name(f"{target.name}.{os.getpid()}")
+    offsets = [0]
+    with beside.open("wb") as out:
+        for group in range(len(open_parquet(name)[1]) - 1):
+            for content in read_group(name, column, group):
+                offsets.append(offsets[-1] + out.write(content.as_py() or b""))
+        out.write(np.array([*offsets, name[1], name[2], len(offsets) - 1], np.int64).tobytes())
+    beside.replace(target)
+    return offsets[-1]
 
 
 def decode_image(content: bytes | None, where: str) -> np.ndarray:

@@ -35,11 +35,6 @@ CONTROL_RATE = "fps is the label of the data set; LIBERO's control rate is 20 Hz
 # metadata
 
 
-def is_lerobot(path: Path) -> bool:
-    """Say whether a folder is laid out as a LeRobot data set, of whatever version."""
-    return (path / "meta").is_dir()
-
-
 def read_info(root: Path) -> dict[str, Any]:
     """Read meta/info.json; ValueError for other versions and for what no data set can lack."""
     path = root / "meta" / "info.json"

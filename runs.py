@@ -56,7 +56,7 @@ def open_run(config: TrainConfig, facts: dict) -> None:
 
 def environment() -> dict:
     """What the run ran on: versions, git hash, device, command line."""
-    packages = ("torch", "numpy", "tokenizers", "safetensors", "h5py")
+    packages = ("torch", "numpy", "tokenizers", "safetensors", "h5py", "pyarrow", "av")
     changes = git("status", "--porcelain")
     return {
         "python": platform.python_version(),

@@ -12,6 +12,8 @@ from lerobot_set import H, W, change, picture, png, read_picture, write_set, wri
 from safetensors.numpy import load_file
 
 import data
+import data_check
+import lerobot_pictures
 import selection
 from data import DataConfig, StoredPictures, load
 from lerobot_pictures import Video
@@ -135,6 +137,25 @@ def test_row_groups_are_no_more_than_a_way_to_store(tmp_path):
     demos = [load(write_set(tmp_path / str(group), group=group)) for group in (1, 3, 100)]
     assert len({d.fingerprint for d in demos}) == 1
     check_pictures(demos[0], np.arange(8))
+
+
+def test_unpacked_pictures_are_the_same_and_are_used_only_while_they_are_true(tmp_path, monkeypatch):
+    root = write_set(tmp_path, (4, 1, 3), {CAMERA: "image"}, [(0, 0), (0, 0), (0, 1)])
+    demos = load(root, in_memory=False)
+    assert data_check.unpack(demos) > 0 and data_check.unpack(demos) == 0  # done once
+    with monkeypatch.context() as patch:
+        patch.setattr(lerobot_pictures, "read_group", lambda *_: pytest.fail("read a row group"))
+        check_pictures(demos, np.array([7, 0, 3, 3, 4]))
+        check_pictures(load(root), np.arange(8))
+    copy = lerobot_pictures.unpacked_path(root / DATA, CAMERA)
+    whole = copy.read_bytes()
+    for torn in (whole[:-8], whole[: len(whole) // 2], b"", whole[8:]):
+        copy.write_bytes(torn)
+        check_pictures(load(root), np.arange(8))
+    copy.write_bytes(whole)
+    pictures = [{"bytes": png(picture(9, i, 0)), "path": ""} for i in range(5)]
+    change(root / DATA, **{CAMERA: pictures})
+    assert [read_picture(p)[0] for p in load(root).images[CAMERA][:]] == [9] * 5 + [2] * 3
 
 
 def test_fingerprints_know_pictures_headers_and_not_the_place(tmp_path):

@@ -1,5 +1,6 @@
 """Pictures that are decoded ahead are those in the files, and training can't tell how they came."""
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -11,8 +12,10 @@ from lerobot_set import write_set, write_video
 from safetensors.torch import load_file
 from test_train import metrics
 
+import eval as eval_program
 import train
 from data import Demos, StoredPictures, load, remember_checks
+from eval import EvalConfig
 from loader import Loader, Prefetched
 from train import TrainConfig
 
@@ -111,3 +114,15 @@ def test_fingerprints_are_kept_only_for_the_files_that_they_were_taken_of(tmp_pa
 def stand_in(demos: Demos):
     """Return pictures that were found before, so that nothing is decoded to learn their size."""
     return lambda root, info, camera, *_: demos.images[camera]
+
+
+def test_offline_evaluation_reads_the_part_that_was_trained_on(tmp_path, capsys):
+    root, part = SETS / "L_video" / "dataset", {"episodes": "0-3,5", "cameras": ("front=image",)}
+    held = {"val_every": 12, "val_share": 0.4}
+    home = tmp_path / "set"
+    shutil.copytree(root, home)
+    train.main(TrainConfig(data=home, out=tmp_path / "run", **part, **held, **SHORT))
+    eval_program.main(EvalConfig(tmp_path / "run", offline=home))
+    line = json.loads((tmp_path / "run" / "offline.jsonl").read_text())
+    measured = metrics(tmp_path / "run")[-1]["val_loss_off"]
+    assert f"{measured:.4f}" in capsys.readouterr().out and len(line["episodes"]) == 2
