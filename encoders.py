@@ -198,9 +198,9 @@ def views(frames: Tensor | Mapping[str, Tensor], config: WorldConfig) -> list[Te
         pictures = [p.squeeze(1) if p.ndim == 5 else p for p in pictures]
     for picture in pictures:
         assert picture.dtype == torch.uint8, f"pictures must be uint8 in 0..255, got {picture.dtype}"
-        assert picture.shape == pictures[0].shape and picture.shape[-2] == picture.shape[-1], (
-            f"cameras must share one square picture size, got {[tuple(p.shape) for p in pictures]}"
-        )
+        if picture.shape != pictures[0].shape or picture.shape[-2] != picture.shape[-1]:
+            sizes = ", ".join(f"{p.shape[-2]} x {p.shape[-1]}" for p in pictures)
+            raise ValueError(f"--world-camera needs square pictures of one size, got {sizes}: name others")
         clip = tuple(picture.shape[1:-3])
         assert clip == ((config.world_clip,) if config.world_clip > 1 else ()), (
             f"--world-clip {config.world_clip} does not fit pictures {tuple(picture.shape)}"

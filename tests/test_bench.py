@@ -69,12 +69,12 @@ def test_a_step_trains_and_a_chunk_gives_its_parts():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("what", "cases"), [("model", 3), ("train", 3), ("bank", 6)])
-def test_every_case_is_a_json_line_and_a_row(tmp_path, what, cases):
+@pytest.mark.parametrize(("what", "only", "cases"), [("model", "", 3), ("bank", "4 hypotheses", 2)])
+def test_every_case_is_a_json_line_and_a_row(tmp_path, what, only, cases):
     flags = ["--size", "tiny", "--dtype", "float32", "--repeats", "1", "--rounds", "1", "--threads", "1"]
     out = tmp_path / "bench.jsonl"
     done = subprocess.run(
-        [sys.executable, ROOT / "bench.py", what, *flags, "--out", out],
+        [sys.executable, ROOT / "bench.py", what, "--only", only, *flags, "--out", out],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -14,7 +14,7 @@ from test_data import toy_demos, write_task
 
 import world
 from data import Demos, load
-from encoders import WorldConfig, encoder_from_state, shrink
+from encoders import WorldConfig, encoder_from_state, shrink, views
 from world import change_statistics, fit, latents_of, prepare
 
 CAMERA = "observation.images.image"
@@ -284,3 +284,11 @@ def test_a_cache_lies_inside_a_data_folder_and_beside_a_data_file(tmp_path):
     assert world.cache_path(Path(tmp_path / "a_demo.hdf5"), SMALL) == tmp_path / f"a_demo_{name}"
     short = WorldConfig(world_camera=("image",), world_dim=6, world_resolution=4)
     assert world.cache_path(tmp_path, short).name == name
+
+
+def test_pictures_that_are_not_square_or_differ_in_size_are_refused():
+    config = WorldConfig(world_camera=("image", "image2"), world_dim=4, world_resolution=4)
+    for sides in ((4, 8), (8, 8)):
+        frames = [torch.zeros(1, 3, *sides, dtype=torch.uint8), torch.zeros(1, 3, 4, 4, dtype=torch.uint8)]
+        with pytest.raises(ValueError, match=r"needs square pictures of one size, got .* name others"):
+            views(dict(zip(config.latent_cameras, frames)), config)
