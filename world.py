@@ -71,14 +71,20 @@ CHUNK = 2**27  # numbers in double at a time
 # frames -> latents
 
 
-def clips(demos: Demos, config: WorldConfig, index: np.ndarray) -> dict[str, Tensor]:
-    """Return what the latents of these frames see: by camera (n, 3, S, S), or clips (n, m, 3, S, S) uint8."""
+def check_cameras(demos: Demos, config: WorldConfig) -> None:
+    """Raise ValueError where the data have no camera of that name."""
     for camera in config.latent_cameras:
         if camera not in demos.images:
             there = ", ".join(demos.images)
             raise ValueError(
-                f"--world-camera {camera} is not among the loaded cameras, {there}: load it as well"
+                f"--world-camera {camera} is not among the loaded cameras, {there}: load it as well,"
+                " or rename one with --cameras"
             )
+
+
+def clips(demos: Demos, config: WorldConfig, index: np.ndarray) -> dict[str, Tensor]:
+    """Return what the latents of these frames see: by camera (n, 3, S, S), or clips (n, m, 3, S, S) uint8."""
+    check_cameras(demos, config)
     if config.world_clip == 1:
         return {camera: demos.frames(index, camera) for camera in config.latent_cameras}
     steps = demos.history(index, config.world_clip, 1)  # (n, m)
@@ -157,6 +163,7 @@ def prepare(data_path: Path, demos: Demos, config: WorldConfig, backbone: Backbo
 
     Args: config as `resolved` gives it, for an encoder with a backbone.
     """
+    check_cameras(demos, config)
     path = cache_path(data_path, config, backbone)
     if not path.exists():
         if backbone is not None:
@@ -507,6 +514,7 @@ def write(config: Config, rank: int, ranks: int, device: torch.device) -> str:
     folder = find_data(config.data, config.data_revision)
     home = config.cache_home(folder)
     demos = load(folder, in_memory=False, options=config)
+    check_cameras(demos, config.world)
     backbone = open_backbone(config.world, own_policy(config, demos))
     world = resolved(config.world, backbone)
     if backbone is not None:

@@ -1,6 +1,7 @@
 """World latents: one encoding for cache and rollout, a cache that opens only for what it was made from."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from data import Demos, load
 from encoders import WorldConfig, encoder_from_state, shrink, views
 from world import change_statistics, fit, latents_of, prepare
 
+ROOT = Path(__file__).parent.parent
 CAMERA = "observation.images.image"
 SMALL = WorldConfig(world_dim=6, world_resolution=4)
 BOTH = WorldConfig(world_camera=("image", "image2"), world_dim=6, world_resolution=4)
@@ -292,3 +294,11 @@ def test_pictures_that_are_not_square_or_differ_in_size_are_refused():
         frames = [torch.zeros(1, 3, *sides, dtype=torch.uint8), torch.zeros(1, 3, 4, 4, dtype=torch.uint8)]
         with pytest.raises(ValueError, match=r"needs square pictures of one size, got .* name others"):
             views(dict(zip(config.latent_cameras, frames)), config)
+
+
+def test_a_camera_that_the_data_have_not_is_one_line():
+    data = ROOT / "tests/lerobot_v3/L_image/dataset"
+    command = [sys.executable, ROOT / "world.py", "cache", data, "--camera", "wrist"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stderr.startswith("error: --world-camera observation.images.wrist")
+    assert len(done.stderr.splitlines()) == 1 and "rename one with --cameras" in done.stderr
