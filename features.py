@@ -42,7 +42,7 @@ import blocks
 import cpu
 from blocks import Layout, agree, cache_folder, compare, finish, lay_out, part_of, unfinished, with_checks
 from data import Demos, load
-from selection import DataConfig, find_data
+from selection import DataConfig, StartConfig, find_data
 
 if TYPE_CHECKING:
     from model import SmolVLA
@@ -58,29 +58,11 @@ SIZES = ("image_size", "vision_size", "patch_size", "scale_factor", "vision_head
 
 
 @dataclass(frozen=True)
-class Config(DataConfig):
+class Config(DataConfig, StartConfig):
     """Encode every picture with a policy's frozen vision tower, once, for `train.py --features`."""
 
     data: tyro.conf.Positional[Path]
     """A data set, as for train.py."""
-
-    init: str = "tiny"
-    """Whose tower: a preset's name (fresh weights), a checkpoint folder, or a hub id."""
-
-    revision: str | None = None
-    """Revision of the hub id, to pin it."""
-
-    vlm: str | None = None
-    """Folder or hub id of the language model, as for train.py."""
-
-    stats_of: str | None = None
-    """Data set whose statistics to use, where a checkpoint holds those of several."""
-
-    allow_missing: bool = False
-    """Go on when tensors or statistics of a checkpoint are missing, or tensors unexpected."""
-
-    seed: int = 0
-    """Seed of a preset's fresh weights."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type that the tower runs in and tokens are stored in."""
@@ -274,8 +256,8 @@ def start_policy(config: Config, demos: Demos) -> tuple[SmolVLA, Processor]:
     """Build the policy that train.py would start from; its draws leave the caller's generator alone."""
     from train import TrainConfig, build_policy  # which imports this file
 
-    same = ("data", "init", "revision", "vlm", "stats_of", "allow_missing", "seed")
-    start = TrainConfig(**{name: getattr(config, name) for name in same})
+    same = [f.name for f in dataclasses.fields(StartConfig)]
+    start = TrainConfig(data=config.data, **{name: getattr(config, name) for name in same})
     with torch.random.fork_rng(devices=[]):
         return build_policy(start, demos)
 

@@ -58,7 +58,7 @@ from encoders import (
     shrink,
     views,
 )
-from selection import DataConfig, find_data
+from selection import DataConfig, StartConfig, find_data
 
 FIT_FRAMES = 8192  # evenly spaced; more would cost memory and minutes, and move the first directions little
 ENCODE_FRAMES = 256  # pictures in float at a time
@@ -431,7 +431,7 @@ def change_statistics(
 
 
 @dataclass(frozen=True)
-class Config(DataConfig):
+class Config(DataConfig, StartConfig):
     """Encode all frames and write their world latents beside the data; `pca` is fitted first."""
 
     data: tyro.conf.Positional[Path]
@@ -459,24 +459,6 @@ class Config(DataConfig):
 
     world_revision: str | None = None
     """Revision of the hub id of --world-model, to pin it."""
-
-    init: str = "tiny"
-    """Whose tower `siglip` is: a preset's name (fresh weights), a checkpoint folder, or a hub id."""
-
-    revision: str | None = None
-    """Revision of the hub id of --init, to pin it."""
-
-    vlm: str | None = None
-    """Folder or hub id of the language model, as for train.py."""
-
-    stats_of: str | None = None
-    """Data set whose statistics to use, where the checkpoint of --init holds those of several."""
-
-    allow_missing: bool = False
-    """Go on when tensors or statistics of that checkpoint are missing, or tensors unexpected."""
-
-    seed: int = 0
-    """Seed of a preset's fresh weights."""
 
     @property
     def world(self) -> WorldConfig:
