@@ -21,31 +21,29 @@ import json
 import os
 import sys
 import time
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import tyro
-from torch import Tensor
 
 import cpu
-from arm import Arm, ArmConfig, load_arm
-from data import load, sample_rng
-from diagnostics import most_attended
+from arm import Arm, load_arm
+from data import load
+from episodes import key_of, read_done, result
 from files import append_json, read_json
-from imagine import Decision, decisions_of, future_plan, save_strips, strips_of_episode
+from imagine import save_strips, strips_of_episode
 from offline import measurable, measure, record, table
-from pool import EnvPool, Observation, SimCrash
+from pool import EnvPool
 from processor import Processor
-from prophet import NEEDS, ROLLOUT_MODES
+from prophet import ROLLOUT_MODES
 from render import setup_gl
+from rollout import Plan, Rollout, seen_latents
 from selection import DataConfig
-from sim import CAMERAS, NUM_INIT_STATES, SUITES, SimConfig, parse_ids
-from source import CHANCE, FLOW, MEMORY, PARTNER, ROLLOUT, Source, chance, memory_noise, stack
+from sim import NUM_INIT_STATES, SUITES, SimConfig, parse_ids
+from source import Source
 from world import latents_for
 
 
@@ -156,24 +154,6 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     )
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The protocol and the starts of an evaluation."""
-
-    sim: SimConfig
-    starts: list[tuple[int, int]]  # (task id, init state)
-    seen: set[tuple[int, int]]  # those that a demonstration of the training data started from
-    n_action_steps: int
-    policy_batch: int
-    dtype: str = "float32"
-
-    def record(self) -> dict:
-        """The protocol, as it is stored with every result."""
-        return self.sim.record() | {
-            "n_action_steps": self.n_action_steps, "policy_batch": self.policy_batch, "dtype": self.dtype,
-        }  # fmt: skip
-
-
 def make_plan(config: EvalConfig, run: dict, arm: Arm) -> Plan:
     """Fill what the command line leaves open from the run's training data.
 
@@ -219,277 +199,6 @@ def make_plan(config: EvalConfig, run: dict, arm: Arm) -> Plan:
         config.policy_batch,
         config.dtype,
     )
-
-
-# ---- one episode --------------------------------------------------------------------------------------
-
-
-def frame_plan(n: int, history: int, stride: int, clip: int = 1) -> list[int]:
-    """Which of a decision's n actions (1-based) end on a frame that some later decision's history reads.
-
-    Decisions fall n steps apart; each reads the frames 0, s, .. (T-1)s steps before it, and for each the clip
-    that ends there.
-    """
-    back = [j * stride + i for j in range(history) for i in range(clip)]
-    reach = range(1, 2 + max(back) // n)
-    wanted = {m * n - b for m in reach for b in back}
-    return [k for k in range(1, n + 1) if k in wanted or k == n]
-
-
-@dataclass
-class Episode:
-    """What a rollout remembers: where it is, the pictures that its past is made of, and its timings."""
-
-    task: int
-    init_state: int
-    mode: str
-    started: float = field(default_factory=time.perf_counter)
-    steps: int = 0
-    decisions: int = 0
-    frames: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # step -> camera -> (3, S, S)
-    physics: float = 0.0
-    drawing: float = 0.0
-    policy: float = 0.0
-    fingerprint: dict[str, list[float]] = field(default_factory=dict)
-    prompt: str = ""
-    retried: bool = False
-    imagined: list[Decision] | None = None  # where its futures are to be drawn
-
-    def see(self, observation: Observation, arm: Arm, keep_history: bool) -> None:
-        """Take in an observation: timings, the first pictures' mean colours, pictures for the history."""
-        before = self.steps
-        self.steps, self.prompt = observation.steps, observation.language
-        self.physics += observation.physics_seconds
-        self.drawing += observation.drawing_seconds
-        if not self.fingerprint:
-            self.fingerprint = {
-                c: f.mean((0, 1)).round(2).tolist() for (_, c), f in observation.frames.items()
-            }
-        if keep_history and (self.imagined is not None or not observation.done):
-            self.remember(observation, arm, before)
-
-    def remember(self, observation: Observation, arm: Arm, before: int) -> None:
-        """Keep the observation's pictures, and drop those that no later decision will read."""
-        config = arm.config
-        for offset in sorted({k for k, _ in observation.frames}):
-            frames = {c: as_images(f)[0] for (k, c), f in observation.frames.items() if k == offset}
-            if all(camera in frames for camera in config.latent_cameras):
-                self.frames[before + offset] = {camera: frames[camera] for camera in config.latent_cameras}
-        if self.imagined is None:
-            reach = (config.history - 1) * config.world_stride + config.world_clip - 1
-            self.frames = {step: f for step, f in self.frames.items() if step >= max(0, self.steps - reach)}
-
-    def clip(self, step: int, config: ArmConfig) -> dict[str, Tensor]:
-        """What a step's latent sees, by camera (m, 3, S, S); before the start the first frame repeats."""
-        steps = [max(0, step - i) for i in reversed(range(config.world_clip))]
-        return {c: torch.stack([self.frames[s][c] for s in steps]) for c in config.latent_cameras}
-
-    def past(self, config: ArmConfig) -> list[dict[str, Tensor]]:
-        """The T clips of the history at the present step; before the start the first frame repeats."""
-        steps = [max(0, self.steps - j * config.world_stride) for j in reversed(range(config.history))]
-        return [self.clip(step, config) for step in steps]
-
-
-def as_images(frame: np.ndarray) -> Tensor:
-    """A picture (S, S, 3) uint8 as a batch of one, (1, 3, S, S)."""
-    return torch.from_numpy(frame).permute(2, 0, 1)[None].contiguous()
-
-
-def histories(arm: Arm, episodes: list[Episode]) -> Tensor:
-    """Encode the episodes' pasts (B, T, D) in one batch, by the very function that made the training cache.
-
-    The batch has one shape whatever an episode has seen so far, so that what else runs changes no bit.
-    """
-    clips = [clip for episode in episodes for clip in episode.past(arm.config)]
-    z = arm.encoder.embed({c: torch.stack([clip[c] for clip in clips]) for c in arm.config.latent_cameras})
-    return z.unflatten(0, (len(episodes), -1))  # (B*T, D) -> (B, T, D)
-
-
-def seen_latents(arm: Arm, episode: Episode) -> dict[int, Tensor]:
-    """Encode all pictures that an episode has kept, by step, one by one; of an encoder of single frames."""
-    return {step: arm.encoder.embed(episode.clip(step, arm.config))[0] for step in episode.frames}
-
-
-# ---- rollouts -----------------------------------------------------------------------------------------
-
-
-class Rollout:
-    """Runs episodes of one mode in a pool of environments, deciding for a fixed number of rows at a time."""
-
-    def __init__(
-        self,
-        arm: Arm,
-        processor: Processor,
-        plan: Plan,
-        mode: str,
-        pool: EnvPool,
-        device: torch.device,
-        imagine: int = 0,
-    ) -> None:
-        self.arm, self.processor, self.mode = arm, processor, mode
-        self.to_draw = imagine if "prophet" in NEEDS.get(mode, ()) else 0  # episodes
-        self.plan, self.pool, self.device = plan, pool, device
-        self.needs = arm.needs(mode)
-        self.keep_history = "z_hist" in self.needs
-        blind = arm.config.blind
-        self.cameras = () if blind else tuple(c for c in arm.policy.config.cameras if c in CAMERAS)
-        self.world_cameras = arm.config.latent_cameras if self.keep_history else ()
-        self.at_decision = tuple(dict.fromkeys((*self.cameras, *self.world_cameras)))
-        self.running: dict[int, Episode] = {}
-        self.waiting: deque[tuple[int, Observation]] = deque()
-
-    def run(self, starts: list[tuple[int, int]]) -> Iterator[tuple[Episode, Observation | None, str | None]]:
-        """Roll out all starts; yields (episode, last observation or None, crash or None) as each ends."""
-        queue = deque(Episode(task, init, self.mode) for task, init in starts)
-        free = list(range(self.pool.num_envs))
-        while queue or self.running:
-            while queue and free:
-                self.begin(free.pop(0), queue.popleft())
-            try:
-                answers = self.pool.ready()
-            except SimCrash as crash:
-                episode = self.running.pop(crash.env)
-                free.append(crash.env)
-                if episode.retried:
-                    yield episode, None, str(crash)
-                else:
-                    again = Episode(episode.task, episode.init_state, self.mode, retried=True)
-                    again.imagined = None if episode.imagined is None else []
-                    queue.appendleft(again)
-                continue
-            for i, observation in answers:
-                self.running[i].see(observation, self.arm, self.keep_history)
-                if observation.done:
-                    free.append(i)
-                    yield self.running.pop(i), observation, None
-                else:
-                    self.waiting.append((i, observation))
-            while self.waiting:
-                rows = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.plan.policy_batch))]
-                self.decide(rows)
-
-    def begin(self, i: int, episode: Episode) -> None:
-        self.running[i] = episode
-        if self.to_draw > 0 and not episode.retried:
-            episode.imagined, self.to_draw = [], self.to_draw - 1
-        episode.started = time.perf_counter()
-        self.pool.reset(i, episode.task, episode.init_state, cameras=self.at_decision)
-
-    def decide(self, rows: list[tuple[int, Observation]]) -> None:
-        """Compute a chunk a row and send its first actions off; rows are padded with the first."""
-        started = time.perf_counter()
-        padded = rows + [rows[0]] * (self.plan.policy_batch - len(rows))
-        episodes = [self.running[i] for i, _ in padded]
-        batch = {
-            "observation.state": torch.from_numpy(np.stack([o.state for _, o in padded])),
-            "task": [o.language for _, o in padded],
-        }
-        for camera in self.cameras:
-            batch[camera] = torch.cat([as_images(latest(o, camera)) for _, o in padded])
-        batch = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        inputs = self.processor(self.arm.blindfold(batch))
-        noise, world = self.draw(episodes)
-        if self.keep_history:
-            world["z_hist"] = histories(self.arm, episodes).to(self.device)
-        best = most_attended(self.arm, inputs, world, noise) if self.mode == "best1" else None
-        chunk = self.arm.act(inputs, noise, self.mode, world, best)
-        actions = self.processor.unnormalise(chunk).clamp(-1, 1).cpu().numpy()
-        actions[..., 6] = np.where(actions[..., 6] > 0, 1.0, -1.0)  # of the gripper's only the sign counts
-        seconds = (time.perf_counter() - started) / len(rows)
-        if any(e.imagined is not None for e in episodes):
-            at = [e.steps for e in episodes]
-            made = decisions_of(self.arm, inputs, world, noise, self.mode, at)
-            for episode, decision in zip(episodes[: len(rows)], made, strict=False):
-                if episode.imagined is not None:
-                    episode.imagined.append(decision)
-        for (i, _), row in zip(rows, actions, strict=False):
-            self.running[i].policy += seconds
-            self.running[i].decisions += 1
-            self.send(i, row)
-
-    def send(self, i: int, actions: np.ndarray) -> None:
-        """Execute a chunk's first actions, drawing only what the next decisions will look at."""
-        n, config = self.plan.n_action_steps, self.arm.config
-        frames = [(n, camera) for camera in self.at_decision]
-        if self.keep_history:
-            steps = frame_plan(n, config.history, config.world_stride, config.world_clip)
-            if self.running[i].imagined is not None:
-                steps = {*steps, *future_plan(n, config.future, config.world_stride)}
-            frames += [(k, camera) for k in sorted(steps) if k < n for camera in self.world_cameras]
-        self.pool.run(i, actions[:n], frames)
-
-    def draw(self, episodes: list[Episode]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Draw flow noise (B, C, A_max), the same for every arm and mode, and what of memory is random."""
-        policy, config, seed = self.arm.policy.config, self.arm.config, self.plan.sim.seed
-        keys = [(SUITES.index(self.plan.sim.suite), e.task, e.init_state, e.decisions) for e in episodes]
-        rng = lambda what, *key: sample_rng(seed, ROLLOUT + what, *key)  # noqa: E731
-        shape = (policy.chunk_size, policy.max_action_dim)
-        flow = [rng(FLOW, *key).standard_normal(shape, np.float32) for key in keys]
-        world = {}
-        many = range(config.num_hypotheses)
-        if "noise" in self.needs:
-            rows = (memory_noise(config, [rng(MEMORY, *key, n) for n in many]) for key in keys)
-            world["noise"] = stack(rows).to(self.device)  # (B, N*K, D)
-        if "chance" in self.needs:  # without the decision: a hypothesis stays what it is for an episode
-            rows = (chance(config, [rng(CHANCE, *key[:-1], n) for n in many]) for key in keys)
-            world["chance"] = stack(rows).to(self.device)  # (B, N, ., h)
-        if "z_partner" in self.needs:
-            chosen = [int(rng(PARTNER, *key).integers(len(self.arm.partners))) for key in keys]
-            world["z_partner"] = self.arm.partners[chosen]  # (B, T, D)
-        return torch.from_numpy(np.stack(flow)).to(self.device), world
-
-
-def latest(observation: Observation, camera: str) -> np.ndarray:
-    """The newest frame of a camera in an observation."""
-    return observation.frames[max((k, c) for k, c in observation.frames if c == camera)]
-
-
-# ---- results ------------------------------------------------------------------------------------------
-
-
-def read_done(path: Path) -> set[str]:
-    """Keys of the episodes that a file holds; a last line cut off by a kill is removed from it."""
-    if not path.is_file():
-        return set()
-    lines = path.read_text().splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-        path.write_text("".join(lines))
-    try:
-        return {key_of(json.loads(line)) for line in lines}
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{path} holds a line that is no episode ({error}): mend or remove it") from error
-
-
-def key_of(line: dict) -> str:
-    """What tells one episode of a run from another."""
-    return json.dumps(
-        [line[k] for k in ("checkpoint", "memory", "task_id", "init_state", "protocol")], sort_keys=True
-    )
-
-
-def result(plan: Plan, shared: dict, episode: Episode, last: Observation | None, crash: str | None) -> dict:
-    """One episode's line; shared holds what all lines of a mode have in common."""
-    return {
-        "suite": plan.sim.suite,
-        "task_id": episode.task,
-        "task": episode.prompt,
-        "init_state": episode.init_state,
-        "seen_in_training": (episode.task, episode.init_state) in plan.seen,
-        "success": None if last is None else last.success,
-        "crash": crash,
-        "steps": episode.steps,
-        "decisions": episode.decisions,
-        "final_state": None if last is None else [round(float(x), 6) for x in last.state],
-        "seed": plan.sim.seed,
-        "prompt": episode.prompt,
-        "seconds": round(time.perf_counter() - episode.started, 3),
-        "physics_seconds": round(episode.physics, 3),
-        "drawing_seconds": round(episode.drawing, 3),
-        "policy_seconds": round(episode.policy, 3),
-        "render_fingerprint": episode.fingerprint,
-        **shared,
-    }
 
 
 def check_simulator() -> None:

@@ -30,10 +30,11 @@ from arm import Arm, ArmConfig, Summary, load_arm, save_arm
 from blocks import MARKS, part_of
 from data import load
 from encoders import WorldConfig, WorldStats, open_backbone, resolved
-from eval import Episode, EvalConfig, Rollout, frame_plan, histories, make_plan
+from eval import EvalConfig, make_plan
 from eval import main as evaluate
 from libero_hdf5 import CAMERAS
 from pool import Observation
+from rollout import Episode, Rollout, frame_plan, histories
 from runs import open_run
 from train import TrainConfig
 from world import ENCODER, ROWS, SIDECAR, Config, prepare, write

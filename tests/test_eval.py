@@ -16,18 +16,9 @@ from hypothesis import strategies as st
 from test_arm import processor
 
 from arm import save_arm
-from eval import (
-    Episode,
-    EvalConfig,
-    Rollout,
-    find_checkpoint,
-    frame_plan,
-    key_of,
-    make_fast,
-    make_plan,
-    newest_run,
-    read_done,
-)  # fmt: skip
+from episodes import key_of, read_done
+from eval import EvalConfig, find_checkpoint, make_fast, make_plan, newest_run
+from rollout import Episode, Rollout, frame_plan
 from sim import NUM_INIT_STATES, parse_ids
 
 ROOT = Path(__file__).parent.parent
