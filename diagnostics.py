@@ -314,20 +314,43 @@ def attention_mass(
     (B, C, A_max), or the noisy actions at another flow time (B,); mode, by default the arm's own.
     Returns None where there is no memory: for an arm without sites, and in mode `off`.
     """
-    memory = None
-    if arm.policy.fusion is not None:
-        memory = arm.memory(mode or arm.config.mode, arm.like(noise), world)
-    return None if memory is None else memory_mass(arm, inputs, memory, noise, time)
+    shares = rows_attended(arm, inputs, world, noise, mode, time=time)
+    return None if shares is None else shares.sum(-1)  # (B, N, K) -> (B, N)
 
 
 @torch.no_grad()
-def memory_mass(arm: Arm, inputs: dict, memory: Memory, noise: Tensor, time: Tensor | None = None) -> Tensor:
-    """Measure what `attention_mass` does for a memory that is there already.
+def rows_attended(
+    arm: Arm,
+    inputs: dict,
+    world: dict[str, Tensor],
+    noise: Tensor,
+    mode: str | None = None,
+    best: Tensor | None = None,
+    time: Tensor | None = None,
+) -> Tensor | None:
+    """Measure each imagined step's share (B, N, K) of the attention to memory, as `attention_mass` does.
 
-    Sums over a hypothesis' steps; averages over queries without padding, heads and sites, closed ones too.
-    A sample without a finite memory row has no shares: NaN.
+    best (B,): the hypothesis that the intervention `best1` keeps.
     """
-    sites, steps = arm.policy.fusion.sites, arm.config.future
+    memory = None
+    if arm.policy.fusion is not None:
+        memory = arm.memory(mode or arm.config.mode, arm.like(noise), world, best=best)
+    return None if memory is None else row_mass(arm, inputs, memory, noise, time)
+
+
+def memory_mass(arm: Arm, inputs: dict, memory: Memory, noise: Tensor, time: Tensor | None = None) -> Tensor:
+    """Measure what `attention_mass` does for a memory that is there already."""
+    return row_mass(arm, inputs, memory, noise, time).sum(-1)  # (B, N, K) -> (B, N)
+
+
+@torch.no_grad()
+def row_mass(arm: Arm, inputs: dict, memory: Memory, noise: Tensor, time: Tensor | None = None) -> Tensor:
+    """Measure the share of attention that each row of a memory gets, (B, N, K), at the first denoising step.
+
+    Averages over queries without padding, heads and sites, closed ones too; a row that no prefix token holds
+    gets none. A sample without a finite memory row has no shares: NaN.
+    """
+    sites, count = arm.policy.fusion.sites, memory.rows.shape[1]
     # Not `fusion.prepare`, which leaves closed sites out where no gradient is wanted.
     cache = {name: site.prepare(memory) for name, site in sites.items()}
     time = noise.new_ones(len(noise)) if time is None else time
@@ -339,12 +362,13 @@ def memory_mass(arm: Arm, inputs: dict, memory: Memory, noise: Tensor, time: Ten
             (p, _), rows = token_attention(calls[name], len(site.rows)), site.rows
         else:
             [(_, (h, prepared))] = calls[name]
-            (p, _), rows = site_attention(site, h, prepared), range(memory.rows.shape[1])
-        shares = group_mass(p, [row // steps for row in rows]).mean(1)  # (B, H, L, M) -> (B, L, N)
-        kept = mask if name == "prefix_cross" else mask.new_ones(shares.shape[:2])
-        shares = torch.where(kept[..., None], shares, 0.0).sum(1) / kept.sum(1, keepdim=True)  # -> (B, N)
+            (p, _), rows = site_attention(site, h, prepared), range(count)
+        p = p.mean(1)  # (B, H, L, M) -> (B, L, M)
+        kept = mask if name == "prefix_cross" else mask.new_ones(p.shape[:2])
+        p = torch.where(kept[..., None], p, 0.0).sum(1) / kept.sum(1, keepdim=True)  # -> (B, M)
+        shares = p.new_zeros(len(p), count).index_add(1, torch.tensor([*rows], device=p.device), p)
         found.append(torch.where(cache[name].finite.any(1, keepdim=True), shares, torch.nan))
-    return torch.stack(found).mean(0)
+    return torch.stack(found).mean(0).unflatten(1, (-1, arm.config.future))  # (B, N*K) -> (B, N, K)
 
 
 def most_attended(arm: Arm, inputs: dict, world: dict[str, Tensor], noise: Tensor) -> Tensor:

@@ -1,16 +1,17 @@
 """Roll a checkpoint out in LIBERO, under one or more memory modes, one JSON line an episode.
 
 Every arm and mode meets the same starts with the same flow noise, keyed by (eval seed, task, init state,
-decision), so that results pair up. Lines are appended to RUN/episodes.jsonl as episodes end; an evaluation
-that is killed goes on where it stopped. A simulator crash is retried once in a fresh process, then recorded
-as a crash: neither success nor failure.
+decision), so that results pair up; they do not depend on how many environments or ranks share the work.
+Lines are appended to RUN/episodes.jsonl as episodes end; an evaluation that is killed goes on where it
+stopped. A simulator that crashes or hangs is retried once in a fresh process, then recorded as a crash:
+neither success nor failure.
 
     python eval.py                             # the newest run, its own memory mode, unseen init states
-    python eval.py runs/demo/E2-s0 --memory pred off zero --episodes-per-task 40
+    python eval.py runs/demo/E2-s0 --memory pred off zero --video
+    python eval.py HuggingFaceVLA/smolvla_libero --revision COMMIT --suite spatial object goal 10
+    torchrun --nproc-per-node 8 eval.py runs/study/E2-s0 --suite spatial --num-envs 4
     python eval.py runs/demo/E2-s0 --offline data/other     # action loss under every mode, no simulator
     python eval.py --help
-
-Shapes: B batch (fixed, padded), C chunk, A action, T history, K future, D latent width, S picture side.
 """
 
 from __future__ import annotations
@@ -22,27 +23,35 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 
 import cpu
 from arm import Arm, load_arm
 from data import load
-from episodes import key_of, read_done, result
+from episodes import gather, key_of, own_file, read_all, result
 from files import append_json, read_json
+from film import film_name, save_film
 from imagine import save_strips, strips_of_episode
 from offline import measurable, measure, record, table
+from plan import Plan, Target, find_target, make_plans, open_out
 from pool import EnvPool
 from processor import Processor
 from prophet import ROLLOUT_MODES
 from render import setup_gl
-from rollout import Plan, Rollout, seen_latents
+from rollout import Rollout, seen_latents
 from selection import DataConfig
-from sim import NUM_INIT_STATES, SUITES, SimConfig, parse_ids
+from sim import (
+    CONTROL_HZ,
+    STEP_LIMITS,
+    check_suite,
+)
 from source import Source
 from world import latents_for
 
@@ -51,8 +60,15 @@ from world import latents_for
 class EvalConfig:
     """Roll out a checkpoint."""
 
-    checkpoint: Annotated[Path | None, tyro.conf.Positional] = None
-    """Run folder or checkpoint folder; default: the newest run under runs/."""
+    checkpoint: Annotated[str | None, tyro.conf.Positional] = None
+    """Run folder, checkpoint folder (lerobot's too), or hub id; default: the newest run under runs/."""
+
+    revision: str | None = None
+    """Revision of the hub id, to pin it."""
+
+    out: Path | None = None
+    """Folder that gets episodes.jsonl; default: the run folder, or runs/eval/NAME for a checkpoint without
+    one."""
 
     memory: tuple[str, ...] = ()
     """Memory modes (prophet.py) to roll out, one after the other, or interventions on a bank: best1, mean1,
@@ -61,18 +77,25 @@ class EvalConfig:
     imagine: int = 0
     """Episodes of each mode whose imagined futures are drawn, a filmstrip a decision, into RUN/imagined/."""
 
+    video: bool = False
+    """Film the first success and the first failure of each task and mode into RUN/videos/, by running them
+    once more; works on an evaluation that is finished, too."""
+
+    video_fps: float = 10.0
+    """Pictures a second of a film, at most 20."""
+
     offline: Path | None = None
     """Demonstrations to measure the action loss on, instead of rolling out: those episodes of the run's own
     data that it held out, or all of other data. Default modes then: all that the arm can have."""
 
-    suite: str | None = None
-    """LIBERO suite; default: the training data's."""
+    suite: tuple[str, ...] = ()
+    """LIBERO suites, one after the other: spatial, object, goal, 10, 90; default: the training data's."""
 
     task_ids: tuple[int, ...] = ()
-    """Tasks of the suite; default: the training data's."""
+    """Tasks of each suite; default: those of the training data, all where it has none of that suite."""
 
-    episodes_per_task: int = 40
-    """Episodes a task and mode."""
+    episodes_per_task: int | None = None
+    """Episodes a task and mode; default: all init states that no demonstration started from."""
 
     init_states: str | None = None
     """Init states, such as 10-49 or 0,3,7; default: those that no demonstration started from."""
@@ -92,8 +115,8 @@ class EvalConfig:
     n_action_steps: int | None = None
     """Actions executed of each chunk; default: the checkpoint's."""
 
-    max_steps: int | None = None
-    """Step limit of an episode; default: the suite's."""
+    max_steps: str = "lerobot"
+    """Step limit of an episode: a number, or whose protocol: lerobot, openpi (220 on spatial)."""
 
     world_model: str | None = None
     """Folder or hub id of the world encoder's model; default: the one that it was trained with."""
@@ -110,8 +133,15 @@ class EvalConfig:
     seed: int = 7
     """Seed of the environments and of the policy's noise."""
 
-    num_envs: int = max(1, os.cpu_count() or 1)
-    """Environments, each in its own process; results do not depend on it."""
+    num_envs: int | None = None
+    """Environments of each rank, each in its own process; default: a core each. Results do not depend on
+    it."""
+
+    hang_after: float = 300.0
+    """Seconds without an answer after which a simulator is taken for hung, and ended."""
+
+    retry_crashes: bool = False
+    """Run episodes again that an earlier evaluation recorded as crashes."""
 
     policy_batch: int = 1
     """Rows of every policy call, padded: part of the protocol, since it can change a float's last bits."""
@@ -128,77 +158,28 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if self.imagine < 0:
             raise ValueError(f"--imagine {self.imagine} must be 0 or more episodes")
-
-
-# ---- what to roll out ---------------------------------------------------------------------------------
-
-
-def newest_run(root: Path) -> Path:
-    """Find the run folder under `root` whose checkpoint was written last."""
-    links = sorted(root.glob("**/last"), key=lambda p: p.stat().st_mtime)
-    if not links:
-        raise ValueError(
-            f"no run under {root}/: train one with `python train.py`, or name a checkpoint folder"
-        )
-    return links[-1].parent
-
-
-def find_checkpoint(path: Path) -> tuple[Path, Path]:
-    """Give (run folder, checkpoint folder) of a run folder or of a checkpoint folder."""
-    if (path / "last").is_dir():
-        return path, (path / "last").resolve()
-    if (path / "model.safetensors").is_file():
-        return path.resolve().parent, path.resolve()
-    raise ValueError(
-        f"{path} is neither a run folder (with `last`) nor a checkpoint folder (with model.safetensors)"
-    )
-
-
-def make_plan(config: EvalConfig, run: dict, arm: Arm) -> Plan:
-    """Fill what the command line leaves open from the run's training data.
-
-    Raises ValueError where neither says a suite, or there are not enough init states.
-    """
-    data = run.get("data_provenance") or []
-    suite = config.suite or next((d["suite"] for d in data), None)
-    if suite is None:
-        raise ValueError(
-            f"--suite is needed: the run does not say what it was trained on; choose from {', '.join(SUITES)}"
-        )
-    mine = {d["task_id"]: d for d in data if d["suite"] == suite}
-    tasks = config.task_ids or tuple(sorted(mine))
-    if not tasks:
-        raise ValueError(f"--task-ids is needed: the run was not trained on {suite}")
-    first = next(iter(mine.values()), {})
-    chosen = {
-        name: getattr(config, name) if getattr(config, name) is not None else first[name]
-        for name in ("displace", "draw", "reset", "size")
-        if getattr(config, name) is not None or name in first
-    }
-    sim = SimConfig(suite=suite, seed=config.seed, max_steps=config.max_steps, **chosen)
-    starts, seen = [], set()
-    for task in tasks:
-        used = set(mine.get(task, {}).get("init_state_ids", ()))
-        ids = (
-            parse_ids(config.init_states, "--init-states", NUM_INIT_STATES)
-            if config.init_states is not None
-            else [i for i in range(NUM_INIT_STATES) if i not in used]
-        )
-        if len(ids) < config.episodes_per_task:
+        if not 1 <= self.video_fps <= CONTROL_HZ:
+            raise ValueError(f"--video-fps {self.video_fps:g} must lie in 1..{CONTROL_HZ}")
+        for flag in ("episodes_per_task", "num_envs", "n_action_steps", "policy_batch", "threads"):
+            value = getattr(self, flag)
+            if value is not None and value < 1:
+                raise ValueError(f"--{flag.replace('_', '-')} {value} must be at least 1")
+        if self.max_steps not in STEP_LIMITS and not self.max_steps.isdecimal():
             raise ValueError(
-                f"--episodes-per-task {config.episodes_per_task}: task {task} has only {len(ids)} left "
-                f"({len(used)} are the demonstrations'); ask for fewer, or name --init-states"
+                f"--max-steps {self.max_steps} is no limit: give a number, or {' or '.join(STEP_LIMITS)}"
             )
-        starts += [(task, i) for i in ids[: config.episodes_per_task]]
-        seen |= {(task, i) for i in used}
-    return Plan(
-        sim,
-        starts,
-        seen,
-        config.n_action_steps or arm.policy.config.n_action_steps,
-        config.policy_batch,
-        config.dtype,
-    )
+        for suite in self.suites:
+            check_suite(suite)
+
+    @property
+    def suites(self) -> tuple[str, ...]:
+        """The suites' full names."""
+        return tuple(s if s.startswith("libero_") else f"libero_{s}" for s in self.suite)
+
+    def step_limit(self, suite: str) -> int:
+        """Steps after which an episode of a suite counts as failed."""
+        limits = STEP_LIMITS.get(self.max_steps)
+        return int(self.max_steps) if limits is None else limits[suite]
 
 
 def check_simulator() -> None:
@@ -225,50 +206,87 @@ def make_fast(config: EvalConfig, arm: Arm, processor: Processor, device: torch.
         cpu.speed_up(arm, arm.policy.dtype)
 
 
+def join_ranks() -> tuple[int, int]:
+    """Join torchrun's processes where there are any: this one's rank and how many there are.
+
+    Ranks wait for one another only before the first episode and after the last, for as long as it takes.
+    """
+    if "RANK" not in os.environ:
+        return 0, 1
+    dist.init_process_group("gloo", timeout=timedelta(days=30))
+    return dist.get_rank(), dist.get_world_size()
+
+
+def wait_for_ranks() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def main(config: EvalConfig) -> None:
     """Roll out every mode on every start that has no line yet."""
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.offline is None:
         check_simulator()
-    run_folder, folder = find_checkpoint(config.checkpoint or newest_run(Path("runs")))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rank, ranks = join_ranks()
+    target = find_target(config)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % max(1, torch.cuda.device_count()))
+    device = device if torch.cuda.is_available() else torch.device("cpu")
     how = {name: getattr(config, name) for name in ("vlm", "stats_of", "allow_missing")}
-    arm, processor = load_arm(folder, config.world_model, **how)
+    arm, processor = load_arm(target.folder, config.world_model, **how)
     arm.to(device).eval().requires_grad_(False)
     if arm.encoder is not None:
         arm.encoder.to(device)
     make_fast(config, arm, processor, device)
-    run = read_json(run_folder / "config.json") if (run_folder / "config.json").is_file() else {}
     if config.offline is not None:
-        evaluate_offline(config, arm, processor, run, run_folder, folder)
+        evaluate_offline(config, arm, processor, target)
         return
     if config.imagine and arm.encoder is not None and not hasattr(arm.encoder, "decode"):
         raise ValueError(
             f"--imagine {config.imagine}: latents of {arm.config.world_encoder} cannot be turned into "
             "pictures; leave it out, or train with --world-encoder pca"
         )
-    plan = make_plan(config, run, arm)
+    plans = make_plans(config, target.run, arm)
     modes = config.memory or (arm.config.mode,)
     for mode in modes:
         arm.needs(mode)
-    print(f"checkpoint {folder}, memory {' '.join(modes)} of {' '.join(ROLLOUT_MODES)}")
-    print(f"protocol {json.dumps(plan.record())}")
-    overlap = sum(start in plan.seen for start in plan.starts)
-    if overlap:
-        print(f"warning: demonstrations started from {overlap} of the {len(plan.starts)} init states")
-    path = run_folder / "episodes.jsonl"
-    with EnvPool(config.num_envs, plan.sim) as pool:
-        for mode in modes:
-            rollout = Rollout(arm, processor, plan, mode, pool, device, config.imagine)
-            evaluate(rollout, folder.name, path)
+    path = target.out / "episodes.jsonl"
+    if rank == 0:
+        introduce(target, plans, modes)
+        open_out(target, arm)
+        gather(path, config.retry_crashes)
+    wait_for_ranks()
+    done = read_all(path)
+    wait_for_ranks()  # before anybody writes
+    work = Work(target, path, rank, ranks, config.imagine)
+    num_envs = config.num_envs or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    for plan in plans:
+        with EnvPool(num_envs, plan.sim, config.hang_after) as pool:
+            for mode in modes:
+                rollout = Rollout(arm, processor, plan, mode, pool, device)
+                evaluate(rollout, work, done)
+            wait_for_ranks()
+            if config.video:
+                for mode in modes:
+                    film(Rollout(arm, processor, plan, mode, pool, device), work, config.video_fps)
+    wait_for_ranks()
+    if rank == 0:
+        gather(path)
 
 
-def evaluate_offline(
-    config: EvalConfig, arm: Arm, processor: Processor, run: dict, run_folder: Path, folder: Path
-) -> None:
+def introduce(target: Target, plans: list[Plan], modes: tuple[str, ...]) -> None:
+    """Print what is about to run."""
+    print(f"checkpoint {target.folder}, memory {' '.join(modes)} of {' '.join(ROLLOUT_MODES)}")
+    for plan in plans:
+        print(f"protocol {json.dumps(plan.record())}")
+        overlap = sum(start in plan.seen for start in plan.starts)
+        if overlap:
+            print(f"warning: demonstrations started from {overlap} of the {len(plan.starts)} init states")
+
+
+def evaluate_offline(config: EvalConfig, arm: Arm, processor: Processor, target: Target) -> None:
     """Print the action loss of held-out episodes under each mode, and append it to offline.jsonl."""
-    modes = list(config.memory) or measurable(arm)
+    run, modes = target.run, list(config.memory) or measurable(arm)
     for mode in modes:
         arm.needs(mode, rollout=False)
     options = None
@@ -281,49 +299,114 @@ def evaluate_offline(
         episodes = np.array(run.get("held_out", []), np.int64)
         if not len(episodes):
             raise ValueError(
-                f"--offline {config.offline}: {run_folder} was trained on all episodes of it; record others, "
+                f"--offline {config.offline}: {target.out} was trained on all episodes of it; record others, "
                 "or train with --val-every, which holds some out"
             )
     latents = None if arm.encoder is None else latents_for(config.offline, arm.encoder, demos)
     source = Source(arm, processor, demos, latents, arm.scale.device, seed=0)
     found = measure(source, episodes, modes)
-    print(f"checkpoint {folder}, data {config.offline}\n{table(found)}")
-    line = {"checkpoint": folder.name, "data": str(config.offline), "fingerprint": demos.fingerprint}
-    append_json(run_folder / "offline.jsonl", line | record(found))
+    print(f"checkpoint {target.folder}, data {config.offline}\n{table(found)}")
+    open_out(target, arm)
+    line = {"checkpoint": target.name, "data": str(config.offline), "fingerprint": demos.fingerprint}
+    append_json(target.out / "offline.jsonl", line | record(found))
 
 
-def evaluate(rollout: Rollout, checkpoint: str, path: Path) -> None:
-    """Roll out one mode's missing episodes, appending a line each, and print how it went."""
-    plan, mode = rollout.plan, rollout.mode
-    done = read_done(path)
-    shared = {"checkpoint": checkpoint, "memory": mode, "protocol": plan.record()}
+@dataclass
+class Work:
+    """This rank's part of an evaluation."""
+
+    target: Target
+    path: Path  # episodes.jsonl
+    rank: int
+    ranks: int
+    imagine: int  # episodes of each mode whose futures are drawn
+
+    def share(self, starts: list) -> list:
+        """This rank's part: neighbours stay together, since an environment is built anew for each task."""
+        bounds = [len(starts) * i // self.ranks for i in (self.rank, self.rank + 1)]
+        return starts[slice(*bounds)]
+
+    def shared(self, rollout: Rollout) -> dict:
+        """What all lines of a mode have in common."""
+        state = self.target.folder / "state.json"
+        samples = {"samples": read_json(state)["samples"]} if state.is_file() else {}
+        common = {"checkpoint": self.target.name, **samples, "memory": rollout.mode}
+        return common | {"protocol": rollout.plan.record()}
+
+
+def evaluate(rollout: Rollout, work: Work, done: dict[str, dict]) -> None:
+    """Roll out this rank's share of one mode's missing episodes, a line each, and print how it goes."""
+    plan, mode, shared = rollout.plan, rollout.mode, work.shared(rollout)
     starts = [s for s in plan.starts if key_of(shared | {"task_id": s[0], "init_state": s[1]}) not in done]
-    if len(starts) < len(plan.starts):
+    if work.rank == 0 and len(starts) < len(plan.starts):
         print(f"memory {mode}: {len(plan.starts) - len(starts)} of {len(plan.starts)} episodes are there")
-    if rollout.to_draw and not starts:
+    if work.rank == 0 and work.imagine and not starts:
         print(f"memory {mode}: nothing to imagine, all episodes are there; ask for others (--init-states)")
+    starts = work.share(starts)
     clock, lines = time.perf_counter(), []
-    for episode, last, crash in rollout.run(starts):
+    for episode, last, crash in rollout.run(starts, imagine=work.imagine if work.rank == 0 else 0):
         lines.append(result(plan, shared, episode, last, crash))
         if episode.imagined:
-            name = f"{checkpoint}-{mode}-{plan.sim.suite}-task{episode.task}-init{episode.init_state}"
+            name = f"{work.target.name}-{mode}-{plan.sim.suite}-task{episode.task}-init{episode.init_state}"
             strips = strips_of_episode(rollout.arm, episode.imagined, seen_latents(rollout.arm, episode))
-            save_strips(path.parent / "imagined", name, strips)
-        append_json(path, lines[-1])
-        wins, crashes = sum(bool(r["success"]) for r in lines), sum(r["crash"] is not None for r in lines)
-        each = (time.perf_counter() - clock) / len(lines)
-        verdict = "crash" if last is None else "success" if last.success else "failure"
-        left = each * (len(starts) - len(lines))
-        print(
-            f"memory {mode:8s} task {episode.task:2d} init {episode.init_state:2d}  "
-            f"{verdict:7s}  {episode.steps:3d} steps  "
-            f"{wins:3d}/{len(lines) - crashes:<3d}  {each:4.1f} s an episode  {left:5.0f} s left",
-            flush=True,
-        )
+            save_strips(work.path.parent / "imagined", name, strips)
+        append_json(own_file(work.path, work.rank), lines[-1])
+        tell(lines, len(starts), (time.perf_counter() - clock) / len(lines), work)
+
+
+def tell(lines: list[dict], planned: int, each: float, work: Work) -> None:
+    """Print how the last of a rank's episodes ended, and how many are left of those planned."""
+    line = lines[-1]
+    wins, crashes = sum(bool(r["success"]) for r in lines), sum(r["crash"] is not None for r in lines)
+    verdict = "crash" if line["crash"] else "success" if line["success"] else "failure"
+    by = f"rank {work.rank}  " if work.ranks > 1 else ""
+    what = (
+        f"{line['suite']} memory {line['memory']:8s} task {line['task_id']:2d} init {line['init_state']:2d}"
+    )
+    rate = f"{each:4.1f} s an episode  {each * (planned - len(lines)):5.0f} s left"
+    score = f"{wins:3d}/{len(lines) - crashes:<3d}"
+    print(f"{by}{what}  {verdict:7s}  {line['steps']:3d} steps  {score}  {rate}", flush=True)
+    if line["crash"]:
+        print(f"  {line['crash']}", flush=True)
+
+
+def film(rollout: Rollout, work: Work, rate: float) -> None:
+    """Run the episodes that are worth a film again, drawn throughout; say so where one does not repeat."""
+    plan, mode = rollout.plan, rollout.mode
+    wanted, shared = {}, work.shared(rollout)
+    found = read_all(work.path)
+    lines = [found.get(key_of(shared | {"task_id": t, "init_state": i})) for t, i in plan.starts]
+    for line in filter(None, lines):
+        if not line["crash"]:
+            wanted.setdefault((line["task_id"], line["success"]), line)  # the first of each
+    todo = {}
+    for line in work.share(list(wanted.values())):
+        task, init = line["task_id"], line["init_state"]
+        name = film_name(work.target.name, mode, plan.sim.suite, task, init, line["success"])
+        path = work.path.parent / "videos" / f"{name}.mp4"
+        if not path.is_file():
+            todo[task, init] = (path, line)
+    for episode, last, crash in rollout.run(list(todo), film=rate):
+        path, line = todo[episode.task, episode.init_state]
+        if crash is not None:
+            print(f"warning: no film {path.name}: {crash}")
+            continue
+        save_film(path, episode.film, episode.prompt, f"{work.target.out.name}, memory {mode}", last.success)
+        print(f"film {path}", flush=True)
+        again = result(plan, shared, episode, last, crash)
+        if differing := [k for k in ("success", "steps", "final_state") if again[k] != line[k]]:
+            print(
+                f"warning: {path.name} does not repeat its episode: {differing[0]} was {line[differing[0]]}, "
+                f"now {again[differing[0]]}; this machine's results depend on chance"
+            )
 
 
 if __name__ == "__main__":
+    rank0 = os.environ.get("RANK", "0") == "0"
     try:
-        main(tyro.cli(EvalConfig))
+        main(tyro.cli(EvalConfig, console_outputs=rank0))
     except ValueError as error:
         sys.exit(f"error: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,7 +1,8 @@
 """LIBERO in processes of its own: a pool of environments that answer when they are ready.
 
 Calls return at once and `ready` collects what is there, so that a policy computes while simulators run. A
-simulator that raises or dies costs its own episode alone; the next reset gives that slot a fresh process.
+simulator that raises, dies or hangs costs its own episode alone; the next reset gives that slot a fresh
+process.
 
     pytest -m '' tests/test_pool.py
 
@@ -37,7 +38,7 @@ from sim import (
 
 
 class SimCrash(RuntimeError):
-    """A simulator that raised or died: neither failure nor success. `env` is its number in the pool."""
+    """A simulator that raised, died or hung: neither failure nor success. `env` is its number in the pool."""
 
     def __init__(self, message: str, env: int) -> None:
         super().__init__(message)
@@ -49,7 +50,7 @@ class Observation:
     """What a policy gets after a reset or after a run of actions."""
 
     state: np.ndarray  # (8,) float32
-    # (offset, camera key) -> (size, size, 3) uint8; none after the end
+    # (offset, camera key) -> (size, size, 3) uint8; after the end only what `last` asked for
     frames: dict[tuple[int, str], np.ndarray]
     success: bool
     done: bool  # solved, or out of steps
@@ -60,17 +61,22 @@ class Observation:
 
 
 class EnvPool:
-    """`num_envs` environments, one process each; calls return at once and `ready` collects the answers."""
+    """`num_envs` environments, one process each; calls return at once and `ready` collects the answers.
 
-    def __init__(self, num_envs: int, config: SimConfig) -> None:
+    One that gives no answer for `hang_after` seconds is taken for hung, and ended.
+    """
+
+    def __init__(self, num_envs: int, config: SimConfig, hang_after: float = 300.0) -> None:
         if num_envs < 1:
             raise ValueError(
                 f"number of environments must be at least 1, got {num_envs}: pass --num-envs 1 or more"
             )
-        self.num_envs, self.config = num_envs, config
+        if not hang_after > 0:
+            raise ValueError(f"--hang-after must be more than 0 seconds, got {hang_after}")
+        self.num_envs, self.config, self.hang_after = num_envs, config, hang_after
         self._workers: list[tuple[Any, Any] | None] = [None] * num_envs  # (process, connection)
         self._episodes = [(-1, -1)] * num_envs  # (task id, init state)
-        self._busy: set[int] = set()
+        self._busy: dict[int, float] = {}  # environment -> when it is taken for hung
         self._crashes: list[SimCrash] = []
 
     def reset(
@@ -89,10 +95,17 @@ class EnvPool:
         self._episodes[i] = (task_id, init_state)
         self._send(i, ("reset", task_id, init_state, draw, tuple(cameras)))
 
-    def run(self, i: int, actions: np.ndarray, frames: Sequence[tuple[int, str]] = ()) -> None:
+    def run(
+        self,
+        i: int,
+        actions: np.ndarray,
+        frames: Sequence[tuple[int, str]] = (),
+        last: Sequence[str] = (),
+    ) -> None:
         """Execute actions (n, 7) in environment i, up to the episode's end.
 
         frames: pairs (k, camera) to draw after action k (1-based), unless the episode is over by then.
+        last: cameras to draw where the episode ends.
         """
         actions = np.asarray(actions, dtype=np.float64)
         assert actions.ndim == 2 and actions.shape[1] == 7, f"actions must be (n, 7), got {actions.shape}"
@@ -100,20 +113,19 @@ class EnvPool:
             f"frames {frames} lie outside 1..{len(actions)}"
         )
         assert i not in self._busy and self._workers[i] is not None, "reset this environment first"
-        _check_cameras([camera for _, camera in frames])
-        self._send(i, ("run", actions, tuple(frames)))
+        _check_cameras([*(camera for _, camera in frames), *last])
+        self._send(i, ("run", actions, tuple(frames), tuple(last)))
 
     def ready(self, timeout: float | None = None) -> list[tuple[int, Observation]]:
         """Return the answers that are there, waiting up to `timeout` seconds (None: for ever) for the first.
 
-        Raises SimCrash for an environment that raised or died; the others' answers come with the next call.
+        Raises SimCrash for an environment that raised, died or hung; the others' answers come with the next
+        call.
         """
         if self._crashes:
             raise self._crashes.pop(0)
-        connections = {self._workers[i][1]: i for i in self._busy}
         answers = []
-        for connection in wait(list(connections), timeout) if connections else []:
-            i = connections[connection]
+        for i in self._answered(timeout):
             answer = self._receive(i)
             if isinstance(answer, Observation):
                 answers.append((i, answer))
@@ -122,6 +134,20 @@ class EnvPool:
         if not answers and self._crashes:
             raise self._crashes.pop(0)
         return answers
+
+    def _answered(self, timeout: float | None) -> list[int]:
+        """Wait for the first environments to answer; what hangs until its time is over becomes a crash."""
+        if not self._busy:
+            return []
+        connections = {self._workers[i][1]: i for i in self._busy}
+        left = max(0.0, min(self._busy.values()) - time.monotonic())
+        answered = [
+            connections[c] for c in wait(list(connections), left if timeout is None else min(left, timeout))
+        ]
+        for i in [i for i, due in self._busy.items() if due <= time.monotonic() and i not in answered]:
+            del self._busy[i]
+            self._crashes.append(self._crash(i, f"no answer within {self.hang_after:g} s"))
+        return answered
 
     def _start(self) -> tuple[Any, Any]:
         context = multiprocessing.get_context("spawn")
@@ -133,12 +159,12 @@ class EnvPool:
         return process, here
 
     def _send(self, i: int, message: tuple) -> None:
-        self._busy.add(i)
+        self._busy[i] = time.monotonic() + self.hang_after
         with contextlib.suppress(BrokenPipeError):  # it died meanwhile: ready() says so
             self._workers[i][1].send(message)
 
     def _receive(self, i: int) -> Observation | str:
-        self._busy.discard(i)
+        del self._busy[i]
         try:
             return self._workers[i][1].recv()
         except (EOFError, ConnectionResetError):
@@ -158,7 +184,7 @@ class EnvPool:
         if self._workers[i] is not None:
             process, connection = self._workers[i]
             connection.close()
-            process.terminate()
+            process.kill()  # whatever it is doing: a process that hangs may not hear SIGTERM
             process.join(10)
             self._workers[i] = None
 
@@ -250,7 +276,7 @@ class _Host:
         self.physics = time.perf_counter() - started
         return self._observation(state, self._draw(0, [(0, camera) for camera in cameras]))
 
-    def run(self, actions: np.ndarray, wanted: Sequence[tuple[int, str]]) -> Observation:
+    def run(self, actions: np.ndarray, wanted: Sequence[tuple[int, str]], last: Sequence[str]) -> Observation:
         self.physics, self.drawing = 0.0, 0.0
         frames: dict[tuple[int, str], np.ndarray] = {}
         state = state_vector(self.env.obs)
@@ -260,8 +286,7 @@ class _Host:
             started = time.perf_counter()
             state, self.success = self.env.step(action)
             self.physics += time.perf_counter() - started
-            if not self._done():
-                frames |= self._draw(k, wanted)
+            frames |= self._draw(k, [(k, camera) for camera in last] if self._done() else wanted)
         return self._observation(state, frames)
 
     def _done(self) -> bool:

@@ -23,32 +23,15 @@ from torch import Tensor
 
 from arm import Arm, ArmConfig
 from data import sample_rng
-from diagnostics import most_attended
+from diagnostics import most_attended, rows_attended
+from film import Film
 from imagine import Decision, decisions_of, future_plan
+from plan import Plan
 from pool import EnvPool, Observation, SimCrash
 from processor import Processor
 from prophet import NEEDS
-from sim import CAMERAS, SUITES, SimConfig
+from sim import CAMERAS, CONTROL_HZ, SUITES
 from source import CHANCE, FLOW, MEMORY, PARTNER, ROLLOUT, chance, memory_noise, stack
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The protocol and the starts of an evaluation."""
-
-    sim: SimConfig
-    starts: list[tuple[int, int]]  # (task id, init state)
-    seen: set[tuple[int, int]]  # those that a demonstration of the training data started from
-    n_action_steps: int
-    policy_batch: int
-    dtype: str = "float32"
-
-    def record(self) -> dict:
-        """The protocol, as it is stored with every result."""
-        return self.sim.record() | {
-            "n_action_steps": self.n_action_steps, "policy_batch": self.policy_batch, "dtype": self.dtype,
-        }  # fmt: skip
-
 
 # ---- one episode --------------------------------------------------------------------------------------
 
@@ -83,10 +66,13 @@ class Episode:
     prompt: str = ""
     retried: bool = False
     imagined: list[Decision] | None = None  # where its futures are to be drawn
+    film: Film | None = None  # where it is filmed
 
     def see(self, observation: Observation, arm: Arm, keep_history: bool) -> None:
         """Take in an observation: timings, the first pictures' mean colours, pictures for the history."""
         before = self.steps
+        if self.film is not None:
+            self.film.see(before, observation)
         self.steps, self.prompt = observation.steps, observation.language
         self.physics += observation.physics_seconds
         self.drawing += observation.drawing_seconds
@@ -153,10 +139,8 @@ class Rollout:
         mode: str,
         pool: EnvPool,
         device: torch.device,
-        imagine: int = 0,
     ) -> None:
         self.arm, self.processor, self.mode = arm, processor, mode
-        self.to_draw = imagine if "prophet" in NEEDS.get(mode, ()) else 0  # episodes
         self.plan, self.pool, self.device = plan, pool, device
         self.needs = arm.needs(mode)
         self.keep_history = "z_hist" in self.needs
@@ -164,12 +148,20 @@ class Rollout:
         self.cameras = () if blind else tuple(c for c in arm.policy.config.cameras if c in CAMERAS)
         self.world_cameras = arm.config.latent_cameras if self.keep_history else ()
         self.at_decision = tuple(dict.fromkeys((*self.cameras, *self.world_cameras)))
+        self.gates = {} if mode == "off" or arm.policy.fusion is None else arm.policy.fusion.gates()
         self.running: dict[int, Episode] = {}
         self.waiting: deque[tuple[int, Observation]] = deque()
 
-    def run(self, starts: list[tuple[int, int]]) -> Iterator[tuple[Episode, Observation | None, str | None]]:
-        """Roll out all starts; yields (episode, last observation or None, crash or None) as each ends."""
-        queue = deque(Episode(task, init, self.mode) for task, init in starts)
+    def run(
+        self, starts: list[tuple[int, int]], imagine: int = 0, film: float = 0.0
+    ) -> Iterator[tuple[Episode, Observation | None, str | None]]:
+        """Roll out all starts; yields (episode, last observation or None, crash or None) as each ends.
+
+        imagine: of how many the imagined futures are kept, the first ones; none in a mode without prophet.
+        film: pictures a second to film all of them with; 0: none.
+        """
+        imagine = imagine if "prophet" in NEEDS.get(self.mode, ()) else 0
+        queue = deque(self.episode(*start, n < imagine, film) for n, start in enumerate(starts))
         free = list(range(self.pool.num_envs))
         while queue or self.running:
             while queue and free:
@@ -182,8 +174,8 @@ class Rollout:
                 if episode.retried:
                     yield episode, None, str(crash)
                 else:
-                    again = Episode(episode.task, episode.init_state, self.mode, retried=True)
-                    again.imagined = None if episode.imagined is None else []
+                    again = self.episode(episode.task, episode.init_state, episode.imagined is not None, film)
+                    again.retried = True
                     queue.appendleft(again)
                 continue
             for i, observation in answers:
@@ -197,12 +189,16 @@ class Rollout:
                 rows = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.plan.policy_batch))]
                 self.decide(rows)
 
+    def episode(self, task: int, init_state: int, imagine: bool, film: float) -> Episode:
+        """A new episode of this mode, whose imagined futures are kept, or that is filmed."""
+        shot = Film(round(CONTROL_HZ / film), self.gates) if film else None
+        return Episode(task, init_state, self.mode, imagined=[] if imagine else None, film=shot)
+
     def begin(self, i: int, episode: Episode) -> None:
         self.running[i] = episode
-        if self.to_draw > 0 and not episode.retried:
-            episode.imagined, self.to_draw = [], self.to_draw - 1
         episode.started = time.perf_counter()
-        self.pool.reset(i, episode.task, episode.init_state, cameras=self.at_decision)
+        cameras = self.at_decision if episode.film is None else tuple(CAMERAS)
+        self.pool.reset(i, episode.task, episode.init_state, cameras=cameras)
 
     def decide(self, rows: list[tuple[int, Observation]]) -> None:
         """Compute a chunk a row and send its first actions off; rows are padded with the first."""
@@ -225,27 +221,42 @@ class Rollout:
         actions = self.processor.unnormalise(chunk).clamp(-1, 1).cpu().numpy()
         actions[..., 6] = np.where(actions[..., 6] > 0, 1.0, -1.0)  # of the gripper's only the sign counts
         seconds = (time.perf_counter() - started) / len(rows)
-        if any(e.imagined is not None for e in episodes):
-            at = [e.steps for e in episodes]
-            made = decisions_of(self.arm, inputs, world, noise, self.mode, at)
-            for episode, decision in zip(episodes[: len(rows)], made, strict=False):
-                if episode.imagined is not None:
-                    episode.imagined.append(decision)
+        self.note(episodes[: len(rows)], inputs, world, noise, best)
         for (i, _), row in zip(rows, actions, strict=False):
             self.running[i].policy += seconds
             self.running[i].decisions += 1
             self.send(i, row)
 
+    def note(
+        self, episodes: list[Episode], inputs: dict, world: dict, noise: Tensor, best: Tensor | None
+    ) -> None:
+        """Keep what a decision was made from, for episodes whose futures are drawn or that are filmed."""
+        if any(e.imagined is not None for e in episodes):
+            at = [e.steps for e in episodes] + [0] * (len(noise) - len(episodes))
+            made = decisions_of(self.arm, inputs, world, noise, self.mode, at)
+            for episode, decision in zip(episodes, made, strict=False):
+                if episode.imagined is not None:
+                    episode.imagined.append(decision)
+        if any(e.film is not None for e in episodes):
+            mass = rows_attended(self.arm, inputs, world, noise, self.mode, best)
+            for row, episode in enumerate(episodes):
+                if episode.film is not None and mass is not None:
+                    episode.film.attention[episode.steps] = mass[row].cpu().numpy()  # (N, K)
+
     def send(self, i: int, actions: np.ndarray) -> None:
-        """Execute a chunk's first actions, drawing only what the next decisions will look at."""
-        n, config = self.plan.n_action_steps, self.arm.config
+        """Execute a chunk's first actions, drawing only what somebody will look at."""
+        n, config, episode = self.plan.n_action_steps, self.arm.config, self.running[i]
         frames = [(n, camera) for camera in self.at_decision]
         if self.keep_history:
             steps = frame_plan(n, config.history, config.world_stride, config.world_clip)
-            if self.running[i].imagined is not None:
+            if episode.imagined is not None:
                 steps = {*steps, *future_plan(n, config.future, config.world_stride)}
             frames += [(k, camera) for k in sorted(steps) if k < n for camera in self.world_cameras]
-        self.pool.run(i, actions[:n], frames)
+        if episode.film is None:
+            self.pool.run(i, actions[:n], frames)
+            return
+        filmed = [(k, camera) for k in episode.film.plan(episode.steps, n) for camera in CAMERAS]
+        self.pool.run(i, actions[:n], tuple(dict.fromkeys([*frames, *filmed])), last=tuple(CAMERAS))
 
     def draw(self, episodes: list[Episode]) -> tuple[Tensor, dict[str, Tensor]]:
         """Draw flow noise (B, C, A_max), the same for every arm and mode, and what of memory is random."""

@@ -38,6 +38,7 @@ MAX_STEPS = {
     "libero_10": 520,
     "libero_90": 400,
 }
+STEP_LIMITS = {"lerobot": MAX_STEPS, "openpi": MAX_STEPS | {"libero_spatial": 220}}  # whose protocol
 NUM_TASKS = {suite: 90 if suite == "libero_90" else 10 for suite in SUITES}
 NUM_INIT_STATES = 50  # a task
 SETTLE_STEPS = 10

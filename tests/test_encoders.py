@@ -30,9 +30,10 @@ from arm import Arm, ArmConfig, Summary, load_arm, save_arm
 from blocks import MARKS, part_of
 from data import load
 from encoders import WorldConfig, WorldStats, open_backbone, resolved
-from eval import EvalConfig, make_plan
+from eval import EvalConfig
 from eval import main as evaluate
 from libero_hdf5 import CAMERAS
+from plan import make_plans
 from pool import Observation
 from rollout import Episode, Rollout, frame_plan, histories
 from runs import open_run
@@ -458,7 +459,7 @@ def test_a_checkpoint_holds_no_weights_of_its_encoder_and_refuses_others(case, m
 def test_histories_are_encoded_at_decisions_in_one_batch(models, monkeypatch):
     arm = learned_arm("vjepa2", models)
     record = {"suite": "libero_object", "task_id": 1, "size": 16, "init_state_ids": [0]}
-    plan = make_plan(EvalConfig(episodes_per_task=2, policy_batch=2), {"data_provenance": [record]}, arm)
+    [plan] = make_plans(EvalConfig(episodes_per_task=2, policy_batch=2), {"data_provenance": [record]}, arm)
     sent, batches = {}, []
     pool = SimpleNamespace(num_envs=1, run=lambda i, actions, frames: sent.update({i: (actions, frames)}))
     rollout = Rollout(arm.eval(), processor(), plan, "pred", pool, CPU)
@@ -519,13 +520,13 @@ def test_an_arm_trains_on_a_learned_cache_resumes_and_is_measured_offline(case, 
     assert arm.config.world_dim == latents.z.shape[1]
     assert torch.equal(arm.encoder.stats.std, latents.encoder.stats.std)
     with pytest.raises(ValueError, match="cannot be turned into pictures; leave it out, or train with"):
-        evaluate(EvalConfig(config.out, imagine=1))
+        evaluate(EvalConfig(str(config.out), imagine=1))
     write_task(tmp_path / "other" / "a_demo.hdf5", lengths=(6, 5), size=16, seed=3)
-    evaluate(EvalConfig(config.out, offline=tmp_path / "other", memory=("pred", "oracle")))
+    evaluate(EvalConfig(str(config.out), offline=tmp_path / "other", memory=("pred", "oracle")))
     fresh = world.latents_of(arm.encoder, load(tmp_path / "other")).z
     cached(tmp_path / "other", CASES[case], own)
     assert torch.equal(world.latents_for(tmp_path / "other", arm.encoder, load(tmp_path / "other")).z, fresh)
-    evaluate(EvalConfig(config.out, offline=tmp_path / "other", memory=("pred", "oracle")))
+    evaluate(EvalConfig(str(config.out), offline=tmp_path / "other", memory=("pred", "oracle")))
     one, two = (json.loads(line) for line in (config.out / "offline.jsonl").read_text().splitlines())
     assert one == two
 

@@ -122,7 +122,7 @@ def test_offline_evaluation_reads_the_part_that_was_trained_on(tmp_path, capsys)
     home = tmp_path / "set"
     shutil.copytree(root, home)
     train.main(TrainConfig(data=home, out=tmp_path / "run", **part, **held, **SHORT))
-    eval_program.main(EvalConfig(tmp_path / "run", offline=home))
+    eval_program.main(EvalConfig(str(tmp_path / "run"), offline=home))
     line = json.loads((tmp_path / "run" / "offline.jsonl").read_text())
     measured = metrics(tmp_path / "run")[-1]["val_loss_off"]
     assert f"{measured:.4f}" in capsys.readouterr().out and len(line["episodes"]) == 2

@@ -35,7 +35,7 @@ def direct_states(_: object) -> tuple[list[np.ndarray], list[np.ndarray]]:
 
 
 @pytest.mark.slow
-def test_the_pool_gives_what_one_environment_gives_and_survives_a_dead_process():
+def test_the_pool_gives_what_one_environment_gives_and_survives_dead_and_hung_processes():
     states, pictures = pool.in_fresh_process(direct_states, None)
     actions = recorded_actions("libero_goal_task1_init0")[:8]
     with pool.EnvPool(1, sim.SimConfig("libero_goal", size=64, max_steps=8)) as envs:
@@ -50,9 +50,9 @@ def test_the_pool_gives_what_one_environment_gives_and_survives_a_dead_process()
         [(i, middle)] = envs.ready(60)
         assert (i, middle.steps, middle.done) == (0, 7, False) and np.array_equal(middle.state, states[7])
         assert middle.frames[7, FRONT].shape == (64, 64, 3) and middle.drawing_seconds > 0
-        envs.run(0, actions[5:], [(3, FRONT)])  # one step is left
+        envs.run(0, actions[5:], [(1, FRONT), (3, FRONT)], last=(WRIST,))  # one step is left
         [(_, end)] = envs.ready()
-        assert end.done and not end.success and end.steps == 8 and not end.frames
+        assert end.done and not end.success and end.steps == 8 and set(end.frames) == {(1, WRIST)}
         os.kill(envs._workers[0][0].pid, signal.SIGKILL)
         envs.run(0, actions)
         with pytest.raises(pool.SimCrash, match="libero_goal task 1 init state 0") as crash:
@@ -60,5 +60,11 @@ def test_the_pool_gives_what_one_environment_gives_and_survives_a_dead_process()
         assert crash.value.env == 0
         envs.reset(0, 1, 0)
         [(_, again)] = envs.ready()
+        envs.hang_after = 1.5
+        os.kill(envs._workers[0][0].pid, signal.SIGSTOP)
+        envs.run(0, actions)
+        with pytest.raises(pool.SimCrash, match=r"no answer within 1\.5 s"):
+            envs.ready()
+        assert envs._workers[0] is None and envs.ready(0) == []
     assert np.array_equal(again.frames[0, FRONT], start.frames[0, FRONT])
     assert pictures[0].shape == (64, 64, 3)
