@@ -373,7 +373,7 @@ class LiberoEnv:
         self.env.reset()
         if hard and self.config.reset == "soft":
             # A compiled model's first episode differs from those that follow soft resets by 1e-11, which
-            # contacts amplify: what a slot ran before must not matter, so the first one gets a soft reset too.
+            # contacts amplify: what a slot ran before must not matter, so the first one gets one too.
             self.raw.hard_reset = False
             self.env.seed(self.config.seed)
             self.env.reset()
