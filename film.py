@@ -134,7 +134,7 @@ def draw_memory(
         return
     shares = np.nan_to_num(film.attention[max(decided)])  # (N, K)
     count, ahead = shares.shape
-    y = write(draw, (x, y), f"attention, {count} future(s) x {ahead} steps ahead", DIM)
+    y = write(draw, (x, y), f"attention to {count} x {ahead} imagined steps", DIM)
     cell = min(CELL, (at[1] + height - y) // count, (width - 40) // ahead)
     if cell < 2:  # more than there is room for
         return
