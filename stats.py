@@ -7,7 +7,7 @@ Which contrasts are tested is the table below, fixed before any result is seen. 
 are one family, and Holm's correction runs over it. The family is small on purpose, since each contrast that
 finds nothing makes all others harder to show: with 40 of them the first to be shown needs p < 0.00125. So two
 sites are compared through `late` and not with one another, two banks through the single future, and of each
-arm's interventions only `off` is tested, but for E2 and for the bank whose hypotheses can be told apart.
+arm's interventions only `off` is tested, but for E2 and for one bank, in which hypotheses are told apart.
 Everything else stands in the success table, with intervals and without a verdict.
 
     python -c "import stats; print(stats.wilson(15, 20), stats.newcombe(12, 6, 1, 1))"

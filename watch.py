@@ -115,6 +115,14 @@ def fields(pattern: re.Pattern, line: bytes) -> dict[bytes, bytes]:
     return dict(reversed(pattern.findall(line)))  # the first of a name counts: others are nested deeper
 
 
+def parsed(line: bytes) -> dict:
+    """Return a line's object; an empty one where it looked whole and is not, as where two writers met."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return {}
+
+
 def age_of(path: Path) -> float:
     try:
         return max(0.0, time.time() - path.stat().st_mtime)
@@ -137,7 +145,7 @@ class Log:
     def add(self, line: bytes) -> None:
         """Take in a line: of training, or of a measurement on held-out episodes, which has no loss."""
         row = {name.decode(): number(value) for name, value in fields(METRIC, line).items()}
-        if "samples" not in row:
+        if not math.isfinite(row.get("samples", math.nan)):
             self.broken += 1
         elif "loss" not in row:
             self.held_out = line
@@ -154,7 +162,7 @@ class Log:
     @property
     def newest(self) -> dict[str, float]:
         """All numbers of the last line of training and of the last measurement on held-out episodes."""
-        values = json.loads(self.held_out) | json.loads(self.trained)
+        values = parsed(self.held_out) | parsed(self.trained)
         return {name: value for name, value in values.items() if isinstance(value, int | float)}
 
     @property
@@ -311,8 +319,8 @@ def spark(values: array, width: int) -> str:
         return "×" * len(means)
     scaled = np.log(means, where=finite, out=means.copy()) if (means[finite] > 0).all() else means
     low, high = scaled[finite].min(), scaled[finite].max()
-    top = (len(BLOCKS) - 1) / ((high - low) or 1.0)
-    return "".join(BLOCKS[round((y - low) * top)] if math.isfinite(y) else "×" for y in scaled)
+    levels = (scaled - low) / ((high - low) or 1.0) * (len(BLOCKS) - 1)
+    return "".join(BLOCKS[round(y)] if math.isfinite(y) else "×" for y in levels)
 
 
 def last_tenth(values: array) -> float:

@@ -143,8 +143,10 @@ def test_broken_lines_are_counted_not_hidden(tmp_path):
     folder = make_run(tmp_path)
     (folder / "metrics.jsonl").write_text('{"samples": 1\n[1]\n' + json.dumps(line(1)) + "\n")
     append(folder / "episodes.jsonl", {"suite": "goal"}, episode(1, True))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"samples": 20, "los{"samples": 20, "loss": 3}\n{"samples": "many", "loss": 1}\n')
     text = text_of(seen(folder))
-    assert "note         3 broken lines are left out" in text and "1/1    100%" in text
+    assert "note         4 broken lines are left out" in text and "1/1    100%" in text
 
 
 @pytest.mark.parametrize(
