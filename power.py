@@ -287,7 +287,7 @@ NOTES = """\
 One seed: exact McNemar, about the two policies of that seed; over seeds: a two-sided t test of the
 seeds' differences, about new seeds. Assumed: pairs are independent, as many disagree as said or
 seen (or as the difference itself needs), and seeds differ normally. In brackets: episodes a task,
-of which LIBERO ships 50 init states. -: not to be found, or the spread over seeds is not known."""
+which has 50 init states in LIBERO. -: not to be found, or the spread over seeds is not known."""
 
 
 def needs(design: Design, effect: float, episodes: int, seeds: int, tasks: int) -> tuple[str, ...]:
