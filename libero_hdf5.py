@@ -200,7 +200,16 @@ def read_provenance(data: h5py.Group, demos: list[str], path: Path) -> dict[str,
     if isinstance(record["versions"], str) and record["versions"].startswith("{"):
         record["versions"] = json.loads(record["versions"])
     init_states = [plain(data[name].attrs.get("init_state_id")) for name in demos]
-    return {"file": path.name, **record, "init_state_ids": init_states}
+    record |= {"control_hz": read_control_rate(data), "init_state_ids": init_states}
+    return {"file": path.name, **record}
+
+
+def read_control_rate(data: h5py.Group) -> float | None:
+    """Return the actions a second that env_args states, or None."""
+    try:
+        return json.loads(plain(data.attrs.get("env_args", "{}")))["env_kwargs"]["control_freq"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def plain(value: Any) -> Any:

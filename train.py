@@ -46,6 +46,7 @@ from diagnostics import (
     world_diagnostics,
 )
 from encoders import open_backbone, resolved
+from facts import describe_data
 from features import load_with
 from files import read_json
 from loader import Loader
@@ -192,7 +193,7 @@ class TrainConfig(ArmConfig, DataConfig):
         """Fields that may change when a run is resumed."""
         return (
             "out", "data", "pictures", "workers", "features", "log_every", "save_every", "compile", "threads",
-            "accumulate", "world_model",
+            "accumulate", "world_model", "data_facts",
         )  # fmt: skip
 
     def precision(self, device: torch.device) -> torch.dtype:
@@ -470,6 +471,7 @@ def main(config: TrainConfig) -> None:
         "arm": config.arm_name,
         "data_fingerprint": demos.fingerprint,
         "data_provenance": demos.provenance,
+        "data_facts": describe_data(demos, pictures=features is None),
         "feature_cache": None if features is None else features.facts,
         "held_out": out_episodes.tolist(),
         "params_total": total,

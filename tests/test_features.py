@@ -462,6 +462,7 @@ def test_training_from_features_equals_training_from_pictures(dtype, fields, fol
     assert losses == (15 if fields.get("val_every") else 3)
     config, before = (json.loads((out / "config.json").read_text()) for out in (read, seen))
     assert config.pop("feature_cache") == Features.open(made).facts and before.pop("feature_cache") is None
+    assert config.pop("data_facts") == before.pop("data_facts") | {"sketches": {}}
     assert {name for name in config if config[name] != before[name]} == {"out", "features"}
     assert config["data_fingerprint"] == fingerprint
 
