@@ -16,44 +16,42 @@ neither success nor failure.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import os
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
 
 import cpu
 from arm import Arm, load_arm
+from conform import check, compare, describe_checkpoint, describe_data, describe_environment, table
+from conform import record as conformance
 from data import load
 from episodes import gather, key_of, own_file, read_all, result
-from files import append_json, read_json
+from files import append_json, read_json, write_json
 from film import film_name, save_film
 from imagine import save_strips, strips_of_episode
-from offline import measurable, measure, record, table
+from offline import evaluate_offline
 from plan import Plan, Target, find_target, make_plans, open_out
-from pool import EnvPool
+from pool import EnvPool, Observation, SimCrash
 from processor import Processor
 from prophet import ROLLOUT_MODES
 from render import setup_gl
 from rollout import Rollout, seen_latents
-from selection import DataConfig
 from sim import (
     CONTROL_HZ,
     STEP_LIMITS,
     check_suite,
 )
-from source import Source
-from world import latents_for
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,15 @@ class EvalConfig:
     memory: tuple[str, ...] = ()
     """Memory modes (prophet.py) to roll out, one after the other, or interventions on a bank: best1, mean1,
     dup, drop:i. Default: the mode that the arm was trained with."""
+
+    accept: tuple[str, ...] = ()
+    """Items in which checkpoint, data and environment may differ (conform.py); any other difference stops."""
+
+    check: bool = False
+    """Only compare checkpoint, data and environment, and stop."""
+
+    data: Path | None = None
+    """Training data to compare with, for a checkpoint that does not say what it was trained on."""
 
     imagine: int = 0
     """Episodes of each mode whose imagined futures are drawn, a filmstrip a decision, into RUN/imagined/."""
@@ -259,19 +266,62 @@ def main(config: EvalConfig) -> None:
     done = read_all(path)
     wait_for_ranks()  # before anybody writes
     work = Work(target, path, rank, ranks, config.imagine)
-    num_envs = config.num_envs or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    for plan in plans:
-        with EnvPool(num_envs, plan.sim, config.hang_after) as pool:
-            for mode in modes:
-                rollout = Rollout(arm, processor, plan, mode, pool, device)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    num_envs = config.num_envs or max(1, (os.cpu_count() or 1) // local)
+    with ExitStack() as stack:
+        pools = [stack.enter_context(EnvPool(num_envs, plan.sim, config.hang_after)) for plan in plans]
+        rollouts = [
+            [Rollout(arm, processor, plan, mode, pool, device) for mode in modes]
+            for plan, pool in zip(plans, pools, strict=True)
+        ]
+        todo = any(work.missing(rollout, done) for of_suite in rollouts for rollout in of_suite)
+        if rank == 0 and (todo or config.check):
+            conform_all(config, target, [of_suite[0] for of_suite in rollouts])
+        wait_for_ranks()
+        if config.check:
+            return
+        for of_suite, pool in zip(rollouts, pools, strict=True):
+            for rollout in of_suite:
                 evaluate(rollout, work, done)
             wait_for_ranks()
-            if config.video:
-                for mode in modes:
-                    film(Rollout(arm, processor, plan, mode, pool, device), work, config.video_fps)
+            for rollout in of_suite if config.video else ():
+                film(rollout, work, config.video_fps)
+            pool.close()
     wait_for_ranks()
     if rank == 0:
         gather(path)
+
+
+def conform_all(config: EvalConfig, target: Target, rollouts: list[Rollout]) -> None:
+    """Compare checkpoint, training data and each suite's environment before the first episode.
+
+    Writes what was found to conformance.json. Raises ValueError for differences that are not accepted, and
+    where the simulator does not run.
+    """
+    data = target.run.get("data_facts")
+    if config.data is not None:
+        data = describe_data(load(config.data, rollouts[0].arm.policy.config.cameras, in_memory=False))
+    named, found = {"n_action_steps"} if config.n_action_steps is not None else set(), {}
+    for rollout in rollouts:
+        plan, checkpoint = rollout.plan, rollout.arm.policy.config
+        environment = describe_environment(plan.sim, plan.n_action_steps, first_look(rollout))
+        lines = compare(describe_checkpoint(checkpoint, rollout.processor, target.run), data, environment)
+        print(f"{plan.sim.suite}: checkpoint, data and environment\n{table(lines)}")
+        check(lines, config.accept, named)
+        found[plan.sim.suite] = conformance(lines, config.accept, named)
+        if rollout is not rollouts[0]:
+            rollout.pool.close()  # until its turn comes, memory is worth more
+    write_json(target.out / "conformance.json", found)
+
+
+def first_look(rollout: Rollout) -> Observation:
+    """Draw the first start, as every episode of a rollout begins. Raises ValueError where nothing runs."""
+    try:
+        rollout.pool.reset(0, *rollout.plan.starts[0])
+        [(_, observation)] = rollout.pool.ready()
+    except SimCrash as crash:
+        raise ValueError(f"{crash}; `python sim.py verify` says what is amiss") from crash
+    return observation
 
 
 def introduce(target: Target, plans: list[Plan], modes: tuple[str, ...]) -> None:
@@ -282,33 +332,6 @@ def introduce(target: Target, plans: list[Plan], modes: tuple[str, ...]) -> None
         overlap = sum(start in plan.seen for start in plan.starts)
         if overlap:
             print(f"warning: demonstrations started from {overlap} of the {len(plan.starts)} init states")
-
-
-def evaluate_offline(config: EvalConfig, arm: Arm, processor: Processor, target: Target) -> None:
-    """Print the action loss of held-out episodes under each mode, and append it to offline.jsonl."""
-    run, modes = target.run, list(config.memory) or measurable(arm)
-    for mode in modes:
-        arm.needs(mode, rollout=False)
-    options = None
-    if run.get("data") == str(config.offline):  # the part that was trained on, of which some is held out
-        names = [f.name for f in dataclasses.fields(DataConfig) if f.name in run]
-        options = DataConfig(**{n: tuple(run[n]) if isinstance(run[n], list) else run[n] for n in names})
-    demos = load(config.offline, arm.policy.config.cameras, in_memory=None, options=options)
-    episodes = np.arange(len(demos.first))
-    if demos.fingerprint == run.get("data_fingerprint"):
-        episodes = np.array(run.get("held_out", []), np.int64)
-        if not len(episodes):
-            raise ValueError(
-                f"--offline {config.offline}: {target.out} was trained on all episodes of it; record others, "
-                "or train with --val-every, which holds some out"
-            )
-    latents = None if arm.encoder is None else latents_for(config.offline, arm.encoder, demos)
-    source = Source(arm, processor, demos, latents, arm.scale.device, seed=0)
-    found = measure(source, episodes, modes)
-    print(f"checkpoint {target.folder}, data {config.offline}\n{table(found)}")
-    open_out(target, arm)
-    line = {"checkpoint": target.name, "data": str(config.offline), "fingerprint": demos.fingerprint}
-    append_json(target.out / "offline.jsonl", line | record(found))
 
 
 @dataclass
@@ -333,11 +356,16 @@ class Work:
         common = {"checkpoint": self.target.name, **samples, "memory": rollout.mode}
         return common | {"protocol": rollout.plan.record()}
 
+    def missing(self, rollout: Rollout, done: dict[str, dict]) -> list[tuple[int, int]]:
+        """The starts (task id, init state) of a mode that have no line yet."""
+        shared, starts = self.shared(rollout), rollout.plan.starts
+        return [(t, i) for t, i in starts if key_of(shared | {"task_id": t, "init_state": i}) not in done]
+
 
 def evaluate(rollout: Rollout, work: Work, done: dict[str, dict]) -> None:
     """Roll out this rank's share of one mode's missing episodes, a line each, and print how it goes."""
     plan, mode, shared = rollout.plan, rollout.mode, work.shared(rollout)
-    starts = [s for s in plan.starts if key_of(shared | {"task_id": s[0], "init_state": s[1]}) not in done]
+    starts = work.missing(rollout, done)
     if work.rank == 0 and len(starts) < len(plan.starts):
         print(f"memory {mode}: {len(plan.starts) - len(starts)} of {len(plan.starts)} episodes are there")
     if work.rank == 0 and work.imagine and not starts:

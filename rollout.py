@@ -144,8 +144,8 @@ class Rollout:
         self.plan, self.pool, self.device = plan, pool, device
         self.needs = arm.needs(mode)
         self.keep_history = "z_hist" in self.needs
-        blind = arm.config.blind
-        self.cameras = () if blind else tuple(c for c in arm.policy.config.cameras if c in CAMERAS)
+        known = () if arm.config.blind else arm.policy.config.cameras
+        self.cameras = tuple(c for c in CAMERAS if set(processor.rename({c: None})) & set(known))
         self.world_cameras = arm.config.latent_cameras if self.keep_history else ()
         self.at_decision = tuple(dict.fromkeys((*self.cameras, *self.world_cameras)))
         self.gates = {} if mode == "off" or arm.policy.fusion is None else arm.policy.fusion.gates()

@@ -35,7 +35,7 @@ def test_a_hypothesis_stays_what_it_is_for_an_episode_and_is_another_in_the_next
     share = 0.3 if method == "dropout" else 0.0
     arm = tiny.arm(num_hypotheses=3, hypothesis_method=method, prophet_dropout=share)
     [plan] = make_plans(EvalConfig(episodes_per_task=2), run_config(), arm)
-    rollout = Rollout(arm, None, plan, "pred", None, torch.device("cpu"))
+    rollout = Rollout(arm, processor(), plan, "pred", None, torch.device("cpu"))
     here, later, there = Episode(1, 3, "pred"), Episode(1, 3, "pred", decisions=5), Episode(1, 4, "pred")
     noise, world = rollout.draw([here, later, there])
     assert torch.equal(world["chance"][0], world["chance"][1]) and not torch.equal(noise[0], noise[1])
