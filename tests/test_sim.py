@@ -1,4 +1,4 @@
-"""LIBERO's protocol, policy states and starts. The slow one needs the simulator."""
+"""LIBERO's protocol and policy states. The slow one needs the simulator."""
 
 import json
 import subprocess
@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import pool
 import replay
@@ -45,25 +43,6 @@ def test_state_vector_is_float32_and_finite_for_the_identity():
     }
     state = sim.state_vector(obs)
     assert state.dtype == np.float32 and state.tolist() == [1, 1, 1, 0, 0, 0, 1, 1]
-
-
-@given(st.integers(0, 10**6), st.floats(0.01, 0.1), st.integers(0, 6))
-def test_a_displaced_object_is_free_and_near_or_stays(seed, displace, count):
-    generator = np.random.default_rng(seed)
-    shipped, others = np.zeros(2), generator.uniform(-0.3, 0.3, (count, 2))
-    place = sim.free_position(shipped, others, displace, generator)
-    assert np.abs(place).max() <= displace
-    moved = bool(np.any(place != shipped))
-    assert not moved or all(np.linalg.norm(others - place, axis=1) > sim.CLEARANCE)
-
-
-def test_an_object_with_no_free_place_keeps_the_shipped_one():
-    generator = np.random.default_rng(0)
-    shipped = np.array([0.1, 0.2])
-    assert np.array_equal(sim.free_position(shipped, shipped[None], 0.02, generator), shipped)
-    assert np.array_equal(
-        sim.free_position(shipped, np.zeros((0, 2)), 0.02, generator, lambda _: False), shipped
-    )
 
 
 def test_init_states_are_lists_and_ranges_in_the_order_given():
