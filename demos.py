@@ -67,8 +67,8 @@ class DemoConfig:
     5 cm, but 0.5 rad). Labels stay clean."""
     size: int = 128
     """Side of the square pictures, pixels."""
-    draw: Literal["exact", "fast"] = "fast"
-    """exact: pictures as published checkpoints expect them; fast: for policies trained on these alone."""
+    draw: Literal["exact", "no-reflections", "fast"] = "fast"
+    """exact: pictures as published checkpoints expect them; others: for policies trained on these alone."""
     reset: Literal["hard", "soft"] = "soft"
     """soft keeps the compiled model between episodes."""
     seed: int = sim.SEED

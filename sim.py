@@ -6,6 +6,7 @@ as in the public data sets. Starts are LIBERO's init states, whose picked object
 
     python sim.py verify                       # replay the recorded episodes in tests/libero_env
     python sim.py verify path/to/recordings    # the same for another folder
+    python sim.py verify --texture-colorspace linear    # with textures as MuJoCo drew them up to 3.3.2
 
 Importing this file loads neither LIBERO, MuJoCo nor torch; building an environment does. Many environments
 at once are pool.py's concern, the replay is replay.py's.
@@ -29,7 +30,14 @@ from typing import Any, Literal
 import numpy as np
 
 from displace import Surface, free_position
-from render import free_egl_device, setup_gl, upload_decimated
+from render import (
+    count_srgb_textures,
+    describe_gl,
+    free_egl_device,
+    setup_gl,
+    upload_decimated,
+    upload_linear_textures,
+)
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 MAX_STEPS = {
@@ -61,8 +69,9 @@ class SimConfig:
     suite: str = "libero_spatial"
     size: int = RENDER_SIZE
     """Side of the square pictures, pixels."""
-    draw: Literal["exact", "fast"] = "exact"
-    """fast: no floor reflections and decimated meshes; other pixels, same physics."""
+    draw: Literal["exact", "no-reflections", "fast"] = "exact"
+    """exact: as LIBERO draws. no-reflections: without the reflection pass, half the time of scenes with a
+    table. fast: decimated meshes too. Both draw other pixels of the same physics."""
     reset: Literal["hard", "soft"] = "hard"
     """soft keeps the compiled model between episodes."""
     displace: float = 0.0
@@ -70,11 +79,14 @@ class SimConfig:
     seed: int = SEED
     max_steps: int | None = None
     """None: the suite's own limit."""
+    texture_colorspace: Literal["as_installed", "linear"] = "as_installed"
+    """linear: textures as MuJoCo drew them up to 3.3.2; later ones honour sRGB marks and darken floors."""
 
     def __post_init__(self) -> None:
         check_suite(self.suite)
-        _check_choice("draw", self.draw, ("exact", "fast"))
+        _check_choice("draw", self.draw, ("exact", "no-reflections", "fast"))
         _check_choice("reset", self.reset, ("hard", "soft"))
+        _check_choice("texture-colorspace", self.texture_colorspace, ("as_installed", "linear"))
         if not 16 <= self.size <= 2048:
             raise ValueError(f"picture size must lie in 16..2048 pixels, got {self.size}: pass --size 256")
         if not 0 <= self.displace <= 0.5:
@@ -349,15 +361,33 @@ class LiberoEnv:
         for robot in self.raw.robots:  # a soft reset would let the fingers go on from the last episode
             robot.gripper.current_action = np.zeros(robot.gripper.dof)
         self._built = True
-        if self.render and hard and self.config.draw == "fast":
-            self._draw_fast()
+        if self.render and hard:
+            self._prepare_drawing()
 
-    def _draw_fast(self) -> None:
+    def _prepare_drawing(self) -> None:
+        """Set the GL context up as the configuration says; each hard reset makes a new one."""
         import mujoco
 
+        context = self._gl_context()
+        self.srgb_textures = count_srgb_textures(self.model)  # as compiled; None: MuJoCo knows no such mark
+        if self.config.draw != "exact":
+            context.scn.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        if self.config.draw == "fast":
+            upload_decimated(self.model, context.con)
+        if self.config.texture_colorspace == "linear":
+            upload_linear_textures(self.model, context.con)
+
+    def _gl_context(self) -> Any:
+        """Make robosuite's render context current and return it."""
+        assert self.render, "this environment was built with render=False"
         context = self.env.sim._render_context_offscreen
-        context.scn.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        upload_decimated(self.model, context.con)
+        context.gl_ctx.make_current()
+        return context
+
+    def drawn_by(self) -> dict[str, str]:
+        """Return the renderer at work (`describe_gl`)."""
+        self._gl_context()
+        return describe_gl()
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, bool]:
         """Execute one action (7,) for 1/20 s; return the state (8,) and whether the task is solved."""

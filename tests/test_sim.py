@@ -71,7 +71,8 @@ def test_every_shipped_init_state_may_be_named():
     [
         (lambda: sim.SimConfig(suite="libero_spacial"), "libero_spatial"),
         (lambda: sim.SimConfig(displace=6), "--displace 0.06"),
-        (lambda: sim.SimConfig(draw="pretty"), "exact, fast"),
+        (lambda: sim.SimConfig(draw="pretty"), "exact, no-reflections, fast"),
+        (lambda: sim.SimConfig(texture_colorspace="srgb"), "--texture-colorspace .* as_installed, linear"),
         (lambda: sim.SimConfig(max_steps=0), "--max-steps"),
         (lambda: sim.check_task("libero_goal", 10), "0..9"),
         (lambda: sim.check_init_state(50), "0..49"),
@@ -85,8 +86,9 @@ def test_mistakes_are_named_in_one_line_with_what_is_allowed(make, words):
 
 
 def test_the_record_of_a_configuration_is_json_with_versions():
-    record = json.loads(json.dumps(sim.SimConfig(suite="libero_10", displace=0.06).record()))
+    record = json.loads(json.dumps(sim.SimConfig("libero_10", displace=0.06, draw="no-reflections").record()))
     assert record["max_steps"] == 520 and record["displace"] == 0.06 and "mujoco" in record["versions"]
+    assert record["draw"] == "no-reflections" and record["texture_colorspace"] == "as_installed"
 
 
 # ---------------------------------------------------------------- with the simulator
