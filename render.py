@@ -40,6 +40,17 @@ def setup_gl() -> str:
     return chosen
 
 
+def check_gl(backend: str) -> None:
+    """Raise RuntimeError, with the line that installs it, where a backend's library is missing here."""
+    missing = ""
+    if backend == "egl" and _egl_devices() == 0:
+        missing = APT_LINE
+    elif backend == "osmesa" and not _has_osmesa():
+        missing = "apt-get install libosmesa6"
+    if missing:
+        raise RuntimeError(f"MUJOCO_GL={backend}, but its library is not there: run `{missing}`")
+
+
 def free_egl_device() -> None:
     """Let a drawing process forget CUDA_VISIBLE_DEVICES where EGL has no device of that number.
 
@@ -56,10 +67,15 @@ def _available_gl() -> str:
         )
     if _egl_devices() > 0:
         return "egl"
-    with contextlib.suppress(OSError):
-        ctypes.CDLL("libOSMesa.so.8")
+    if _has_osmesa():
         return "osmesa"
     raise RuntimeError(f"no headless GL library was found (tried EGL, OSMesa): run `{APT_LINE}`")
+
+
+def _has_osmesa() -> bool:
+    with contextlib.suppress(OSError):
+        return bool(ctypes.CDLL("libOSMesa.so.8"))
+    return False
 
 
 def _egl_devices() -> int:

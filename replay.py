@@ -28,7 +28,7 @@ import numpy as np
 import tyro
 
 from pool import in_fresh_process
-from render import APT_LINE, setup_gl
+from render import APT_LINE, check_gl, setup_gl
 from sim import CAMERAS, MUJOCO_VERSION, LiberoEnv, SimConfig, versions
 
 TOLERANCE = 0.5  # mean absolute difference of a picture, of 255
@@ -241,10 +241,11 @@ def verify(
 ) -> bool:
     """Replay all recordings, print a line each and what their differences mean; return if all agree.
 
-    Raises ValueError if there are none or one is broken, RuntimeError where this MuJoCo cannot simulate.
+    Raises ValueError if there are none or one is broken, RuntimeError where this MuJoCo cannot simulate or
+    nothing can draw.
     """
     cases = find_recordings(folders)
-    setup_gl()
+    check_gl(setup_gl())
     print("installed: " + ", ".join(f"{name} {version}" for name, version in versions().items()))
     found = []
     for case in cases:
@@ -354,8 +355,8 @@ def explain_picture(difference: str, found: Replay) -> str:
     recorder = found.recorded_mujoco or "not named in meta.json"
     if difference in MOVES:
         return (
-            f"Pictures from here must be {difference} to match a recording, and a policy trained on such "
-            "pictures is lost here: sim.py turns MuJoCo's raw ones once by 180 degrees, as the public data "
+            f"Pictures from here match a recording only when changed ({difference}), so a policy trained on "
+            "those is lost here: sim.py turns MuJoCo's raw pictures once by 180 degrees, as the public data "
             "sets do; do the same where the recording was made."
         )
     return {

@@ -27,6 +27,17 @@ def test_a_missing_gl_library_names_the_line_that_installs_it(monkeypatch):
         render.setup_gl()
 
 
+@pytest.mark.parametrize(("backend", "package"), [("osmesa", "libosmesa6"), ("egl", "libegl1")])
+def test_a_chosen_backend_without_its_library_names_the_line_that_installs_it(monkeypatch, backend, package):
+    monkeypatch.setattr(render, "_egl_devices", lambda: 0)
+    monkeypatch.setattr(render.ctypes, "CDLL", lambda _: (_ for _ in ()).throw(OSError("no library")))
+    with pytest.raises(RuntimeError, match=f"MUJOCO_GL={backend}.*apt-get install {package}"):
+        render.check_gl(backend)
+    monkeypatch.setattr(render, "_egl_devices", lambda: 1)
+    monkeypatch.setattr(render.ctypes, "CDLL", lambda _: object())
+    render.check_gl(backend)
+
+
 def test_a_users_gl_backend_stays(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "osmesa")
     monkeypatch.setenv("PYOPENGL_PLATFORM", "osmesa")
