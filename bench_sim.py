@@ -201,8 +201,13 @@ def evaluate(options: SimOptions, checkpoint: Path, episodes: int) -> dict:
         if done.returncode:
             raise ValueError(f"eval.py failed: {(done.stderr.strip() or 'it said nothing').splitlines()[-1]}")
         lines = [json.loads(line) for line in (run / "episodes.jsonl").read_text().splitlines()]
-    found = {"case": f"evaluation of {episodes} episodes", "num_envs": options.num_envs[-1]}
-    return found | {"seconds": seconds} | shares(lines)
+    found = {"case": name_of(episodes), "num_envs": options.num_envs[-1], "seconds": seconds}
+    return found | shares(lines)
+
+
+def name_of(episodes: int) -> str:
+    """Name an evaluation, for --only and the table."""
+    return f"evaluation of {episodes} episode{'s' * (episodes > 1)}"
 
 
 def shares(lines: list[dict]) -> dict:
@@ -254,7 +259,7 @@ def lines(
     episodes = options.episodes or (2 if size == "tiny" else 20)
     repeats, rounds = turns
     cases = plan(options, repeats, 1 if size == "tiny" else 2)
-    names = [*(case.name for case in cases), f"evaluation of {episodes} episodes"]
+    names = [*(case.name for case in cases), name_of(episodes)]
     if not any(only in name for name in names):
         raise ValueError(f"--only {only!r} is in no case's name: these are {'; '.join(names)}")
     setup_gl()
@@ -275,7 +280,8 @@ def lines(
 
 def table(rows: list[dict]) -> str:
     """Lay cases out, then the evaluation's parts."""
-    out = [f"{'case':38s} {'steps/s':>8s} {'beside always':>14s} {'beside LIBERO':>14s}"]
+    head = f"{'case':38s} {'steps/s':>8s} {'beside always':>14s} {'beside LIBERO':>14s}"
+    out = [head] * any("steps_per_second" in row for row in rows)
     for row in rows:
         if "steps_per_second" in row:
             ratios = (row.get(f"times_faster_than_{name}") for name in ("always", "libero"))

@@ -126,4 +126,5 @@ def test_an_evaluation_is_a_json_line_and_rows_of_its_parts(tmp_path):
     assert (row["episodes"], row["steps"], row["decisions"], row["crashes"]) == (1, 15, 2, 0)
     assert min(row[f"{part}_seconds"] for part in bench_sim.PARTS) > 0
     assert row["seconds"] > row["episode_seconds"]
-    assert "evaluation of 1 episodes" in done.stdout.splitlines()[1]
+    table = done.stdout.splitlines()[1:]
+    assert "evaluation of 1 episode, 1 at once" in table[0] and len(table) == 5
