@@ -11,6 +11,7 @@ at a large square size in the case's type.
     python bench.py bank --size tiny                # a step with 1 and 4 hypotheses
     python bench.py data                            # samples/s of each reader, alone and with processes
     python bench.py world --size tiny               # world encoders, and their caches against pictures
+    python bench.py sim --size tiny                 # LIBERO's steps/s by when it draws; an evaluation's parts
     python bench.py train                           # full size, 450 M parameters; some minutes on two cores
 
 Plain: eager, default kernels, pictures encoded at every step, gradients recorded through the whole prefix,
@@ -41,6 +42,7 @@ import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench_sim
 import bench_world
 import cpu
 from arm import Arm, ArmConfig, Summary
@@ -72,9 +74,9 @@ BANKS = {
 class BenchConfig:
     """Measure speed and memory on random weights."""
 
-    what: Annotated[Literal["model", "train", "fusion", "bank", "data", "world"], tyro.conf.Positional]
+    what: Annotated[Literal["model", "train", "fusion", "bank", "data", "world", "sim"], tyro.conf.Positional]
     """A chunk's latency, with import and load; an optimiser step; one at every site; one with a bank; random
-    frames' pictures, read from the files; world encoders and their caches."""
+    frames' pictures, read from the files; world encoders and their caches; the simulator."""
 
     size: Literal["base", "tiny"] = "base"
     """Preset: 450 M parameters and two pictures of 512 x 512, or the demo's."""
@@ -107,11 +109,16 @@ class BenchConfig:
     """Numbers of processes that `data` is measured with; 0: read in this one."""
 
     checkpoint: Path | None = None
-    """Folder in which `model` leaves the random checkpoint that it loads; default: a temporary one."""
+    """Folder in which `model` leaves the random checkpoint that it loads; default: a temporary one. Of `sim`:
+    the checkpoint that it rolls out; default: a tiny random one."""
 
     world_model: str | None = None
     """Folder or hub id of a dinov2 or vjepa2 model that `world` measures alone; default: all encoders that
     need no download, these two small and random."""
+
+    sim: Annotated[bench_sim.SimOptions, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=bench_sim.SimOptions
+    )
 
     out: Path | None = None
     """File that the JSON lines are appended to as well."""
@@ -522,6 +529,10 @@ def measured(config: BenchConfig) -> Iterator[dict]:
     """Give the JSON lines of what was asked for."""
     if config.what == "data":
         return measure_data(config)
+    if config.what == "sim":
+        turns = (config.repeats, config.rounds)
+        how = (write_checkpoint, turns, config.only)
+        return bench_sim.lines(config.sim, config.size, config.checkpoint, *how)
     return bench_world.lines(config.size, config.world_model) if config.what == "world" else lines(config)
 
 
@@ -531,7 +542,8 @@ def tables(config: BenchConfig, rows: list[dict]) -> str:
         return "\n".join(
             f"{row['case']:60s} {row['cameras']:16s} {row['per_second']:9.1f} samples/s" for row in rows
         )
-    return bench_world.table(rows) if config.what == "world" else table(rows)
+    own = {"world": bench_world.table, "sim": bench_sim.table}
+    return own.get(config.what, table)(rows)
 
 
 def main(config: BenchConfig) -> None:

@@ -67,8 +67,10 @@ class DemoConfig:
     5 cm, but 0.5 rad). Labels stay clean."""
     size: int = 128
     """Side of the square pictures, pixels."""
-    draw: Literal["exact", "fast"] = "fast"
-    """exact: pictures as published checkpoints expect them; fast: for policies trained on these alone."""
+    draw: Literal["exact", "no-reflections", "fast"] = "fast"
+    """exact: pictures as published checkpoints expect them; others: for policies trained on these alone."""
+    texture_colorspace: Literal["as_installed", "linear"] = "as_installed"
+    """linear: textures as MuJoCo 3.3.2 draws them, under any version (`python sim.py verify`)."""
     reset: Literal["hard", "soft"] = "soft"
     """soft keeps the compiled model between episodes."""
     seed: int = sim.SEED
@@ -94,11 +96,12 @@ class DemoConfig:
 
     def sim_config(self) -> sim.SimConfig:
         """Return the simulator's part."""
-        return sim.SimConfig(self.suite, self.size, self.draw, self.reset, self.displace, self.seed)
+        names = ("suite", "size", "draw", "reset", "displace", "seed", "texture_colorspace")
+        return sim.SimConfig(**{name: getattr(self, name) for name in names})
 
     def settings(self, task_id: int) -> dict[str, Any]:
         """Return what decides a task's demonstrations: files of other settings are never mixed."""
-        names = ("suite", "displace", "noise", "size", "draw", "reset", "seed")
+        names = ("suite", "displace", "noise", "size", "draw", "texture_colorspace", "reset", "seed")
         chosen = {name: getattr(self, name) for name in names}
         return {**chosen, "task_id": task_id, "init_states": sim.parse_ids(self.init_states, "--init-states")}
 
@@ -242,6 +245,7 @@ def file_attributes(env: sim.LiberoEnv, config: DemoConfig) -> dict[str, Any]:
         "noise": config.noise,
         "size": config.size,
         "draw": config.draw,
+        "texture_colorspace": config.texture_colorspace,
         "reset": config.reset,
         "env_seed": config.seed,
         "versions": json.dumps(sim.versions()),
@@ -307,6 +311,7 @@ def open_checked(path: Path, settings: dict[str, Any]) -> h5py.File:
 
 def check_settings(stored: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
     """Raise ValueError naming the first setting in which a file differs from this run."""
+    stored = {"texture_colorspace": "as_installed"} | stored  # of files from before one could choose
     for name, value in wanted.items():
         if stored.get(name) != value:
             flag = "--" + name.replace("_", "-")

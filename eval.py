@@ -110,11 +110,15 @@ class EvalConfig:
     displace: float | None = None
     """Largest displacement of the task's objects in metres; default: the training data's."""
 
-    draw: str | None = None
-    """Drawing, exact or fast; default: the training data's."""
+    draw: Literal["exact", "no-reflections", "fast"] | None = None
+    """Drawing: as LIBERO draws, without reflections, or with decimated meshes too; default: the training
+    data's, exact for a checkpoint from elsewhere."""
 
-    reset: str | None = None
-    """Resets between episodes, hard or soft; default: the training data's."""
+    texture_colorspace: Literal["as_installed", "linear"] | None = None
+    """linear: textures as MuJoCo 3.3.2 draws them, under any version (`python sim.py verify`)."""
+
+    reset: Literal["hard", "soft"] | None = None
+    """Resets between episodes; default: the training data's, hard for a checkpoint from elsewhere."""
 
     size: int | None = None
     """Side of the rendered pictures; default: the training data's."""

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from sim import LiberoEnv, surface_height
+from displace import surface_height
+from sim import LiberoEnv
 
 SOLVABLE = {
     "libero_spatial": tuple(range(10)),

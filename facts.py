@@ -220,7 +220,6 @@ def describe_environment(
     """
     frames = {} if observation is None else {c: f for (at, c), f in observation.frames.items() if at == 0}
     first = {} if observation is None else {"first": [float(x) for x in observation.state]}
-    texture = getattr(plan_sim, "texture_colorspace", "as_installed")
     return Facts(
         cameras={name: [plan_sim.size] * 2 for name in CAMERAS}
         | {name: list(frame.shape[:2]) for name, frame in frames.items()},
@@ -230,7 +229,7 @@ def describe_environment(
         tasks=sorted(suite_instructions(plan_sim.suite)),
         suites=[plan_sim.suite],
         draw=[plan_sim.draw],
-        srgb=honours_srgb(versions()["mujoco"], texture),
+        srgb=honours_srgb(versions()["mujoco"], plan_sim.texture_colorspace),
         control_hz=CONTROL_HZ,
         n_action_steps=n_action_steps,
     )

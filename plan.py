@@ -130,11 +130,12 @@ def make_plans(config: EvalConfig, run: dict, arm: Arm) -> list[Plan]:
 def make_plan(config: EvalConfig, suite: str, mine: dict[int, dict], arm: Arm) -> Plan:
     """Plan one suite; mine: task -> what the training data record of it."""
     first = next(iter(mine.values()), {})
-    chosen = {
-        name: getattr(config, name) if getattr(config, name) is not None else first[name]
-        for name in ("displace", "draw", "reset", "size")
-        if getattr(config, name) is not None or name in first
-    }
+    chosen = {}
+    for name in ("displace", "draw", "texture_colorspace", "reset", "size"):
+        asked = getattr(config, name)
+        value = first.get(name) if asked is None else asked
+        if value is not None:
+            chosen[name] = value
     sim = SimConfig(suite=suite, seed=config.seed, max_steps=config.step_limit(suite), **chosen)
     starts, seen = [], set()
     for task in config.task_ids or sorted(mine) or range(NUM_TASKS[suite]):

@@ -1,20 +1,23 @@
-"""Drawing without a display: which GL library MuJoCo draws with, and lighter meshes for a fast picture.
+"""Drawing without a display: which GL library MuJoCo draws with, and what a GL context draws differently.
 
 The backend must be chosen before MuJoCo is imported: EGL where a device answers (a GPU's driver or Mesa),
 else OSMesa. For `draw="fast"` the GL context gets meshes of fewer faces, their vertices clustered in a grid;
-the model keeps its own, and with them physics and ray casts.
+the model keeps its own, and with them physics and ray casts. MuJoCo from 3.3.3 on decodes textures that are
+marked sRGB, which darkens LIBERO's floors; they can be set back to linear.
 
     python -c "import render; print(render.setup_gl())"
     pytest tests/test_render.py
 
 Shapes: V vertices, F faces, G faces that are kept.
-Sources: EGL_EXT_device_enumeration; vertex clustering as in Rossignac and Borrel 1993.
+Sources: EGL_EXT_device_enumeration; MuJoCo's mjtColorSpace, whose effect was measured on LIBERO's scenes;
+vertex clustering as in Rossignac and Borrel 1993.
 """
 
 import contextlib
 import ctypes
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +40,17 @@ def setup_gl() -> str:
     return chosen
 
 
+def check_gl(backend: str) -> None:
+    """Raise RuntimeError, with the line that installs it, where a backend's library is missing here."""
+    missing = ""
+    if backend == "egl" and _egl_devices() == 0:
+        missing = APT_LINE
+    elif backend == "osmesa" and not _has_osmesa():
+        missing = "apt-get install libosmesa6"
+    if missing:
+        raise RuntimeError(f"MUJOCO_GL={backend}, but its library is not there: run `{missing}`")
+
+
 def free_egl_device() -> None:
     """Let a drawing process forget CUDA_VISIBLE_DEVICES where EGL has no device of that number.
 
@@ -53,10 +67,15 @@ def _available_gl() -> str:
         )
     if _egl_devices() > 0:
         return "egl"
-    with contextlib.suppress(OSError):
-        ctypes.CDLL("libOSMesa.so.8")
+    if _has_osmesa():
         return "osmesa"
     raise RuntimeError(f"no headless GL library was found (tried EGL, OSMesa): run `{APT_LINE}`")
+
+
+def _has_osmesa() -> bool:
+    with contextlib.suppress(OSError):
+        return bool(ctypes.CDLL("libOSMesa.so.8"))
+    return False
 
 
 def _egl_devices() -> int:
@@ -82,6 +101,52 @@ def _device_out_of_range() -> bool:
         return False
     ids = visible.split(",")
     return not all(i.strip().isdigit() for i in ids) or int(ids[0]) >= max(_egl_devices(), 1)
+
+
+def describe_gl() -> dict[str, str]:
+    """Return what draws in this process's current GL context, in GL's own strings, and its loaded library."""
+    from OpenGL import GL
+
+    names = {"renderer": GL.GL_RENDERER, "vendor": GL.GL_VENDOR, "version": GL.GL_VERSION}
+    found = {name: (GL.glGetString(key) or b"").decode(errors="replace") for name, key in names.items()}
+    maps = Path("/proc/self/maps")
+    return found | {"library": gl_library(maps.read_text()) if maps.exists() else ""}
+
+
+def gl_library(maps: str) -> str:
+    """Return the path of the EGL or OSMesa library among a process's mapped files; '' where there is none.
+
+    libEGL.so.1 only hands on to a vendor's library (libEGL_mesa, libEGL_nvidia), which is named where loaded.
+    """
+    files = dict.fromkeys(line.split(maxsplit=5)[-1] for line in maps.splitlines() if ".so" in line)
+    for prefix in ("libOSMesa.", "libEGL_", "libEGL."):
+        for file in files:
+            if Path(file).name.startswith(prefix):
+                return file
+    return ""
+
+
+def count_srgb_textures(model: Any) -> int | None:
+    """Count the textures that this MuJoCo decodes from sRGB; None where it knows no such mark (to 3.3.2)."""
+    import mujoco
+
+    if not hasattr(mujoco, "mjtColorSpace") or not hasattr(model, "tex_colorspace"):
+        return None
+    return int((model.tex_colorspace == int(mujoco.mjtColorSpace.mjCOLORSPACE_SRGB)).sum())
+
+
+def upload_linear_textures(model: Any, context: Any) -> None:
+    """Take every texture's values as they are, as MuJoCo did up to 3.3.2; does nothing to such a version.
+
+    The GL context must be current.
+    """
+    import mujoco
+
+    if not count_srgb_textures(model):
+        return
+    model.tex_colorspace[:] = int(mujoco.mjtColorSpace.mjCOLORSPACE_LINEAR)
+    for i in range(model.ntex):
+        mujoco.mjr_uploadTexture(model, context, i)
 
 
 def decimated_mesh(vertices: np.ndarray, faces: np.ndarray, cells: int) -> tuple[np.ndarray, np.ndarray]:

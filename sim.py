@@ -6,6 +6,7 @@ as in the public data sets. Starts are LIBERO's init states, whose picked object
 
     python sim.py verify                       # replay the recorded episodes in tests/libero_env
     python sim.py verify path/to/recordings    # the same for another folder
+    python sim.py verify --texture-colorspace linear    # with textures as MuJoCo drew them up to 3.3.2
 
 Importing this file loads neither LIBERO, MuJoCo nor torch; building an environment does. Many environments
 at once are pool.py's concern, the replay is replay.py's.
@@ -21,14 +22,22 @@ import logging
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from render import free_egl_device, setup_gl, upload_decimated
+from displace import Surface, free_position
+from render import (
+    count_srgb_textures,
+    describe_gl,
+    free_egl_device,
+    setup_gl,
+    upload_decimated,
+    upload_linear_textures,
+)
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 MAX_STEPS = {
@@ -49,9 +58,6 @@ CONTROL_HZ = 20
 CAMERAS = {"observation.images.image": "agentview", "observation.images.image2": "robot0_eye_in_hand"}
 MUJOCO_VERSION = "3.3.2"  # later ones draw another floor, 3.4 and later move differently
 
-CLEARANCE = 0.085  # metres between the centres of a displaced object and any other
-REACH = (0.35, 0.80)  # metres from the robot's base in which a displaced object may lie
-
 # What MuJoCo's scene reads. robosuite samples observations a substep or two before a control step ends.
 DRAWN = ("xpos", "xmat", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat", "cam_xpos", "cam_xmat")
 DRAWN += ("light_xpos", "light_xdir")
@@ -64,8 +70,9 @@ class SimConfig:
     suite: str = "libero_spatial"
     size: int = RENDER_SIZE
     """Side of the square pictures, pixels."""
-    draw: Literal["exact", "fast"] = "exact"
-    """fast: no floor reflections and decimated meshes; other pixels, same physics."""
+    draw: Literal["exact", "no-reflections", "fast"] = "exact"
+    """exact: as LIBERO draws. no-reflections: without the reflection pass, half the time of scenes with a
+    table. fast: decimated meshes too. Both draw other pixels of the same physics."""
     reset: Literal["hard", "soft"] = "hard"
     """soft keeps the compiled model between episodes."""
     displace: float = 0.0
@@ -73,11 +80,14 @@ class SimConfig:
     seed: int = SEED
     max_steps: int | None = None
     """None: the suite's own limit."""
+    texture_colorspace: Literal["as_installed", "linear"] = "as_installed"
+    """linear: textures as MuJoCo drew them up to 3.3.2; later ones honour sRGB marks and darken floors."""
 
     def __post_init__(self) -> None:
         check_suite(self.suite)
-        _check_choice("draw", self.draw, ("exact", "fast"))
+        _check_choice("draw", self.draw, ("exact", "no-reflections", "fast"))
         _check_choice("reset", self.reset, ("hard", "soft"))
+        _check_choice("texture-colorspace", self.texture_colorspace, ("as_installed", "linear"))
         if not 16 <= self.size <= 2048:
             raise ValueError(f"picture size must lie in 16..2048 pixels, got {self.size}: pass --size 256")
         if not 0 <= self.displace <= 0.5:
@@ -185,28 +195,6 @@ def axis_angle(quat: np.ndarray) -> np.ndarray:
     if sine < 1e-10:
         return np.zeros(3, dtype=np.float32)
     return quat[:3] / sine * (np.float32(2) * np.arccos(w))
-
-
-def free_position(
-    shipped: np.ndarray,
-    others: np.ndarray,
-    displace: float,
-    generator: np.random.Generator,
-    allowed: Callable[[np.ndarray], bool] = lambda _: True,
-    tries: int = 200,
-) -> np.ndarray:
-    """Shift an object uniformly in [-displace, displace]^2 metres to a place that is free.
-
-    shipped (2,), others (O, 2) are the objects' centres. A draw is rejected within `CLEARANCE` of another
-    object or where `allowed` says no; when all draws are, the object keeps its shipped place (a bowl on a
-    ramekin does).
-    """
-    for _ in range(tries):
-        place = shipped + generator.uniform(-displace, displace, 2)
-        far = len(others) == 0 or np.linalg.norm(others - place, axis=1).min() > CLEARANCE
-        if far and allowed(place):
-            return place
-    return shipped.copy()
 
 
 def goal_predicates(bddl: str) -> list[tuple[str, str, str]]:
@@ -380,15 +368,33 @@ class LiberoEnv:
         for robot in self.raw.robots:  # a soft reset would let the fingers go on from the last episode
             robot.gripper.current_action = np.zeros(robot.gripper.dof)
         self._built = True
-        if self.render and hard and self.config.draw == "fast":
-            self._draw_fast()
+        if self.render and hard:
+            self._prepare_drawing()
 
-    def _draw_fast(self) -> None:
+    def _prepare_drawing(self) -> None:
+        """Set the GL context up as the configuration says; each hard reset makes a new one."""
         import mujoco
 
+        context = self._gl_context()
+        self.srgb_textures = count_srgb_textures(self.model)  # as compiled; None: MuJoCo knows no such mark
+        if self.config.draw != "exact":
+            context.scn.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        if self.config.draw == "fast":
+            upload_decimated(self.model, context.con)
+        if self.config.texture_colorspace == "linear":
+            upload_linear_textures(self.model, context.con)
+
+    def _gl_context(self) -> Any:
+        """Make robosuite's render context current and return it."""
+        assert self.render, "this environment was built with render=False"
         context = self.env.sim._render_context_offscreen
-        context.scn.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        upload_decimated(self.model, context.con)
+        context.gl_ctx.make_current()
+        return context
+
+    def drawn_by(self) -> dict[str, str]:
+        """Return the renderer at work (`describe_gl`)."""
+        self._gl_context()
+        return describe_gl()
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, bool]:
         """Execute one action (7,) for 1/20 s; return the state (8,) and whether the task is solved."""
@@ -417,7 +423,7 @@ class LiberoEnv:
         """Return the (displaced) init-state vector (S,).
 
         Moved are the things that the goal says to pick. They stay on a surface of the shipped height, within
-        the robot's reach and `CLEARANCE` away from other objects, or else where they were.
+        the robot's reach and displace.CLEARANCE away from other objects, or else where they were.
         """
         start = self.init_states[init_state].copy()
         if self.config.displace == 0:
@@ -448,70 +454,6 @@ class LiberoEnv:
         self.env.close()
         del self.env
         gc.collect()
-
-
-class Surface:
-    """Heights of a scene's solid surfaces, by ray casts in a copy of its data."""
-
-    def __init__(self, model: Any, start: np.ndarray) -> None:
-        import mujoco
-
-        self.mujoco, self.model, self.data = mujoco, model, mujoco.MjData(model)
-        base = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_BODY, "robot0_base")
-        self.place(start)
-        self.base = self.data.xpos[base][:2].copy()
-
-    def place(self, start: np.ndarray) -> None:
-        """Put the scene in an init-state vector's positions."""
-        self.data.qpos[:] = start[1 : 1 + self.model.nq]
-        self.mujoco.mj_kinematics(self.model, self.data)
-
-    def height(self, xy: np.ndarray, skip: int) -> float:
-        """Return the highest surface under a point in metres, without robot and body `skip`; -1: none."""
-        return surface_height(self.model, self.data, xy, skip)
-
-    def radius(self, body: int) -> float:
-        """Return how far a movable object reaches from its centre, horizontally, in metres."""
-        model, corners = self.model, np.array([[a, b, c] for a in (-1, 1) for b in (-1, 1) for c in (-1, 1)])
-        farthest = 0.0
-        for geom in np.flatnonzero((model.body_rootid[model.geom_bodyid] == body) & (model.geom_group == 0)):
-            box = model.geom_aabb[geom]  # centre and half sides in the shape's own frame
-            points = (box[:3] + corners * box[3:]) @ self.data.geom_xmat[geom].reshape(3, 3).T
-            offset = (points + self.data.geom_xpos[geom] - self.data.xpos[body])[:, :2]
-            farthest = max(farthest, float(np.linalg.norm(offset, axis=1).max()))
-        return farthest
-
-    def keeps(self, body: int, shipped: np.ndarray) -> Callable[[np.ndarray], bool]:
-        """Return a test: does the object stand as flat and high elsewhere, in reach, 2 cm around it free?"""
-        radius = self.radius(body)
-        support = self.height(shipped, body)
-        angles = np.linspace(0, 2 * np.pi, 8, endpoint=False)
-        circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-        ring = np.concatenate([np.zeros((1, 2)), circle * radius / 2, circle * (radius + 0.02)])
-
-        def test(place: np.ndarray) -> bool:
-            reach = np.linalg.norm(place - self.base)
-            heights = (self.height(place + offset, body) for offset in ring)
-            return REACH[0] <= reach <= REACH[1] and all(abs(h - support) < 0.005 for h in heights)
-
-        return test
-
-
-def surface_height(model: Any, data: Any, xy: np.ndarray, skip: int) -> float:
-    """Return the top of what is solid under (x, y) in metres, without robot and body `skip`; -1: none."""
-    import mujoco
-
-    solid = np.array([1, 0, 0, 0, 0, 0], dtype=np.uint8)  # geom group 0 holds LIBERO's collision shapes
-    down, hit, z = np.array([0.0, 0.0, -1.0]), np.array([-1], dtype=np.int32), 1.6
-    for _ in range(30):
-        distance = mujoco.mj_ray(model, data, np.array([xy[0], xy[1], z]), down, solid, 1, skip, hit)
-        if distance < 0:
-            return -1.0
-        z -= distance
-        if not model.body(model.geom_bodyid[hit[0]]).name.startswith(("robot0", "gripper0")):
-            return float(z)
-        z -= 0.002  # go on below the robot's part
-    return -1.0
 
 
 if __name__ == "__main__":  # under its own name, so that child processes find what they are sent
