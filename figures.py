@@ -332,9 +332,8 @@ def held_out_figure(panel: list[RunFolder], _: dict[str, Look], path: Path) -> b
     palette, panes = mode_looks(modes), []
     modes = [mode for mode in palette if mode in modes]
     for arm in sorted({run.arm for run in panel}):
-        found = [
-            (m, *series(run, prefix + m)) for run in panel if run.arm == arm for m in modes
-        ]  # a line a seed
+        runs = [run for run in panel if run.arm == arm]
+        found = [(mode, *series(run, prefix + mode)) for run in runs for mode in modes]
         lines = [Line(mode, palette[mode], x, y, dots=True) for mode, x, y in found if len(x)]
         panes.append(Pane(shorten(arm, 30), lines))
     return panes_figure(panes, path, columns=2)
@@ -380,20 +379,13 @@ def world_figure(panel: list[RunFolder], palette: dict[str, Look], path: Path) -
     for style, (key, name) in zip(("--", ":"), guesses.items(), strict=True):
         found = lines_of(panel, palette, key)
         lines += [line._replace(label=f"baseline: {name}", look=Look(INK, style)) for line in found]
-    best = lines_of(panel, palette, "world_cos_best")
-    return panes_figure(
-        [
-            Pane("cosine of imagined and true change", lines, level=0.0),
-            Pane("the best hypothesis' cosine", best, level=0.0),
-            Pane(
-                "by future step, last tenth of training",
-                steps_ahead(panel, palette),
-                level=0.0,
-                x="future step",
-            ),
-        ],
-        path,
-    )
+    best, ahead = lines_of(panel, palette, "world_cos_best"), steps_ahead(panel, palette)
+    panes = [
+        Pane("cosine of imagined and true change", lines, level=0.0),
+        Pane("the best hypothesis' cosine", best, level=0.0),
+        Pane("by future step, last tenth of training", ahead, level=0.0, x="future step"),
+    ]
+    return panes_figure(panes, path)
 
 
 def steps_ahead(panel: list[RunFolder], palette: dict[str, Look]) -> list[Line]:
@@ -428,14 +420,20 @@ BANK = {
 
 
 def attention_figure(panel: list[RunFolder], palette: dict[str, Look], path: Path) -> bool:
-    """Draw how memory is attended to: a pane a quantity, lines of one arm's several sites alike."""
+    """Draw how memory is attended to: a pane a quantity, a line a run and fusion site."""
     keys, panes = logged_keys(panel), []
     counts = {run.config.get("num_hypotheses", 1) for run in panel} - {1}
+    chance = 1 / min(counts) if len(counts) == 1 else None
+    several = any(len(run.fusion) > 1 for run in panel)
     for name, title in ATTENTION.items():
-        sites = [key for key in keys if key.endswith(f"/{name}")]
-        lines = [line for key in sites for line in lines_of(panel, palette, key)]
-        chance = 1 / counts.pop() if name == "choose_best" and len(counts) == 1 else None
-        panes.append(Pane(title, lines, level=chance))
+        lines = []
+        for style, key in zip(STYLES, (key for key in keys if key.endswith(f"/{name}")), strict=False):
+            for line in lines_of(panel, palette, key):
+                if several:  # sites are then told apart by line style, arms by colour
+                    label = f"{line.label} {key.partition('/')[0]}"
+                    line = line._replace(label=label, look=line.look._replace(style=style))
+                lines.append(line)
+        panes.append(Pane(title, lines, level=chance if name == "choose_best" else None))
     return panes_figure(panes, path, columns=2)
 
 

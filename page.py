@@ -24,6 +24,7 @@ from PIL import Image
 PICTURE_BYTES = 7_000_000  # of embedded pictures, before base64 makes 4 bytes of 3
 VIDEO_BYTES = 9_000_000
 WIDEST = 760  # pixels of an embedded picture
+INK = "#7f858c"  # of figures.py: what of a figure takes the colour of the page's text
 
 
 class Text(NamedTuple):
@@ -165,6 +166,12 @@ def embed(galleries: list[Media]) -> dict[Path, str]:
     return found
 
 
+def coarse(tag: str) -> str:
+    """Round a tag's coordinates to hundredths of a point, and let the page choose the font."""
+    tag = re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), tag)
+    return re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", tag)
+
+
 def inline_svg(path: Path, name: str, label: str) -> str:
     """Return an SVG file as an element of the page: its own ids, no namespaces, ink that follows the page."""
     text = path.read_text()
@@ -176,9 +183,8 @@ def inline_svg(path: Path, name: str, label: str) -> str:
     wanted = set(re.findall(r'(?:href="#|url\(#)([^")]+)', body))
     body = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in wanted else "", body)
     body = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", body)
-    body = re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), body)
-    body = re.sub(r"#7f858c", "currentColor", body)
-    body = re.sub(r"'?DejaVu Sans'?[^;\"]*", "inherit", body)
+    body = re.sub(r"<[^>]+>", lambda m: coarse(m[0]), body)  # tags only: numbers in the text are results
+    body = body.replace(INK, "currentColor")
     return f'<svg {box} role="img" aria-label="{html.escape(label)}">{body.strip()}'
 
 
@@ -228,6 +234,7 @@ def html_cell(table: Table, i: int, j: int, mark: str) -> str:
 
 
 def html_plot(plot: Plot, out: Path) -> str:
+    """Return a figure, in a box that scrolls sideways where the figure would become too small to read."""
     svg = inline_svg(out / f"{plot.name}.svg", plot.name, plot.caption)
     points = float(re.search(r'viewBox="([^"]*)"', svg).group(1).split()[2])
     least = 0.8 * points if plot.wide else min(0.8 * points, 320)  # pixels that text is readable at
@@ -279,7 +286,7 @@ def html_section(section: Section, number: int, held: dict[Path, str], out: Path
     parts, row = [], []
     for block in [*section.blocks, None]:
         if isinstance(block, Plot):
-            row.append(html_plot(block, out))
+            row.append(html_block(block, held, out))
             continue
         if row:
             parts.append(f'<div class="plots">{"".join(row)}</div>')

@@ -202,7 +202,7 @@ def earlier_checkpoints(
 def checkpoints_of(runs: list[RunFolder]) -> dict[int, list[dict]]:
     """Return samples -> episodes of an arm's own memory mode, of all its checkpoints and seeds."""
     found: dict[int, list[dict]] = {}
-    for run in runs:
+    for run in (run for run in runs if not run.elsewhere):
         for samples, episodes in (*run.earlier, (run.budget, run.episodes)):
             if own := [e for e in episodes if e["memory"] == run.own]:
                 found.setdefault(samples, []).extend(own)
@@ -266,6 +266,7 @@ def check_comparable(runs: list[RunFolder]) -> None:
 
 
 def check_alike(runs: list[RunFolder]) -> None:
+    """Raise Refusal unless these runs may stand in one table."""
     arms: dict[str, RunFolder] = {}
     seen: dict[tuple, str] = {}
     protocols: dict[str, tuple[str, dict]] = {}

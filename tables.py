@@ -106,8 +106,8 @@ def suite_table(panel: list[RunFolder]) -> Table:
             name = f"{mode} (own)" if mode == runs[0].own else mode
             rows.append((arm, name, *map(count, parts), average(parts)))
     notes = (
-        f"{CELLS} **average over suites**: the mean of the suites' "
-        "rates, in %, each suite weighing the same, however many episodes it has; **-**: a suite is missing."
+        f"{CELLS} **average over suites**: the mean of the suites' rates, in %, each suite weighing the same, "
+        "however many episodes it has; **-**: a suite is missing."
     )
     return Table(("arm", "memory at rollout", *suites, "average over suites"), rows, notes, "By suite")
 
@@ -184,8 +184,8 @@ def offline_lines(panel: list[RunFolder]) -> list[tuple[RunFolder, dict]]:
     found = {}
     for run in panel:
         for line in run.offline:
-            if line["checkpoint"] == (run.checkpoint or line["checkpoint"]):
-                found[run.name, line.get("fingerprint")] = (run, line)
+            if run.checkpoint in ("", line["checkpoint"]):
+                found[run.name, line["fingerprint"]] = (run, line)
     return list(found.values())
 
 
@@ -251,18 +251,7 @@ def said(value: object) -> str:
 
 
 def runs_table(runs: list[RunFolder]) -> Table:
-    header = (
-        "run folder",
-        "arm",
-        "seed",
-        "samples",
-        "checkpoint",
-        "memory",
-        "episodes",
-        "protocols",
-        "notes",
-    )
-    rows = []
+    header, rows = ("run folder", "arm", "seed", "samples", "checkpoint", "memory", "episodes"), []
     for run in sorted(runs, key=lambda r: (r.elsewhere, r.budget or 0, r.arm, r.seed)):
         samples = "-" if run.elsewhere else f"{run.budget:,}"
         hashes = sorted({protocol_hash(e) for e in run.episodes})
@@ -271,7 +260,7 @@ def runs_table(runs: list[RunFolder]) -> Table:
             (*row, " ".join(arm_modes([run])), len(run.episodes), " ".join(hashes), "; ".join(run.notes))
         )
     notes = "protocols: the first digits of the SHA-256 of each protocol record below, as in results.csv."
-    return Table(header, rows, notes)
+    return Table((*header, "protocols", "notes"), rows, notes)
 
 
 def reproduction(runs: list[RunFolder]) -> list:

@@ -29,7 +29,7 @@ def config_of(arm: str, seed: int, site: str | None, budget: int | None, hypothe
 
 def log_lines(config: dict, count: int = 25) -> list[dict]:
     """Return lines of metrics.jsonl with every key that train.py may log."""
-    rng, [site] = np.random.default_rng(config["seed"]), config["fusion"]
+    rng, site = np.random.default_rng(config["seed"]), config["fusion"][0]
     lines = []
     for i in range(1, count + 1):
         samples, action = config["total_samples"] * i // count, float(math.exp(-i / 9) + 0.1 * rng.random())

@@ -1,6 +1,7 @@
 """The page: one valid file that needs nothing else, whatever the runs' files hold."""
 
 import base64
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from study import config_of, episode_lines, offline_line, write_picture, write_run, write_study, write_video
 
+import figures
 import page
 import reading
 import report
@@ -136,9 +138,18 @@ def test_every_figure_says_what_was_logged(study):
     )
 
 
+def test_the_page_shows_every_number_of_a_figure_as_it_was_drawn(study):
+    root, text, _ = study
+    drawn = (root / "report" / "offline_64000.svg").read_text()
+    shown = page.inline_svg(root / "report" / "offline_64000.svg", "offline_64000", "")
+    words = [re.findall(r"<text[^>]*>([^<]*)</text>", source) for source in (drawn, shown)]
+    assert words[0] == words[1] and shown.split(">", 1)[1] in text
+    assert any(re.search(r"\d\.\d{4}", word) for word in words[0])
+
+
 def test_ink_follows_the_page_and_grounds_are_transparent(study):
     root, text, _ = study
-    assert "#7f858c" not in text and "currentColor" in text
+    assert page.INK == figures.INK not in text and "currentColor" in text
     assert "prefers-color-scheme: dark" in text and "@media print" in text
     from PIL import Image
 
@@ -151,6 +162,15 @@ def test_the_same_runs_make_the_same_page(tmp_path):
     assert make(tmp_path / "runs", tmp_path / "a")[0] == make(tmp_path / "runs", tmp_path / "b")[0]
 
 
+def test_an_arm_with_several_sites_has_a_line_for_each(tmp_path):
+    folder = run_of(tmp_path, "both", fusion=["late", "suffix_in"])
+    line = {"samples": 64, "late/attn_pmax": 0.2, "suffix_in/attn_pmax": 0.4}
+    (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    make(tmp_path)
+    drawn = (tmp_path / "report" / "attention_64000.svg").read_text()
+    assert ">both late<" in drawn and ">both suffix_in<" in drawn
+
+
 # ---- what files may hold
 
 
@@ -159,8 +179,8 @@ def test_what_comes_from_files_is_escaped_everywhere(tmp_path):
     rows = reading.read_lines(folder / "episodes.jsonl")
     for row in rows:
         row["task"] = NASTY
-    (folder / "episodes.jsonl").write_text("".join(reading.json.dumps(row) + "\n" for row in rows))
-    (folder / "offline.jsonl").write_text(reading.json.dumps(offline_line()) + "\n")
+    (folder / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "offline.jsonl").write_text(json.dumps(offline_line()) + "\n")
     write_picture(folder / "videos" / "step_000100-pred-libero_goal-task0-init0-success.png")
     text, read = make(tmp_path / "runs")
     assert "<b>&" not in text and read.all("b") == [a for a in read.all("b") if not a]

@@ -371,7 +371,9 @@ def test_an_average_lies_within_its_interval_and_one_rate_keeps_its_own(counts):
 
 def test_checkpoints_from_elsewhere_get_a_panel_of_their_own(tree):
     elsewhere = {"total_samples": None, "data_fingerprint": None}
-    write_run(tree, "smolvla_libero", {"off": [1, 1, 0]}, **elsewhere)
+    first = write_run(tree, "smolvla_libero", {"off": [1, 1, 0]}, **elsewhere)
+    with (first / "episodes.jsonl").open("a") as file:
+        file.write(json.dumps(episode("off", 0, 1, checkpoint="step_000001", samples=7)) + "\n")
     folder = write_run(tree, "other", {}, **elsewhere)
     protocol = {"max_steps": 9, "versions": {}}
     write_episodes(folder, [episode("off", 0, 1, protocol=protocol, suite="libero_10")])
