@@ -106,8 +106,8 @@ def suite_table(panel: list[RunFolder]) -> Table:
             name = f"{mode} (own)" if mode == runs[0].own else mode
             rows.append((arm, name, *map(count, parts), average(parts)))
     notes = (
-        f"{CELLS} **average over suites**: the mean of the suites' rates, in %, each suite weighing the same, "
-        "however many episodes it has; **-**: a suite is missing."
+        f"{CELLS} **average over suites**: the mean of the suites' rates, in %, each suite weighing the "
+        "same, however many episodes it has; **-**: a suite is missing."
     )
     return Table(("arm", "memory at rollout", *suites, "average over suites"), rows, notes, "By suite")
 
