@@ -27,7 +27,7 @@ import numpy as np
 import tyro
 from scipy.stats import chi2, norm, t
 
-from report import Refusal, check_comparable, find_runs, load_run
+from reading import Refusal, check_comparable, find_runs, load_run
 from stats import Contrast, Run, compare, mcnemar_power, named_contrasts, smallest_detectable
 
 MOST_EPISODES, MOST_SEEDS = 1_000_000, 1_000  # a search ends here

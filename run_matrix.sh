@@ -125,4 +125,4 @@ if [ ${#failed[@]} -gt 0 ]; then
     echo "run_matrix.sh: failed: ${failed[*]} (see the logs in $OUT)" >&2
     exit 1
 fi
-say "report: $OUT/report/report.md"
+say "report: $OUT/report/report.html"

@@ -32,7 +32,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from report import Refusal, find_runs, read_config
+from reading import Refusal, find_runs, read_config
 from stats import wilson
 
 BLOCKS = "▁▂▃▄▅▆▇█"

@@ -50,7 +50,7 @@ def test_the_smoke_run_ends_with_a_table_and_a_second_call_only_looks(tmp_path):
     places = {"OUT": str(tmp_path / "runs"), "DATA": str(tmp_path / "data")}
     first = matrix("smoke", **places)
     assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]
-    report = (tmp_path / "runs" / "report" / "report.md").read_text()
+    report = (tmp_path / "runs" / "report" / "table.md").read_text()
     for arm, modes in {"E0": ["off"], "E0b": ["off"], "E1": ["zero"], "E2": ["pred", "off", "zero"]}.items():
         assert f"{arm} " in report
         [run] = (path for path in (tmp_path / "runs").glob(f"{arm}-n*") if path.is_dir())
