@@ -213,10 +213,9 @@ estimate() (  # NAME: minutes left, by what was measured on earlier runs, or by 
     parts "$1"; folder=$OUT/$1
     wanted=$((EPISODES * $(modes "$arm" | wc -w) * $(task_ids | wc -w) * $(wc -w <<<"$SUITES") * (1 + $(early | wc -w))))
     there=$(cat "$folder/episodes.jsonl" 2>/dev/null | wc -l)
-    samples=$(grep -hos '"samples": [0-9]*' "$folder/last/state.json" | cut -d' ' -f2)
+    samples=$(grep -hos '"samples": [0-9]*' "$folder/last/state.json" | cut -d' ' -f2) samples=${samples:-0}
     rate=$(measured "$guess_rate" samples_per_second "$arm" "$OUT"/*/metrics.jsonl runs/*/*/metrics.jsonl)
     each=$(measured "$guess_each" seconds "$arm" "$OUT"/*/episodes.jsonl)  # of OUT alone: step limits differ elsewhere
-    samples=${samples:-0}
     awk '{printf "%8.1f min left: ", ($1 / $2 + ($3 > 0) * $3 * $4 / $5) / 60}' \
         <<<"$((budget - samples)) ${rate%% *} $((wanted - there)) ${each%% *} $envs"
     echo "$1 has $samples of $budget samples, $there of $wanted episodes; $rate samples/s, $each s an episode"
@@ -281,7 +280,7 @@ if [ "$action" != --cell ]; then
     [ -z "$action" ] && [ ${#failed[@]} -eq 0 ] || exit ${#failed[@]}
     tell & teller=$!; trap hush EXIT
 fi
-free=("${devices[@]}")
+free=()  # JOBS places, on the devices in turn
 while [ ${#free[@]} -lt "$JOBS" ]; do free+=("${devices[${#devices[@]} ? ${#free[@]} % ${#devices[@]} : 0]:-}"); done
 for name in "${cells[@]}"; do
     [ ${#free[@]} -gt 0 ] || reap
