@@ -36,8 +36,9 @@ CONTRASTS = (
     ("E2", "E2c"),  # is it the prediction, or merely a second encoder's view of now,
     ("E2", "E2h"),  # or of the past
     ("E2d", "E1"),  # does prediction help that no action loss has shaped
-    # Where should memory enter? E1's capacity sits at `late` and is no control of another site's.
+    # Where should memory enter? E1's capacity sits at `late` and is no control of another site,
     *((site, other) for site in SITES for other in ("E0", "E2")),
+    *((site, f"{site}z") for site in ("F2", "F3a", "F3b")),  # which has one: the same site fed zeros
     *((bank, "E2") for bank in BANKS),  # do several futures help more than one
 )
 # Within a memory arm: its own mode against these rollout modes. They show what a policy depends on.
