@@ -470,7 +470,8 @@ def main(config: ControlConfig) -> int:
     for axis in axes.flat:
         tidy(axis)
     config.out.mkdir(parents=True, exist_ok=True)
-    print(f"{save(figure, config.out / 'control.png')}, {time.perf_counter() - start:.0f} s")
+    save(figure, config.out / "control")
+    print(f"{config.out / 'control.png'}, {time.perf_counter() - start:.0f} s")
     return code
 
 
