@@ -373,6 +373,7 @@ code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospac
 pre { overflow-x: auto; background: var(--lift); padding: .8rem 1rem; border-radius: 6px; }
 nav { font-size: .88rem; }
 nav ol { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
+nav li { max-width: none; }
 nav .top { font-weight: 600; flex-basis: 100%; margin-top: .4rem; }
 nav a { text-decoration: none; color: var(--soft); }
 nav .top a { color: var(--ink); }
@@ -385,7 +386,7 @@ td, tbody th { white-space: nowrap; }
 thead th { font-weight: 600; color: var(--soft); vertical-align: bottom; border-bottom: 1px solid var(--soft);
   min-width: 3.2rem; max-width: 9rem; line-height: 1.3; }
 tbody th { font-weight: 600; position: sticky; left: 0; background: var(--ground); }
-@media (max-width: 40rem) { tbody th { max-width: 8rem; white-space: normal; overflow-wrap: anywhere; } }
+@media (max-width: 40rem) { tbody th { max-width: 8rem; white-space: normal; overflow-wrap: break-word; } }
 td:not(.n) { max-width: 24rem; min-width: 7.5rem; white-space: normal; overflow-wrap: anywhere; }
 tbody tr:hover td, tbody tr:hover th { background-color: var(--lift); }
 .n { text-align: right; }
@@ -397,6 +398,7 @@ tbody tr:hover td, tbody tr:hover th { background-color: var(--lift); }
 figure { margin: 1rem 0; min-width: 0; }
 .plot.wide { grid-column: 1 / -1; }
 .plot svg { display: block; width: 100%; height: auto; color: var(--soft); font-family: inherit; }
+@media (max-width: 40rem) { .plot { overflow-x: auto; } .plot svg { min-width: 27rem; } }
 .plot svg * { stroke-linejoin: round; stroke-linecap: butt; }
 .plot svg text { fill: var(--ink); }
 .shots { display: grid; gap: 1rem 1.5rem; align-items: start;
