@@ -83,7 +83,11 @@ def test_a_policy_in_bfloat16_acts_alike_and_its_protocol_says_so():
 
 @pytest.mark.slow
 def test_environments_ranks_and_kills_change_no_episode_and_films_repeat_them(run):
-    flags = ("--memory", "pred", "off", "--episodes-per-task", "2")
+    refused = evaluate(run, "--check", check=False)  # the tiny arm's statistics are no robot's
+    assert refused.returncode == 1 and not (run / "episodes.jsonl").exists()
+    assert refused.stderr.startswith("error: not as in training: action") and refused.stderr.count("\n") == 1
+    assert refused.stderr.endswith("--accept action statistics\n")
+    flags = ("--memory", "pred", "off", "--episodes-per-task", "2", "--accept", "action", "statistics")
     evaluate(run, *flags, "--num-envs", "2")
     both, path = episodes(run), run / "episodes.jsonl"
     assert {key: line["crash"] for key, line in both.items()} == dict.fromkeys(both)
@@ -101,6 +105,8 @@ def test_environments_ranks_and_kills_change_no_episode_and_films_repeat_them(ru
     }
     assert again["pred", 3]["final_state"] != again["off", 3]["final_state"]  # the memory decides
     assert not list(run.glob("*rank*"))
+    conformance = json.loads((run / "conformance.json").read_text())["libero_object"]
+    assert (conformance["action"], conformance["sizes"]) == ("differs", "agrees")
     for mode in ("pred", "off"):  # nothing is solved in 12 steps: the first failure of each
         film = run / "videos" / f"step_000001-{mode}-libero_object-task1-init3-failure.mp4"
         with av.open(str(film)) as container:
