@@ -48,7 +48,8 @@ from config import PRESETS
 from data import Demos, load
 from loader import Loader
 from model import SmolVLA, prefix_inputs
-from train import TrainConfig, make_optimizer, optimizer_step
+from optimise import make_optimizer, optimizer_step
+from train import TrainConfig
 
 PROMPT = 16  # tokens of an instruction
 LEAST = 1.0  # seconds that a case is measured for at least
@@ -255,7 +256,7 @@ def batch_of(case: Case, arm: Arm, device: str) -> tuple:
 
 
 def step_of(case: Case, arm: Arm, device: str) -> Callable[[], dict]:
-    """One optimiser step, by train.py's own function."""
+    """One optimiser step, by training's own function."""
     config = TrainConfig(batch_size=case.batch, total_samples=10**6, **case.arm)
     optimizer = make_optimizer(config, arm)
     source = RandomSource(arm, batch_of(case, arm, device), torch.device(device))

@@ -21,8 +21,9 @@ from test_data import write_task
 
 import runs
 from arm import Summary
+from optimise import lr_factor, shares
 from runs import check_space
-from train import TrainConfig, lr_factor, shares
+from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 FLAGS = [
