@@ -30,7 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -46,6 +46,7 @@ import cpu
 from arm import Arm, ArmConfig, Summary
 from config import PRESETS
 from data import Demos, load
+from flops import only_math
 from loader import Loader
 from model import SmolVLA, prefix_inputs
 from optimise import make_optimizer, optimizer_step
@@ -343,13 +344,6 @@ def count_flops(case: Case) -> int:
             out = arm(*batch_of(case, arm, "meta"))
             (out["action"].mean() + (out["world"].mean() if "world" in out else 0)).backward()
     return counter.get_total_flops()
-
-
-@contextmanager
-def only_math() -> Iterator[None]:
-    """Spell attention out, so that the counter sees its products whatever kernels there are."""
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        yield
 
 
 def measure_peak(dtype: str, threads: int | None) -> float:

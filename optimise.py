@@ -1,4 +1,4 @@
-"""One optimiser step: shares of ranks and micro batches, losses, gradients, AdamW and its schedule.
+"""One optimiser step: shares of ranks and micro batches, losses, gradients, AdamW, its schedule, an average.
 
 Losses are sums over what counts, divided by its count over the whole step; which samples a step has, and what
 is random about them, follows from their numbers. So ranks and accumulation change nothing but the order of
@@ -13,22 +13,25 @@ Shapes: B batch.
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from arm import Arm
 from diagnostics import gradient_norms
 from model import masked_mean
+from ranks import sum_over_ranks
 from source import Source
 
 if TYPE_CHECKING:
     from train import TrainConfig
 
+DECAY_SAMPLES = 64  # a step of the default batch size
 
 # ---- optimiser and schedule ---------------------------------------------------------------------------
 
@@ -116,8 +119,12 @@ def optimizer_step(
     norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.clip)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * lr_factor(config, first)
+    # Gradients are the sum over ranks by now, so all ranks see the same norm and skip the same steps. The
+    # fused kernel does the skipping (this is how GradScaler asks for it): no device waits for the host.
+    bad = ~torch.isfinite(norm)
+    optimizer.found_inf = bad.float()
     optimizer.step()
-    facts = {"sums": logs, "counts": counts, "lr": optimizer.param_groups[0]["lr"]}
+    facts = {"sums": logs, "counts": counts, "lr": optimizer.param_groups[0]["lr"], "bad": bad}
     facts |= {"winner": torch.cat(winners)} if winners else {}
     if logged:  # kept for `diagnose`; on other steps the batch and its graph go now
         facts |= {"norms": {"grad_norm": norm} | norms, "batch": batch, "predicted": out.get("predicted")}
@@ -134,8 +141,60 @@ def count_terms(source: Source, batch: tuple) -> Tensor:
     return torch.stack([steps, moving]).double()
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum a tensor over all ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
+class BadSteps:
+    """Counts on the device the steps that were skipped, since their gradient was not finite."""
+
+    def __init__(self, device: torch.device, total: int = 0, in_a_row: int = 0) -> None:
+        # in all; since the last step that was taken; the longest row of them
+        self.counts = torch.tensor([total, in_a_row, in_a_row], device=device)
+
+    def see(self, bad: Tensor) -> None:
+        """Note a step, () bool."""
+        total, row, longest = self.counts
+        row = (row + 1) * bad
+        self.counts = torch.stack([total + bad, row, torch.maximum(longest, row)])
+
+    def read(self) -> tuple[int, int, int]:
+        """Give all, those at the end, and the longest row."""
+        total, row, longest = self.counts.tolist()
+        return total, row, longest
+
+
+# ---- average ------------------------------------------------------------------------------------------
+
+
+class Average:
+    """Exponential moving average, in float32, of what trains (--ema).
+
+    It counts samples: a skipped step moves it as well, towards the weights that stayed.
+    """
+
+    def __init__(self, arm: Arm, decay: float) -> None:
+        """Begin at the weights that the arm has now."""
+        self.decay = decay
+        self.params = {name: p for name, p in arm.named_parameters() if p.requires_grad}
+        self.mean = {name: p.detach().clone() for name, p in self.params.items()}
+
+    def update(self, count: int) -> None:
+        """Move on by a step of `count` samples: --ema is the decay over DECAY_SAMPLES, whatever the batch."""
+        move = get_ema_multi_avg_fn(self.decay ** (count / DECAY_SAMPLES))
+        move(list(self.mean.values()), [p.detach() for p in self.params.values()], None)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the arm hold the average for a while, to be measured or saved."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    def swap(self) -> None:
+        for name, p in self.params.items():
+            p.data, self.mean[name] = self.mean[name], p.data
+
+    @torch.no_grad()
+    def restore(self, weights: dict[str, Tensor]) -> None:
+        """Give the arm back the weights to train on: after loading it holds the average."""
+        for name, p in self.params.items():
+            p.copy_(weights[name])
