@@ -355,7 +355,7 @@ def agree_on_checkpoint(config: TrainConfig, rank: int, together: Together) -> P
 def open_data(
     config: TrainConfig, last: Path | None, rank: int, ranks: int, say: Callable[[str], None]
 ) -> tuple[TrainConfig, Demos, Features | None, Latents | None]:
-    """Read what is trained on; the first rank writes the cache of world latents where there is none.
+    """Read what is trained on; ranks share the work of a cache of world latents where there is none.
 
     Returns the configuration with what the world encoder's model settles, and the demonstrations, their
     features and their latents.
@@ -372,12 +372,12 @@ def open_data(
         backbone = open_backbone(config, own_policy(dataclasses.replace(config, **start), demos))
         config = resolved(config, backbone)
     if rank and ranks > 1:
-        dist.barrier()  # the first rank writes the cache, the others find it
+        dist.barrier()  # the first rank checks the pictures, the others find that it did
     if features is None:
         demos = remember_checks(demos, home)
-    latents = prepare(home, demos, config, backbone) if config.sites else None
     if rank == 0 and ranks > 1:
         dist.barrier()
+    latents = prepare(home, demos, config, backbone, rank, ranks) if config.sites else None
     return config, demos, features, latents
 
 
