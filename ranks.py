@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+import uuid
 from types import FrameType
 
 import torch
@@ -28,8 +30,34 @@ def start_ranks() -> tuple[int, int, torch.device]:
         return 0, 1, device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
+    store, rank, ranks = next(dist.rendezvous("env://"))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=fresh_part(store, rank, ranks), rank=rank, world_size=ranks)
+    return rank, ranks, device
+
+
+def fresh_part(store: dist.Store, rank: int, ranks: int) -> dist.Store:
+    """Agree on a part of the store that is only of the processes alive now.
+
+    When torchrun starts ranks again after one died, they find the store of before, with addresses of dead
+    processes in it (torch 2.13), and would wait for these. So every rank says hello under a name that was
+    never used, the first one answers to each name, until all have taken the answer.
+    """
+    me = uuid.uuid4().hex
+    if rank:
+        store.set(f"hello/{rank}", me)
+        part = store.get(f"part/{me}").decode()  # waits for it
+        store.set(f"joined/{part}/{rank}", me)
+        return dist.PrefixStore(part, store)
+    missing = set(range(1, ranks))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"joined/{me}/{other}"]):
+                missing.remove(other)
+            elif store.check([f"hello/{other}"]):  # maybe a dead one's: asked again until it has joined
+                store.set(f"part/{store.get(f'hello/{other}').decode()}", me)
+        time.sleep(0.02)
+    return dist.PrefixStore(me, store)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
