@@ -6,7 +6,7 @@ torch's own counter finds in a case's formulas; the peak is the best that this m
 at a large square size in the case's type.
 
     python bench.py model --size tiny               # a chunk: vision, prefix, denoising; import and load
-    python bench.py train --size tiny               # an optimiser step, from pictures and from features
+    python bench.py train --size tiny               # an optimiser step; the loop around it; a save
     python bench.py fusion --size tiny              # a step at every site, beside what it costs in FLOPs
     python bench.py bank --size tiny                # a step with 1 and 4 hypotheses
     python bench.py data                            # samples/s of each reader, alone and with processes
@@ -41,6 +41,7 @@ import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench_loop
 import bench_world
 import cpu
 from arm import Arm, ArmConfig, Summary
@@ -53,6 +54,7 @@ from optimise import make_optimizer, optimizer_step
 from train import TrainConfig
 
 PROMPT = 16  # tokens of an instruction
+LOOP = "loop and save"  # the name that --only knows them by
 LEAST = 1.0  # seconds that a case is measured for at least
 SITES = {
     "none": {"fusion": ("none",)},
@@ -169,7 +171,7 @@ def plan(config: BenchConfig) -> list[list[Case]]:
         group = [Case(f"{name}, plain", "chunk", plain=True, arm=arm, **one | single)]
         groups.append(group + [Case(n, "chunk", arm=arm, **fast | single) for n, arm in arms.items()])
     kept = [[case for case in group if config.only in case.name] for group in groups]
-    if not any(kept):
+    if not any(kept) and not (config.what == "train" and config.only in LOOP):
         names = ", ".join(dict.fromkeys(case.name for group in groups for case in group))
         raise ValueError(f"--only {config.only!r} is in no case's name: these are {names}")
     return [group for group in kept if group]
@@ -492,6 +494,15 @@ def lines(config: BenchConfig) -> Iterator[dict]:
             }
     if config.what == "model":
         yield common | measure_load(config)
+    if config.what == "train" and (not config.only or config.only in LOOP):
+        for dtype in config.dtype:
+            for row in alone(loop_of, config, dtype):
+                yield common | row
+
+
+def loop_of(config: BenchConfig, dtype: str) -> list[dict]:
+    """What training costs beside its steps, from pictures (bench_loop.py)."""
+    return list(bench_loop.lines(config.size, dtype, config.batch_size, config.threads))
 
 
 def table(rows: list[dict]) -> str:
@@ -501,6 +512,9 @@ def table(rows: list[dict]) -> str:
         f"{'FLOPs':>6s} {'GFLOP':>8s} {'of peak':>7s} {'GB':>6s}"
     ]
     for row in rows:
+        if "share_outside" in row or "ratio" in row:
+            out.append(bench_loop.table(row))
+            continue
         if "kind" not in row:
             parts = f"import {row['import']:.2f}, load {row['load']:.2f}"
             out.append(f"{row['case']:43s} {row['seconds']:8.3f}  {parts}")
