@@ -6,7 +6,7 @@ torch's own counter finds in a case's formulas; the peak is the best that this m
 at a large square size in the case's type.
 
     python bench.py model --size tiny               # a chunk: vision, prefix, denoising; import and load
-    python bench.py train --size tiny               # an optimiser step, from pictures and from features
+    python bench.py train --size tiny               # an optimiser step; the loop around it; a save
     python bench.py fusion --size tiny              # a step at every site, beside what it costs in FLOPs
     python bench.py bank --size tiny                # a step with 1 and 4 hypotheses
     python bench.py data                            # samples/s of each reader, alone and with processes
@@ -31,7 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -42,17 +42,21 @@ import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench_loop
 import bench_sim
 import bench_world
 import cpu
 from arm import Arm, ArmConfig, Summary
 from config import PRESETS
 from data import Demos, load
+from flops import only_math
 from loader import Loader
 from model import SmolVLA, prefix_inputs
-from train import TrainConfig, make_optimizer, optimizer_step
+from optimise import make_optimizer, optimizer_step
+from train import TrainConfig
 
 PROMPT = 16  # tokens of an instruction
+LOOP = "loop and save"  # the name that --only knows them by
 LEAST = 1.0  # seconds that a case is measured for at least
 SITES = {
     "none": {"fusion": ("none",)},
@@ -174,7 +178,7 @@ def plan(config: BenchConfig) -> list[list[Case]]:
         group = [Case(f"{name}, plain", "chunk", plain=True, arm=arm, **one | single)]
         groups.append(group + [Case(n, "chunk", arm=arm, **fast | single) for n, arm in arms.items()])
     kept = [[case for case in group if config.only in case.name] for group in groups]
-    if not any(kept):
+    if not any(kept) and not (config.what == "train" and config.only in LOOP):
         names = ", ".join(dict.fromkeys(case.name for group in groups for case in group))
         raise ValueError(f"--only {config.only!r} is in no case's name: these are {names}")
     return [group for group in kept if group]
@@ -262,7 +266,7 @@ def batch_of(case: Case, arm: Arm, device: str) -> tuple:
 
 
 def step_of(case: Case, arm: Arm, device: str) -> Callable[[], dict]:
-    """One optimiser step, by train.py's own function."""
+    """One optimiser step, by training's own function."""
     config = TrainConfig(batch_size=case.batch, total_samples=10**6, **case.arm)
     optimizer = make_optimizer(config, arm)
     source = RandomSource(arm, batch_of(case, arm, device), torch.device(device))
@@ -349,13 +353,6 @@ def count_flops(case: Case) -> int:
             out = arm(*batch_of(case, arm, "meta"))
             (out["action"].mean() + (out["world"].mean() if "world" in out else 0)).backward()
     return counter.get_total_flops()
-
-
-@contextmanager
-def only_math() -> Iterator[None]:
-    """Spell attention out, so that the counter sees its products whatever kernels there are."""
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        yield
 
 
 def measure_peak(dtype: str, threads: int | None) -> float:
@@ -504,6 +501,15 @@ def lines(config: BenchConfig) -> Iterator[dict]:
             }
     if config.what == "model":
         yield common | measure_load(config)
+    if config.what == "train" and (not config.only or config.only in LOOP):
+        for dtype in config.dtype:
+            for row in alone(loop_of, config, dtype):
+                yield common | row
+
+
+def loop_of(config: BenchConfig, dtype: str) -> list[dict]:
+    """What training costs beside its steps, from pictures (bench_loop.py)."""
+    return list(bench_loop.lines(config.size, dtype, config.batch_size, config.threads))
 
 
 def table(rows: list[dict]) -> str:
@@ -513,6 +519,9 @@ def table(rows: list[dict]) -> str:
         f"{'FLOPs':>6s} {'GFLOP':>8s} {'of peak':>7s} {'GB':>6s}"
     ]
     for row in rows:
+        if "share_outside" in row or "ratio" in row:
+            out.append(bench_loop.table(row))
+            continue
         if "kind" not in row:
             parts = f"import {row['import']:.2f}, load {row['load']:.2f}"
             out.append(f"{row['case']:43s} {row['seconds']:8.3f}  {parts}")

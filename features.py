@@ -254,7 +254,8 @@ def encode(policy: SmolVLA, processor: Processor, pictures: dict[str, Tensor]) -
 
 def start_policy(config: Config, demos: Demos) -> tuple[SmolVLA, Processor]:
     """Build the policy that train.py would start from; its draws leave the caller's generator alone."""
-    from train import TrainConfig, build_policy  # which imports this file
+    from start import build_policy
+    from train import TrainConfig  # which imports this file
 
     same = [f.name for f in dataclasses.fields(StartConfig)]
     start = TrainConfig(data=config.data, **{name: getattr(config, name) for name in same})

@@ -16,10 +16,10 @@ width.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,34 +29,48 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-import cpu
-from arm import Arm, ArmConfig, Summary, load_arm, stored_config
-from checkpoint import fresh_processor, load_policy, start_from_vlm
-from config import PRESETS
-from data import Demos, chosen_statistics, in_files, remember_checks
+from arm import Arm, ArmConfig, load_arm
+from data import Demos, in_files, remember_checks
 from diagnostics import (
     CollapseWatch,
     Usage,
     attention_diagnostics,
-    gradient_norms,
     memory_norm,
     world_diagnostics,
 )
 from encoders import open_backbone, resolved
 from facts import describe_data
-from features import load_with
-from files import read_json
+from features import Features, load_with
+from files import read_json, read_tensors
+from flops import flops_per_sample, utilisation
 from loader import Loader
-from model import SmolVLA, masked_mean
 from offline import measure
-from processor import Processor
-from runs import check_space, cut_metrics, log, log_validation, open_run, save
+from optimise import Average, BadSteps, make_optimizer, optimizer_step, shares
+from ranks import Stop, Together, start_ranks, sum_over_ranks
+from runs import (
+    OPTIMIZER,
+    RAW,
+    STATE,
+    Progress,
+    banner,
+    check_space,
+    cut_metrics,
+    device_name,
+    fingerprint,
+    log,
+    log_validation,
+    newest_whole,
+    open_run,
+    point,
+    save,
+    writing,
+)
 from selection import DataConfig, find_data
-from source import Source, held_out, saved_partners
-from world import Latents, cache_path, change_statistics, own_policy, prepare
+from source import Source, held_out
+from start import build_arm, make_fast
+from world import Latents, cache_path, own_policy, prepare
 
 STEPS_AHEAD = 2  # steps whose pictures are decoded while another one runs
 
@@ -149,6 +163,17 @@ class TrainConfig(ArmConfig, DataConfig):
     save_every: int = 50_000
     """Samples between two checkpoints; the last one is always written."""
 
+    keep_every: int = 0
+    """Samples between two checkpoints that stay, a multiple of --save-every; of the others the newest two do.
+    0: all stay. Only the newest two hold the optimiser's state."""
+
+    ema: float = 0.0
+    """Decay, over 64 samples, of a moving average of what trains; 0: none. Checkpoints then hold the average
+    as their weights, and beside it what to train on; held-out losses are the average's too."""
+
+    max_bad_steps: int = 10
+    """Steps in a row with a gradient that is not finite after which the run ends; such steps are skipped."""
+
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type that tower, trunk and expert compute in; auto: bfloat16 on a GPU, float32 on a CPU. What trains is
     held in float32 in any case, what is frozen in this type."""
@@ -165,9 +190,16 @@ class TrainConfig(ArmConfig, DataConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         DataConfig.__post_init__(self)
-        for flag in ("total_samples", "batch_size", "accumulate", "flow_draws", "log_every", "save_every"):
+        least_one = ("total_samples", "batch_size", "accumulate", "flow_draws", "log_every", "save_every")
+        for flag in (*least_one, "max_bad_steps"):
             if getattr(self, flag) < 1:
                 raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)} must be at least 1")
+        if self.keep_every < 0 or self.keep_every % self.save_every:
+            raise ValueError(
+                f"--keep-every {self.keep_every} must be a multiple of --save-every {self.save_every}, or 0"
+            )
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"--ema {self.ema} must be at least 0 and less than 1")
         if self.workers < 0:
             raise ValueError(f"--workers {self.workers} must be at least 0")
         if self.features is not None and self.freeze != "expert":
@@ -190,11 +222,16 @@ class TrainConfig(ArmConfig, DataConfig):
 
     @property
     def free(self) -> tuple[str, ...]:
-        """Fields that may change when a run is resumed."""
+        """Fields and facts that may change when a run is resumed."""
         return (
-            "out", "data", "pictures", "workers", "features", "log_every", "save_every", "compile", "threads",
-            "accumulate", "world_model", "data_facts",
+            "out", "data", "pictures", "workers", "features", "log_every", "save_every", "keep_every",
+            "max_bad_steps", "compile", "threads", "accumulate", "world_model", "data_facts", "flops_per_sample",
+            "weights_fingerprint",
         )  # fmt: skip
+
+    def stays(self, samples: int) -> bool:
+        """Whether the checkpoint at this many samples, a whole number of steps, stays for good."""
+        return not self.keep_every or passes(self.keep_every, samples - self.batch_size, samples)
 
     def precision(self, device: torch.device) -> torch.dtype:
         """The type to compute in on a device."""
@@ -202,261 +239,31 @@ class TrainConfig(ArmConfig, DataConfig):
         return getattr(torch, auto if self.dtype == "auto" else self.dtype)
 
 
-# ---- ranks --------------------------------------------------------------------------------------------
-
-
-def start_ranks() -> tuple[int, int, torch.device]:
-    """Join torchrun's process group where there is one: rank, number of ranks, this rank's device."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if "RANK" not in os.environ:
-        return 0, 1, device
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum a tensor over all ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
-
-
-# ---- arm and optimiser --------------------------------------------------------------------------------
-
-
-def build_arm(
-    config: TrainConfig, demos: Demos, latents: Latents | None, frames: np.ndarray
-) -> tuple[Arm, Processor]:
-    """Build the arm at its start; arms of one seed share the policy's initial weights."""
-    stored = None if config.init in PRESETS else stored_config(Path(config.init))
-    if stored is not None and stored.sites:
-        return continue_arm(config, stored)
-    policy, processor = build_policy(config, demos)
-    images = {}
-    if config.blind:
-        images = {name: mean_image(demos, name) for name in policy.config.cameras}
-    summary, encoder = Summary.none(config), None
-    if latents is not None:
-        scale, mean = change_statistics(demos, latents.z, config.future, config.world_stride, config.delta)
-        partners = saved_partners(demos, latents.z, config.history, config.world_stride, frames)
-        summary, encoder = Summary(scale, mean, partners), latents.encoder
-    torch.manual_seed(config.seed + 1)
-    return Arm(arm_config(config), policy, encoder, summary, images), processor
-
-
-def continue_arm(config: TrainConfig, stored: ArmConfig) -> tuple[Arm, Processor]:
-    """Go on from an arm's checkpoint, memory modules included; ValueError where it is built another way."""
-    for field in dataclasses.fields(ArmConfig):
-        there, asked = getattr(stored, field.name), getattr(config, field.name)
-        if field.name not in ArmConfig.free_to_change and there != asked:
-            raise ValueError(
-                f"--init {config.init} was trained with {field.name} {there!r}, not {asked!r}: ask for the "
-                "same, or start from a checkpoint without memory"
-            )
-    if stored.has_prophet != config.has_prophet:
-        raise ValueError(
-            f"--init {config.init} was trained with --memory {stored.memory}, --memory {config.memory} "
-            f"{'needs a prophet that it lacks' if config.has_prophet else 'would drop its prophet'}"
-        )
-    how = {"vlm": config.vlm, "allow_missing": config.allow_missing}
-    arm, processor = load_arm(config.init, config.world_model, **how)
-    arm.config = arm_config(config)
-    return arm, processor
-
-
-def build_policy(config: TrainConfig, demos: Demos) -> tuple[SmolVLA, Processor]:
-    """A fresh preset with statistics and tokenizer from the data, or on a language model; or a checkpoint."""
-    torch.manual_seed(config.seed)
-    if config.init not in PRESETS:
-        return load_policy(config.init, config.revision, config.vlm, config.stats_of, config.allow_missing)
-    widths = {"state_dim": demos.state.shape[1], "action_dim": demos.action.shape[1]}
-    preset = dataclasses.replace(PRESETS[config.init], cameras=tuple(demos.images), **widths)
-    size = next(iter(demos.images.values())).shape[1]
-    stats, _ = chosen_statistics(demos)
-    floors = {"observation.state": config.state_std_floor, "action": config.action_std_floor}
-    for feature, floor in floors.items():
-        stats[feature]["std"] = stats[feature]["std"].clamp(min=floor)
-    if config.vlm is not None:
-        return start_from_vlm(preset, config.vlm, stats, (3, size, size))
-    processor = fresh_processor(preset, stats, demos.tasks, (3, size, size))
-    return SmolVLA(preset).initialise(), processor
-
-
-def make_fast(config: TrainConfig, arm: Arm, device: torch.device) -> None:
-    """Hold and compute the policy in the wanted type, and take the device's fast path."""
-    arm.policy.set_dtype(config.precision(device))
-    if config.compile:
-        arm.policy.compile_blocks()
-    elif device.type == "cpu":
-        cpu.keep_memory()
-        cpu.speed_up(arm.policy, arm.policy.dtype)
-
-
-def arm_config(config: TrainConfig) -> ArmConfig:
-    """The part of the configuration that stays with a checkpoint."""
-    return ArmConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(ArmConfig)})
-
-
-def mean_image(demos: Demos, camera: str) -> Tensor:
-    """The data set's mean picture of a camera, (3, S, S) uint8."""
-    mean = demos.mean_picture(camera).round().astype(np.uint8)
-    return torch.from_numpy(mean).permute(2, 0, 1).contiguous()  # (S, S, 3) -> (3, S, S)
-
-
-def make_optimizer(config: TrainConfig, arm: Arm) -> torch.optim.AdamW:
-    """AdamW in three groups: the policy's own weights; the new modules'; their gates, without decay."""
-    new = {id(p) for module in arm.new_modules() for p in module.parameters()}
-    lr_world, decay = config.lr_world or config.lr, config.weight_decay
-    own, world, gates = groups = (
-        {"params": [], "lr": config.lr, "peak": config.lr, "weight_decay": decay},
-        {"params": [], "lr": lr_world, "peak": lr_world, "weight_decay": decay},
-        {"params": [], "lr": lr_world, "peak": lr_world, "weight_decay": 0.0},
-    )
-    for name, p in arm.named_parameters():
-        if p.requires_grad:
-            group = gates if name.endswith(".gate") else world if id(p) in new else own
-            group["params"].append(p)
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
-
-
-def lr_factor(config: TrainConfig, done: int) -> float:
-    """Share of the peak learning rate after `done` samples: linear warm-up, then cosine down to `lr_end`."""
-    warmup = min(config.warmup_samples, config.total_samples // 10)
-    if done < warmup:
-        return (done + config.batch_size) / (warmup + config.batch_size)
-    progress = (done - warmup) / max(1, config.total_samples - warmup)
-    return config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-# ---- one optimiser step -------------------------------------------------------------------------------
-
-
-def shares(first: int, count: int, rank: int, ranks: int, accumulate: int) -> list[tuple[np.ndarray, float]]:
-    """This rank's micro batches of the step over samples first..first+count-1: numbers and weight.
-
-    Where a step has fewer samples than micro batches, a rank runs sample `first` with weight 0, so that all
-    ranks take part in every collective.
-    """
-    parts = np.array_split(np.arange(first, first + count), ranks * accumulate)
-    mine = parts[rank * accumulate : (rank + 1) * accumulate]
-    return [(part, 1.0) if len(part) else (np.array([first]), 0.0) for part in mine]
-
-
-def expect(config: TrainConfig, source: Source, done: int, rank: int, ranks: int) -> None:
-    """Have the pictures of this step and the next ones decoded in the background."""
-    for first in range(done, done + (1 + STEPS_AHEAD) * config.batch_size, config.batch_size):
-        if (count := min(config.batch_size, config.total_samples - first)) > 0:
-            for numbers, _ in shares(first, count, rank, ranks, config.accumulate):
-                source.expect(numbers)
-
-
-def optimizer_step(
-    config: TrainConfig,
-    source: Source,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    first: int,
-    count: int,
-    rank: int,
-    ranks: int,
-    logged: bool = True,
-) -> dict:
-    """Take one step on samples first..first+count-1; gives this rank's sums for `log_line`, on the device.
-
-    The losses are sums over what counts (unpadded action terms; samples with a counted future), divided by
-    that count over the whole step, all ranks and micro batches: ranks and accumulation change nothing but
-    the order of a sum.
-    """
-    micro = [
-        (source.batch(numbers), weight)
-        for numbers, weight in shares(first, count, rank, ranks, config.accumulate)
-    ]
-    counts = sum_over_ranks(sum(weight * count_terms(source, batch) for batch, weight in micro))
-    optimizer.zero_grad(set_to_none=True)
-    winners = []
-    logs = torch.zeros(3, device=source.device)  # action loss, world loss, world cosine: sums
-    for i, (batch, weight) in enumerate(micro):
-        last = i == len(micro) - 1
-        with nullcontext() if last or ranks == 1 else model.no_sync():
-            out = model(*batch)
-            action, _ = masked_mean(out["action"], batch[0]["is_pad"])
-            loss = action / counts[0]
-            sums = [action.detach(), torch.zeros_like(action), torch.zeros_like(action)]
-            if "world" in out:
-                world = torch.where(out["counted"], out["world"], 0).sum()
-                loss = loss + config.lambda_world * world / counts[1].clamp(min=1)
-                sums[1], sums[2] = world.detach(), out["world_cos"].mean(1).sum()
-                winners.append(out["winner"])
-            (loss * ranks * weight).backward()  # DDP averages over ranks; times `ranks` makes it the sum
-        logs += weight * torch.stack(sums)
-    norms = gradient_norms(source.arm) if logged else {}  # before they are clipped
-    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.clip)
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * lr_factor(config, first)
-    optimizer.step()
-    facts = {"sums": logs, "counts": counts, "lr": optimizer.param_groups[0]["lr"]}
-    facts |= {"winner": torch.cat(winners)} if winners else {}
-    if logged:  # kept for `diagnose`; on other steps the batch and its graph go now
-        facts |= {"norms": {"grad_norm": norm} | norms, "batch": batch, "predicted": out.get("predicted")}
-    return facts
-
-
-def count_terms(source: Source, batch: tuple) -> Tensor:
-    """How many action terms and how many samples with a counted future a micro batch has, (2,) float64."""
-    inputs, world, _, times = batch
-    steps = (~inputs["is_pad"]).sum() * times.shape[1] * source.arm.policy.config.action_dim
-    moving = torch.zeros((), device=source.device)
-    if "valid" in world and source.arm.prophet is not None:
-        moving = source.arm.counts(world).sum()
-    return torch.stack([steps, moving]).double()
-
-
 # ---- main ---------------------------------------------------------------------------------------------
 
 
 def main(config: TrainConfig) -> None:
-    """Train from the start, or from the run folder's last checkpoint, to the end of the budget."""
+    """Train from the start, or from the run folder's last whole checkpoint, to the end of the budget."""
     rank, ranks, device = start_ranks()
     say = print if rank == 0 else lambda *_: None
+    together = Together(ranks)
     if config.threads:
         torch.set_num_threads(config.threads)
 
     # data
-    resumed = (config.out / "last" / "state.json").is_file()
-    folder = find_data(config.data, config.data_revision)
-    home = config.cache_home(folder)
-    writes = config.sites and config.world_encoder == "pca" and not cache_path(home, config).exists()
-    if config.features is not None and writes:
-        say("there are no world latents yet: pictures are read once, to make them")
-    demos, features = load_with(config.features, folder, bool(writes), config)
-    backbone = None  # of the world latents
-    if config.sites:
-        last = {"init": str(config.out / "last"), "stats_of": None} if resumed else {}
-        backbone = open_backbone(config, own_policy(dataclasses.replace(config, **last), demos))
-        config = resolved(config, backbone)
-    if rank and ranks > 1:
-        dist.barrier()  # the first rank writes the cache, the others find it
-    if features is None:
-        demos = remember_checks(demos, home)
-    latents = prepare(home, demos, config, backbone) if config.sites else None
-    if rank == 0 and ranks > 1:
-        dist.barrier()
-
+    last = agree_on_checkpoint(config, rank, together)
+    config, demos, features, latents = open_data(config, last, rank, ranks, say)
     out_episodes = held_out(demos, config.val_share) if config.val_every else np.empty(0, np.int64)
     frames = np.flatnonzero(~np.isin(demos.episode, out_episodes))
 
     # arm, at its start or at the last checkpoint
-    done = step = 0
-    if resumed:
-        arm, processor = load_arm(config.out / "last", config.world_model, allow_missing=config.allow_missing)
-        state = read_json(config.out / "last" / "state.json")
-        done, step = state["samples"], state["step"]
+    progress = Progress()
+    if last is not None:
+        arm, processor = load_arm(last, config.world_model, allow_missing=config.allow_missing)
+        progress = Progress(**read_json(last / STATE))
     else:
         arm, processor = build_arm(config, demos, latents, frames)
+    weights = fingerprint(arm.policy) if rank == 0 else ""
     if latents is not None:
         latents = latents.under(arm.encoder, demos)  # of a checkpoint that was trained on other data
     arm.policy.freeze(config.freeze, processor.raw["train_state_proj"])
@@ -465,40 +272,6 @@ def main(config: TrainConfig) -> None:
     make_fast(config, arm, device)
     if features is not None:
         features.check_policy(arm.policy)
-    live = sum(p.numel() for p in arm.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in arm.parameters())
-    facts = {
-        "arm": config.arm_name,
-        "data_fingerprint": demos.fingerprint,
-        "data_provenance": demos.provenance,
-        "data_facts": describe_data(demos, pictures=features is None),
-        "feature_cache": None if features is None else features.facts,
-        "held_out": out_episodes.tolist(),
-        "params_total": total,
-        "params_trainable": live,
-        "dtype": str(arm.policy.dtype).removeprefix("torch."),
-    }
-    if rank == 0:
-        open_run(config, facts)
-        check_space(config.out, arm)  # now rather than after the first hours
-        cut_metrics(config.out / "metrics.jsonl", done)
-    optimizer = make_optimizer(config, arm)
-    if resumed:
-        optimizer.load_state_dict(
-            torch.load(config.out / "last" / "optimizer.pt", weights_only=True, map_location=device)
-        )
-
-    banner(config, demos, arm, facts, device, ranks, resumed, say)
-    say(f"run folder {config.out}" + (f", resumed at {done:,} samples" if resumed else ""))
-    if done >= config.total_samples:
-        say("nothing to do: the budget is spent")
-        return
-
-    # loop
-    loader = None
-    if config.workers and features is None and in_files(demos):
-        loader = Loader(demos, config.workers)
-        demos = loader.demos
     source = Source(
         arm,
         processor,
@@ -509,76 +282,206 @@ def main(config: TrainConfig) -> None:
         config.flow_draws,
         frames=frames,
         features=features,
-        loader=loader,
     )
-    model = DistributedDataParallel(arm, gradient_as_bucket_view=True) if ranks > 1 else arm
-    usage, watch = Usage(config.num_hypotheses, device), CollapseWatch()
-    clock, since = time.perf_counter(), done
-    while done < config.total_samples:
-        count = min(config.batch_size, config.total_samples - done)
-        finished = done + count >= config.total_samples
-        expect(config, source, done, rank, ranks)
-        logged = (step + 1) % config.log_every == 0 or finished
-        out = optimizer_step(config, source, model, optimizer, done, count, rank, ranks, logged)
-        step, done, before = step + 1, done + count, done
-        if "winner" in out:
-            usage.add(out["winner"])
-        if logged:
-            rate = (done - since) / (time.perf_counter() - clock)
-            line = log_line(config, arm, out, step, done, rate) | usage.read()
-            if rank == 0:
-                log(config, line)
-            if warning := watch.see(step, line):
-                say(warning)
-            clock, since = time.perf_counter(), done
-        if config.val_every and (finished or done // config.val_every > before // config.val_every):
-            line = {"samples": done, "step": step} | validate(source, out_episodes, rank, ranks)
-            if rank == 0:
-                log_validation(config, line)
-        if rank == 0 and (finished or done // config.save_every > before // config.save_every):
-            save(config, arm, processor, optimizer, done, step)
-    if loader is not None:
-        loader.close()
-    say(f"done: {config.out / 'last'}")
+    facts = {
+        "arm": config.arm_name,
+        "data_fingerprint": demos.fingerprint,
+        "data_provenance": demos.provenance,
+        "data_facts": describe_data(demos, pictures=features is None),
+        "feature_cache": None if features is None else features.facts,
+        "held_out": out_episodes.tolist(),
+        "params_total": sum(p.numel() for p in arm.parameters()),
+        "params_trainable": sum(p.numel() for p in arm.parameters() if p.requires_grad),
+        "dtype": str(arm.policy.dtype).removeprefix("torch."),
+        "flops_per_sample": flops_per_sample(arm, source),
+        "weights_fingerprint": weights,
+    }
 
-
-def banner(
-    config: TrainConfig,
-    demos: Demos,
-    arm: Arm,
-    facts: dict,
-    device: torch.device,
-    ranks: int,
-    resumed: bool,
-    say,
-) -> None:
-    """Print what a person wants to know before a run."""
-    live, total, threads = facts["params_trainable"], facts["params_total"], torch.get_num_threads()
-    say(f"arm {facts['arm']} on {device}, {ranks} rank(s), torch {torch.__version__}, {threads} threads")
-    start = f"init {config.init}, freeze {config.freeze}, seed {config.seed}"
-    say(f"{live:,} of {total:,} parameters train, in {facts['dtype']}; {start}")
-    draws = f"{config.flow_draws} flow draw(s) each"
-    say(f"budget {config.total_samples:,} samples in steps of {config.batch_size}, {draws}")
-    episodes = f"{len(demos.first)} episodes, {len(demos):,} frames"
-    tokens = f", tokens from {config.features}" if config.features else ""
-    say(f"data {config.data}: {episodes}, fingerprint {demos.fingerprint}{tokens}")
-    fresh = config.init in PRESETS and not resumed
-    say(f"statistics: {chosen_statistics(demos)[1] if fresh else 'from the checkpoint'}")
+    # run folder
+    if rank == 0:
+        open_run(config, facts)
+        check_space(config.out, arm, bool(config.ema))  # now rather than after the first hours
+        cut_metrics(config.out, progress.samples)
+        start = config.init if last is None else f"{last}, resumed at {progress.samples:,} samples"
+        print("\n".join(banner(config, demos, arm, facts, ranks, device, start)), flush=True)
     if len(config.sites) > 1:
         say(f"warning: {len(config.sites)} fusion sites at once: what helps is harder to attribute to one")
+    if progress.samples >= config.total_samples:
+        say("nothing to do: the budget is spent")
+        return
+
+    # loop
+    optimizer = make_optimizer(config, arm)
+    average = Average(arm, config.ema) if config.ema else None
+    if last is not None:
+        optimizer.load_state_dict(torch.load(last / OPTIMIZER, weights_only=True, map_location=device))
+        if average is not None:
+            average.restore(read_tensors(last / RAW))
+    if config.workers and features is None and in_files(demos):
+        loader = Loader(demos, config.workers)
+        source = dataclasses.replace(source, demos=loader.demos, loader=loader)
+    model = DistributedDataParallel(arm, gradient_as_bucket_view=True) if ranks > 1 else arm
+    spend(config, source, model, optimizer, average, progress, out_episodes, facts, rank, together)
+    if source.loader is not None:
+        source.loader.close()
+    if progress.samples < config.total_samples:
+        done = f"{progress.samples:,} of {config.total_samples:,} samples"
+        say(f"stopped by SIGTERM at {done}: the same command goes on from there")
+    else:
+        say(f"done: {config.out / 'last'}")
+
+
+def agree_on_checkpoint(config: TrainConfig, rank: int, together: Together) -> Path | None:
+    """Find the checkpoint that all ranks go on from, and point `last` at it; None for a fresh run.
+
+    Raises ValueError where a rank does not see it: it would train something else.
+    """
+    found = None
+    if rank == 0:
+        found, skipped = newest_whole(config.out)
+        for line in skipped:
+            print(line, flush=True)
+        if found is not None:
+            with writing(config.out):
+                point(config.out, found)
+    found = together.gather(found)[0]
+    seen = together.gather((config.out / "last").exists())
+    if len(set(seen)) > 1:
+        raise ValueError(
+            f"--out {config.out}: {sum(seen)} of {len(seen)} ranks see a checkpoint there; all nodes must "
+            "share the folder"
+        )
+    return found
+
+
+def open_data(
+    config: TrainConfig, last: Path | None, rank: int, ranks: int, say: Callable[[str], None]
+) -> tuple[TrainConfig, Demos, Features | None, Latents | None]:
+    """Read what is trained on; ranks share the work of a cache of world latents where there is none.
+
+    Returns the configuration with what the world encoder's model settles, and the demonstrations, their
+    features and their latents.
+    """
+    folder = find_data(config.data, config.data_revision)
+    home = config.cache_home(folder)
+    writes = config.sites and config.world_encoder == "pca" and not cache_path(home, config).exists()
+    if config.features is not None and writes:
+        say("there are no world latents yet: pictures are read once, to make them")
+    demos, features = load_with(config.features, folder, bool(writes), config)
+    backbone = None  # of the world latents
     if config.sites:
-        ahead, chunk = config.future * config.world_stride, arm.policy.config.n_action_steps
-        back = (config.history - 1) * config.world_stride + config.world_clip - 1
-        looks = f"looks {ahead / 20:.1f} s ahead, {back / 20:.1f} s back"
-        say(f"memory {config.mode}: {looks}; a chunk executes {chunk / 20:.1f} s")
+        start = {} if last is None else {"init": str(last), "stats_of": None}
+        backbone = open_backbone(config, own_policy(dataclasses.replace(config, **start), demos))
+        config = resolved(config, backbone)
+    if rank and ranks > 1:
+        dist.barrier()  # the first rank checks the pictures, the others find that it did
+    if features is None:
+        demos = remember_checks(demos, home)
+    if rank == 0 and ranks > 1:
+        dist.barrier()
+    latents = prepare(home, demos, config, backbone, rank, ranks) if config.sites else None
+    return config, demos, features, latents
 
 
-def log_line(config: TrainConfig, arm: Arm, out: dict, step: int, done: int, rate: float) -> dict[str, float]:
+# ---- loop ---------------------------------------------------------------------------------------------
+
+
+def spend(
+    config: TrainConfig,
+    source: Source,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: Average | None,
+    progress: Progress,
+    out_episodes: np.ndarray,
+    facts: dict,
+    rank: int,
+    together: Together,
+) -> None:
+    """Spend the budget: steps, log lines, measurements and checkpoints, until its end or SIGTERM.
+
+    Raises ValueError after --max-bad-steps steps in a row without a finite gradient.
+    """
+    arm, ranks = source.arm, together.ranks
+    usage, watch = Usage(config.num_hypotheses, source.device), CollapseWatch()
+    bad = BadSteps(source.device, progress.bad_steps, progress.bad_in_a_row)
+    clock, since = time.perf_counter(), progress.samples
+    with Stop() as stop:
+        while progress.samples < config.total_samples:
+            before = progress.samples
+            count = min(config.batch_size, config.total_samples - before)
+            done, step = before + count, progress.step + 1
+            finished = done >= config.total_samples
+            logged = step % config.log_every == 0 or finished
+            expect(config, source, before, rank, ranks)
+            out = optimizer_step(config, source, model, optimizer, before, count, rank, ranks, logged)
+            progress.samples, progress.step = done, step
+            bad.see(out["bad"])
+            if "winner" in out:
+                usage.add(out["winner"])
+            if average is not None:
+                average.update(count)
+            stopping = together.any(stop.asked)
+            saves = finished or stopping or passes(config.save_every, before, done)
+            if logged or saves:
+                check_bad(config, bad, progress, rank)
+            if logged:
+                rate = (done - since) / (time.perf_counter() - clock)
+                line = log_line(config, arm, out, progress, rate, ranks, facts) | usage.read()
+                if rank == 0:
+                    log(config, line)
+                if (warning := watch.see(step, line)) and rank == 0:
+                    print(warning, flush=True)
+                clock, since = time.perf_counter(), done
+            if config.val_every and (finished or passes(config.val_every, before, done)):
+                with nullcontext() if average is None else average.in_place():
+                    found = validate(source, out_episodes, rank, ranks)
+                if rank == 0:
+                    log_validation(config, {"samples": done, "step": step} | found)
+            if rank == 0 and saves:
+                save(config, arm, source.processor, optimizer, progress, average)
+            if stopping:
+                return
+
+
+def passes(every: int, before: int, done: int) -> bool:
+    """Whether a step from `before` to `done` samples reaches or passes a multiple of `every`."""
+    return done // every > before // every
+
+
+def check_bad(config: TrainConfig, bad: BadSteps, progress: Progress, rank: int) -> None:
+    """Note skipped steps; ValueError, on the first rank's console, where they were too many in a row."""
+    progress.bad_steps, progress.bad_in_a_row, longest = bad.read()
+    if longest < config.max_bad_steps:
+        return
+    if rank:
+        sys.exit(1)
+    raise ValueError(
+        f"--max-bad-steps {config.max_bad_steps}: {longest} steps in a row, up to {progress.samples:,} "
+        "samples, had a gradient that is not finite; lower --lr, or look at the data (data.py check)"
+    )
+
+
+def expect(config: TrainConfig, source: Source, done: int, rank: int, ranks: int) -> None:
+    """Have the pictures of this step and the next ones decoded in the background."""
+    for first in range(done, done + (1 + STEPS_AHEAD) * config.batch_size, config.batch_size):
+        if (count := min(config.batch_size, config.total_samples - first)) > 0:
+            for numbers, _ in shares(first, count, rank, ranks, config.accumulate):
+                source.expect(numbers)
+
+
+def log_line(
+    config: TrainConfig, arm: Arm, out: dict, progress: Progress, rate: float, ranks: int, facts: dict
+) -> dict[str, float]:
     """Gather what is logged of a step; all ranks call it, since it sums over them."""
     counts = out["counts"][[0, 1, 1]].clamp(min=1)
     action, world, cosine = (sum_over_ranks(out["sums"].double()) / counts).tolist()
-    line = {"samples": done, "step": step, "action_loss": action, "loss": action, "lr": out["lr"]}
+    line = {"samples": progress.samples, "step": progress.step, "action_loss": action, "loss": action}
+    line |= {"lr": out["lr"], "bad_steps": progress.bad_steps}
     line |= {name: float(norm) for name, norm in out["norms"].items()} | {"samples_per_second": rate}
+    mfu = utilisation(facts["flops_per_sample"], rate / ranks, device_name(), arm.policy.dtype)
+    if mfu is not None:
+        line["mfu"] = mfu
     if arm.prophet is not None:
         line |= {"world_loss": world, "world_cos": cosine, "loss": action + config.lambda_world * world}
     if arm.policy.fusion is not None:

@@ -158,17 +158,25 @@ def same_encoder(a: PCA | Learned, b: PCA | Learned) -> bool:
     return all(torch.equal(t, others[name]) for name, t in a.state().items() if name != "learned.facts")
 
 
-def prepare(data_path: Path, demos: Demos, config: WorldConfig, backbone: Backbone | None = None) -> Latents:
-    """Open the data set's cache; of `pca`, after writing it where there is none yet.
+def prepare(
+    data_path: Path,
+    demos: Demos,
+    config: WorldConfig,
+    backbone: Backbone | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Latents:
+    """Open the data set's cache; of `pca`, after writing it where there is none yet, all ranks together.
 
     Args: config as `resolved` gives it, for an encoder with a backbone.
     """
     check_cameras(demos, config)
     path = cache_path(data_path, config, backbone)
-    if not path.exists():
+    if not agree(path.exists()):
         if backbone is not None:
             raise missing(path, data_path, config, backbone)
-        write_cache(path, demos, config)
+        write_cache(path, demos, config, None, rank, ranks)
+        agree(None)  # the first rank has given it its name
     return open_cache(path, demos, config, backbone)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import bench
+import bench_loop
 from config import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,3 +136,14 @@ def test_world_encoders_and_their_caches_are_measured(tmp_path):
 def test_a_batch_of_nothing_is_refused():
     with pytest.raises(ValueError, match="--batch-size 0 must be at least 1"):
         bench.BenchConfig("model", batch_size=0)
+
+
+def test_the_loop_around_steps_and_a_save_are_measured_in_a_real_run():
+    loop, saving = bench_loop.lines("tiny", "float32", 2, 1)
+    parts = [loop[name] for name in ("forward", "backward", "optimiser")]
+    assert min(parts) > 0 and 0 < loop["share_outside"] < 1
+    assert loop["seconds"] * (1 - loop["share_outside"]) == pytest.approx(sum(parts))
+    assert saving["ratio"] == pytest.approx(saving["seconds"] / saving["plain_seconds"])
+    assert saving["bytes"] > 4 * 1.8e6  # the tiny policy's weights alone
+    rows = [row | {"case": "x"} for row in (loop, saving)]
+    assert "outside of them" in bench.table(rows) and "written plainly" in bench.table(rows)

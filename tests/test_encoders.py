@@ -502,10 +502,9 @@ def test_an_arm_trains_on_a_learned_cache_resumes_and_is_measured_offline(case, 
     train.main(dataclasses.replace(config, save_every=8))
     assert "memory pred: looks 0.3 s ahead, " in capsys.readouterr().out
     straight = load_file(config.out / "last" / "world.safetensors")
-    for step in ("step_000002", "step_000003"):  # as after a kill
-        shutil.rmtree(config.out / step)
+    shutil.rmtree(config.out / "step_000003")  # as after a kill
     (config.out / "last").unlink()
-    (config.out / "last").symlink_to("step_000001")
+    (config.out / "last").symlink_to("step_000002")
     if case == "vjepa2":  # the model may lie elsewhere
         (tmp_path / "elsewhere").mkdir()
         own["vjepa2"] = Path(shutil.move(own["vjepa2"], tmp_path / "elsewhere"))

@@ -23,6 +23,7 @@ from test_train import TWO_RANKS, metrics
 import blocks
 import data as data_module
 import features
+import start
 import train
 import world
 from arm import Arm, ArmConfig, Summary
@@ -410,7 +411,7 @@ def test_a_policy_with_a_camera_that_the_data_lack_is_refused(folder, monkeypatc
     policy, processor = frozen_policy(Config(folder, dtype="float32"), load(folder), CPU)
     strange = dataclasses.replace(policy.config, cameras=("observation.images.camera1",))
     monkeypatch.setattr(policy, "config", strange)
-    monkeypatch.setattr(train, "build_policy", lambda *_: (policy, processor))
+    monkeypatch.setattr(start, "build_policy", lambda *_: (policy, processor))
     with pytest.raises(
         ValueError, match=r"the policy's camera observation.images.camera1 is not in the data"
     ):

@@ -6,8 +6,11 @@ import json
 import math
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +24,11 @@ from test_data import write_task
 
 import runs
 from arm import Summary
+from config import PRESETS
+from data import load, sample_order
+from optimise import lr_factor, shares
 from runs import check_space
-from train import TrainConfig, lr_factor, shares
+from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 FLAGS = [
@@ -106,7 +112,8 @@ def test_a_run_spends_its_budget_exactly_and_logs_what_it_did(straight):
     assert not any("hyp" in k or k == "oracle_gap" for k in lines[-1])  # with one hypothesis
     config = json.loads((straight / "config.json").read_text())
     assert config["arm"] == "late-pred" and config["params_trainable"] < config["params_total"]
-    assert json.loads((straight / "last" / "state.json").read_text()) == {"samples": 28, "step": 4}
+    state = {"samples": 28, "step": 4, "bad_steps": 0, "bad_in_a_row": 0}
+    assert json.loads((straight / "last" / "state.json").read_text()) == state
     assert not list(straight.glob("*.part"))
 
 
@@ -116,15 +123,12 @@ def test_training_moves_the_gate_and_the_loss(straight):
     assert lines[-1]["action_loss"] < lines[0]["action_loss"]
 
 
-def test_a_run_killed_after_two_steps_resumes_to_the_same_bits(data, straight, tmp_path):
+def test_a_run_killed_before_its_last_step_resumes_to_the_same_bits(data, straight, tmp_path):
     # A checkpoint after each step; without the later ones, the folder is what a kill would leave behind.
     train(data, tmp_path / "run", *MEMORY, "--total-samples", "28", "--save-every", "8")
-    for folder in ("step_000003", "step_000004"):
-        subprocess.run(["rm", "-r", tmp_path / "run" / folder], check=True)
-    (tmp_path / "run" / "last").unlink()
-    (tmp_path / "run" / "last").symlink_to("step_000002")
+    shutil.rmtree(tmp_path / "run" / "step_000004")
     again = train(data, tmp_path / "run", *MEMORY, "--total-samples", "28")
-    assert "resumed at 16 samples" in again.stdout
+    assert "resumed at 24 samples" in again.stdout
     assert largest_difference(straight, tmp_path / "run") == 0.0
     lines, wanted = metrics(tmp_path / "run"), metrics(straight)
     for line in lines + wanted:
@@ -133,15 +137,122 @@ def test_a_run_killed_after_two_steps_resumes_to_the_same_bits(data, straight, t
     assert "nothing to do" in train(data, tmp_path / "run", *MEMORY, "--total-samples", "28").stdout
 
 
-def test_accumulation_changes_nothing_but_rounding(data, straight, tmp_path):
-    train(data, tmp_path / "run", *MEMORY, "--total-samples", "28", "--accumulate", "3")
+# ---- ranks and micro batches --------------------------------------------------------------------------
+
+
+def test_every_step_holds_padded_chunks_and_whole_ones_and_futures_past_an_episodes_end(data):
+    """So that runs with other ranks and micro batches have to weigh them right to agree."""
+    demos, chunk = load(data), PRESETS["tiny"].chunk_size
+    for first, count in ((0, 8), (8, 8), (16, 8), (24, 4)):
+        index = sample_order(len(demos), 0, first, count)
+        pads = demos.batch(index, chunk, ())["action_is_pad"].sum(1)
+        _, valid = demos.future(index, 3, 1)
+        assert (pads > 0).any() and len(set(pads.tolist())) > 2
+        halves = [pads[:4].sum(), pads[4:].sum()]
+        assert count == 4 or halves[0] != halves[1]  # a mean of ranks' means would be another loss
+        assert first == 24 or (not valid.all() and valid.all(1).any())
+
+
+@pytest.mark.parametrize("accumulate", [2, 3])  # halves, and shares of 3, 3 and 2 samples
+def test_accumulation_changes_nothing_but_rounding(data, straight, tmp_path, accumulate):
+    train(data, tmp_path / "run", *MEMORY, "--total-samples", "28", "--accumulate", accumulate)
     assert_same_but_for_rounding(straight, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(data, tmp_path_factory):
+    """The same run on two ranks."""
+    out = tmp_path_factory.mktemp("runs") / "two"
+    train(data, out, *MEMORY, "--total-samples", "28", launcher=TWO_RANKS)
+    return out
 
 
 @pytest.mark.slow
-def test_two_ranks_change_nothing_but_rounding(data, straight, tmp_path):
-    train(data, tmp_path / "run", *MEMORY, "--total-samples", "28", launcher=TWO_RANKS)
+def test_two_ranks_change_nothing_but_rounding(straight, two_ranks):
+    assert_same_but_for_rounding(straight, two_ranks)
+
+
+def start(data, out, *flags, launcher) -> subprocess.Popen:
+    command = [*launcher, ROOT / "train.py", "--data", data, "--out", out, *FLAGS, *MEMORY, *flags]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([str(c) for c in command], env=env, cwd=ROOT, **streams)
+
+
+@pytest.mark.slow
+def test_two_nodes_and_accumulation_change_nothing_but_rounding(data, straight, tmp_path):
+    """Two agents on this machine meet as two nodes would."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    node = (*TWO_RANKS[:3], "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d")
+    node += ("--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test", "--local-addr", "127.0.0.1")
+    flags = ("--total-samples", "28", "--accumulate", "2")
+    nodes = [start(data, tmp_path / "run", *flags, launcher=node) for _ in range(2)]
+    said = [process.communicate(timeout=120)[0] for process in nodes]
+    assert [process.returncode for process in nodes] == [0, 0], said
+    assert sum("micro 2 x accumulation 2 x ranks 2" in text for text in said) == 1  # the first rank's
     assert_same_but_for_rounding(straight, tmp_path / "run")
+
+
+def workers(launcher: subprocess.Popen) -> list[int]:
+    """The processes of torchrun's ranks."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return [int(pid) for pid in children if "train.py" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+def signalled(data, out, number: int, step: int, *flags) -> tuple[str, int]:
+    """Run on two ranks and send one of them a signal once a checkpoint is there; output and exit status."""
+    again = (*TWO_RANKS, "--max-restarts", "2", "--monitor-interval", "0.1")
+    process = start(data, out, "--total-samples", "60", "--save-every", "8", *flags, launcher=again)
+    while not (out / f"step_{step:06d}").is_dir() and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(workers(process)[1], number)
+    return process.communicate(timeout=120)[0], process.returncode
+
+
+@pytest.mark.slow
+def test_ranks_stop_together_at_sigterm_and_a_dead_one_is_started_again(data, tmp_path):
+    train(data, tmp_path / "straight", *MEMORY, "--total-samples", "60", launcher=TWO_RANKS)
+    said, status = signalled(data, tmp_path / "run", signal.SIGTERM, 1)
+    assert status == 0 and "stopped by SIGTERM at" in said, said
+    done = metrics(tmp_path / "run")[-1]["samples"]
+    state = json.loads((tmp_path / "run" / "last" / "state.json").read_text())
+    assert state["samples"] == done < 60
+    said, status = signalled(data, tmp_path / "run", signal.SIGKILL, done // 8 + 1)
+    assert status == 0 and said.count("resumed at") == 2, said  # by the command, then by itself
+    assert largest_difference(tmp_path / "straight", tmp_path / "run") == 0.0
+    assert [line["samples"] for line in metrics(tmp_path / "run")] == [8, 16, 24, 32, 40, 48, 56, 60]
+
+
+POISONED = """
+import sys
+sys.path[:0] = sys.argv.pop(1).split(":")
+import torch, train, tyro
+from source import Source
+flow = Source.flow
+def poisoned(self, keys):
+    noise, times = flow(self, keys)
+    noise[[key == 13 for key in keys]] = torch.nan
+    return noise, times
+Source.flow = poisoned
+train.main(tyro.cli(train.TrainConfig, console_outputs=False))
+"""
+
+
+@pytest.mark.slow
+def test_a_sample_that_one_rank_cannot_learn_from_is_skipped_by_both(data, tmp_path):
+    (tmp_path / "poisoned.py").write_text(POISONED)
+    for name, launcher in (("one", (sys.executable,)), ("two", TWO_RANKS)):  # sample 13 is the second rank's
+        command = [*launcher, tmp_path / "poisoned.py", f"{ROOT}:{ROOT / 'tests'}", "--data", data]
+        command += ["--out", tmp_path / name, *FLAGS, *MEMORY, "--total-samples", "28"]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run([str(c) for c in command], check=True, capture_output=True, env=env)
+        assert [line["bad_steps"] for line in metrics(tmp_path / name)] == [0, 1, 1, 1]
+    assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-4
+
+
+# ---- arms and errors ----------------------------------------------------------------------------------
 
 
 def test_arms_of_one_seed_share_the_policys_first_loss(data, straight, tmp_path):

@@ -1,0 +1,106 @@
+"""The processes of one run: joining them, summing over them, and deciding together.
+
+A rank is one process with one device; torchrun starts them, on one machine or several. Whatever steers a run
+(which checkpoint it goes on from, when it stops) is decided by all ranks together, since one that takes
+another way leaves the others waiting in a collective.
+
+    torchrun --nproc-per-node 8 train.py ...                                                       # a node
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT train.py  # on each
+    pytest tests/test_train.py -m ''
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import uuid
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def start_ranks() -> tuple[int, int, torch.device]:
+    """Join torchrun's process group where there is one: rank, number of ranks, this rank's device."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store, rank, ranks = next(dist.rendezvous("env://"))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=fresh_part(store, rank, ranks), rank=rank, world_size=ranks)
+    return rank, ranks, device
+
+
+def fresh_part(store: dist.Store, rank: int, ranks: int) -> dist.Store:
+    """Agree on a part of the store that is only of the processes alive now.
+
+    When torchrun starts ranks again after one died, they find the store of before, with addresses of dead
+    processes in it (torch 2.13), and would wait for these. So every rank says hello under a name that was
+    never used, the first one answers to each name, until all have taken the answer.
+    """
+    me = uuid.uuid4().hex
+    if rank:
+        store.set(f"hello/{rank}", me)
+        part = store.get(f"part/{me}").decode()  # waits for it
+        store.set(f"joined/{part}/{rank}", me)
+        return dist.PrefixStore(part, store)
+    missing = set(range(1, ranks))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"joined/{me}/{other}"]):
+                missing.remove(other)
+            elif store.check([f"hello/{other}"]):  # maybe a dead one's: asked again until it has joined
+                store.set(f"part/{store.get(f'hello/{other}').decode()}", me)
+        time.sleep(0.02)
+    return dist.PrefixStore(me, store)
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum a tensor over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+class Together:
+    """What ranks say to one another on the host: no device waits for it."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+        self.group = dist.new_group(backend="gloo") if ranks > 1 else None
+
+    def gather(self, value: object) -> list:
+        """Give every rank's value to all of them, in order of rank."""
+        found = [value]
+        if self.group is not None:
+            found = [None] * self.ranks
+            dist.all_gather_object(found, value, self.group)
+        return found
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        if self.group is None:
+            return flag
+        count = torch.tensor(int(flag))
+        dist.all_reduce(count, group=self.group)
+        return bool(count)
+
+
+class Stop:
+    """Notes SIGTERM while it is open, so that a run can end at a step's end instead of in its middle."""
+
+    def __enter__(self) -> Stop:
+        self.asked = False
+        self.before = signal.signal(signal.SIGTERM, self.note)
+        return self
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self.before)
