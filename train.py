@@ -225,8 +225,8 @@ class TrainConfig(ArmConfig, DataConfig):
         """Fields and facts that may change when a run is resumed."""
         return (
             "out", "data", "pictures", "workers", "features", "log_every", "save_every", "keep_every",
-            "max_bad_steps", "compile", "threads", "accumulate", "world_model", "data_facts", "flops_per_sample",
-            "weights_fingerprint",
+            "max_bad_steps", "compile", "threads", "accumulate", "world_model", "data_facts",
+            "flops_per_sample", "weights_fingerprint",
         )  # fmt: skip
 
     def stays(self, samples: int) -> bool:
