@@ -45,6 +45,7 @@ from plan import Plan, Target, find_target, make_plans, open_out
 from pool import EnvPool, Observation, SimCrash
 from processor import Processor
 from prophet import ROLLOUT_MODES
+from ranks import start_ranks, wait_for_ranks
 from render import setup_gl
 from rollout import Rollout, seen_latents
 from sim import (
@@ -217,20 +218,20 @@ def make_fast(config: EvalConfig, arm: Arm, processor: Processor, device: torch.
         cpu.speed_up(arm, arm.policy.dtype)
 
 
-def join_ranks() -> tuple[int, int]:
-    """Join torchrun's processes where there are any: this one's rank and how many there are.
-
-    Ranks wait for one another only before the first episode and after the last, for as long as it takes.
-    """
-    if "RANK" not in os.environ:
-        return 0, 1
-    dist.init_process_group("gloo", timeout=timedelta(days=30))
-    return dist.get_rank(), dist.get_world_size()
-
-
-def wait_for_ranks() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def open_arm(config: EvalConfig, target: Target, device: torch.device) -> tuple[Arm, Processor]:
+    """Load the checkpoint onto the device, ready to act."""
+    how = {name: getattr(config, name) for name in ("vlm", "stats_of", "allow_missing")}
+    arm, processor = load_arm(target.folder, config.world_model, **how)
+    arm.to(device).eval().requires_grad_(False)
+    if arm.encoder is not None:
+        arm.encoder.to(device)
+        if config.imagine and not hasattr(arm.encoder, "decode"):
+            raise ValueError(
+                f"--imagine {config.imagine}: latents of {arm.config.world_encoder} cannot be turned into "
+                "pictures; leave it out, or train with --world-encoder pca"
+            )
+    make_fast(config, arm, processor, device)
+    return arm, processor
 
 
 def main(config: EvalConfig) -> None:
@@ -239,61 +240,51 @@ def main(config: EvalConfig) -> None:
         torch.set_num_threads(config.threads)
     if config.offline is None:
         check_simulator()
-    rank, ranks = join_ranks()
+    # Ranks wait for one another only before the first episode and after a suite's last: for hours, maybe.
+    rank, ranks, device = start_ranks("gloo", timedelta(days=30))
     target = find_target(config)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % max(1, torch.cuda.device_count()))
-    device = device if torch.cuda.is_available() else torch.device("cpu")
-    how = {name: getattr(config, name) for name in ("vlm", "stats_of", "allow_missing")}
-    arm, processor = load_arm(target.folder, config.world_model, **how)
-    arm.to(device).eval().requires_grad_(False)
-    if arm.encoder is not None:
-        arm.encoder.to(device)
-    make_fast(config, arm, processor, device)
+    arm, processor = open_arm(config, target, device)
     if config.offline is not None:
         evaluate_offline(config, arm, processor, target)
         return
-    if config.imagine and arm.encoder is not None and not hasattr(arm.encoder, "decode"):
-        raise ValueError(
-            f"--imagine {config.imagine}: latents of {arm.config.world_encoder} cannot be turned into "
-            "pictures; leave it out, or train with --world-encoder pca"
-        )
     plans = make_plans(config, target.run, arm)
     modes = config.memory or (arm.config.mode,)
     for mode in modes:
         arm.needs(mode)
-    path = target.out / "episodes.jsonl"
+
+    # results that are there
+    work = Work(target, target.out / "episodes.jsonl", rank, ranks, config.imagine)
     if rank == 0:
         introduce(target, plans, modes)
         open_out(target, arm)
-        gather(path, config.retry_crashes)
+        gather(work.path, config.retry_crashes)
     wait_for_ranks()
-    done = read_all(path)
+    done = read_all(work.path)
     wait_for_ranks()  # before anybody writes
-    work = Work(target, path, rank, ranks, config.imagine)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    num_envs = config.num_envs or max(1, (os.cpu_count() or 1) // local)
+
+    # rollouts, a suite after the other
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    num_envs = config.num_envs or max(1, (os.cpu_count() or 1) // ranks_here)
     with ExitStack() as stack:
         pools = [stack.enter_context(EnvPool(num_envs, plan.sim, config.hang_after)) for plan in plans]
-        rollouts = [
+        suites = [
             [Rollout(arm, processor, plan, mode, pool, device) for mode in modes]
             for plan, pool in zip(plans, pools, strict=True)
         ]
-        todo = any(work.missing(rollout, done) for of_suite in rollouts for rollout in of_suite)
+        todo = any(work.missing(rollout, done) for suite in suites for rollout in suite)
         if rank == 0 and (todo or config.check):
-            conform_all(config, target, [of_suite[0] for of_suite in rollouts])
+            conform_all(config, target, [suite[0] for suite in suites])
         wait_for_ranks()
-        if config.check:
-            return
-        for of_suite, pool in zip(rollouts, pools, strict=True):
-            for rollout in of_suite:
+        for suite in suites if not config.check else ():
+            for rollout in suite:
                 evaluate(rollout, work, done)
             wait_for_ranks()
-            for rollout in of_suite if config.video else ():
+            for rollout in suite if config.video else ():
                 film(rollout, work, config.video_fps)
-            pool.close()
+            suite[0].pool.close()
     wait_for_ranks()
     if rank == 0:
-        gather(path)
+        gather(work.path)
 
 
 def conform_all(config: EvalConfig, target: Target, rollouts: list[Rollout]) -> None:

@@ -15,6 +15,7 @@ import os
 import signal
 import time
 import uuid
+from datetime import timedelta
 from types import FrameType
 
 import torch
@@ -22,8 +23,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def start_ranks() -> tuple[int, int, torch.device]:
-    """Join torchrun's process group where there is one: rank, number of ranks, this rank's device."""
+def start_ranks(
+    backend: str | None = None, timeout: timedelta | None = None
+) -> tuple[int, int, torch.device]:
+    """Join torchrun's process group where there is one: rank, number of ranks, this rank's device.
+
+    backend: by default what fits the device. timeout: how long one waits for another; default torch's own.
+    """
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if "RANK" not in os.environ:
@@ -31,8 +37,9 @@ def start_ranks() -> tuple[int, int, torch.device]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store, rank, ranks = next(dist.rendezvous("env://"))
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=fresh_part(store, rank, ranks), rank=rank, world_size=ranks)
+    backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+    store = fresh_part(store, rank, ranks)
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=ranks)
     return rank, ranks, device
 
 
@@ -65,6 +72,12 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def wait_for_ranks() -> None:
+    """Go on when all ranks are here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 class Together:
