@@ -62,8 +62,9 @@ def writing(out: Path) -> Iterator[None]:
     """Turn what a disk refuses, in any library's words, into one line."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises the last
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except (OSError, SafetensorError, RuntimeError) as error:
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides it
+        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
         raise ValueError(
             f"--out {out} cannot be written ({reason}): make room or choose another folder; in the same one, "
             "the same command goes on from the last checkpoint"
@@ -226,7 +227,8 @@ def write_checkpoint(
             with average.in_place():
                 save_arm(folder, arm, processor)
         first = {path: pool.submit(seal, path) for path in files_of(folder)}
-        torch.save(optimizer.state_dict(), folder / OPTIMIZER)
+        with (folder / OPTIMIZER).open("wb") as file:  # torch's own writer does not say that a disk is full
+            torch.save(optimizer.state_dict(), file)
         if average is not None:
             save_tensors({name: p.detach() for name, p in average.params.items()}, folder / RAW)
         write_json(folder / STATE, dataclasses.asdict(progress))
@@ -349,7 +351,8 @@ def damage(folder: Path) -> str | None:
     for name, (size, crc) in wanted.items():
         path = folder / name
         if not path.is_file():
-            return f"{name} is missing"
+            hint = f", which only the newest {WHOLE} checkpoints keep" if name in (OPTIMIZER, RAW) else ""
+            return f"{name} is missing{hint}"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size:,} bytes, not {size:,}"
         if checksum(path) != crc:
