@@ -5,7 +5,7 @@ budget gets a panel of its own, and so do checkpoints from elsewhere; another pr
 refused. A simulator crash is neither a success nor a failure: it is counted beside them.
 
     python report.py runs/demo                            # -> runs/demo/report/: report.html, table.md, ...
-    python report.py runs/a runs/b/E2_s0 -o /tmp/report   # any run folders, or folders that hold some
+    python report.py runs/a runs/b/E2_s0 -o report   # any run folders, or folders that hold some
     python report.py power --help                         # how many episodes would show a difference
     python report.py watch RUN                            # a run while it trains
 
