@@ -165,7 +165,7 @@ class EvalConfig:
     """Compile the policy's blocks and its denoising loop; for a GPU, where it pays within some minutes."""
 
     threads: int | None = 1
-    """Threads of torch on a CPU."""
+    """Threads of torch on a CPU; another number can change a float's last bits."""
 
     def __post_init__(self) -> None:
         if self.imagine < 0:
