@@ -1,9 +1,11 @@
 """The live view on run folders that grow, stop, resume and break, and on terminals of any width."""
 
+import functools
 import json
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -313,7 +315,9 @@ def test_terminal_is_drawn_over_until_ctrl_c(tmp_path):
     append(folder / "metrics.jsonl", line(1))
     master, slave = pty.openpty()
     command = [sys.executable, ROOT / "watch.py", folder, "--every", "0.1"]
-    process = subprocess.Popen(command, stdout=slave, stderr=subprocess.PIPE)
+    # Behind a shell's & Ctrl-C is ignored, and children inherit that.
+    listens = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stdout=slave, stderr=subprocess.PIPE, preexec_fn=listens)
     drawn = b""
     while b"E2-s0" not in drawn:
         drawn += os.read(master, 65536)
@@ -321,8 +325,13 @@ def test_terminal_is_drawn_over_until_ctrl_c(tmp_path):
     while b"770 of 1,000" not in drawn:
         drawn += os.read(master, 65536)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
-    os.close(slave), os.close(master)
+    until = time.monotonic() + 20
+    while process.poll() is None and time.monotonic() < until:  # who draws waits where nobody reads
+        if select.select([master], [], [], 0.1)[0]:
+            drawn += os.read(master, 65536)
+    process.kill()
+    errors = process.stderr.read()
+    process.stderr.close(), os.close(slave), os.close(master)
     assert process.returncode == 0 and errors == b""
     assert drawn.count(watch.CLEAR.encode()) == 1 and drawn.count(watch.HOME.encode()) >= 2
 
