@@ -144,11 +144,15 @@ task_ids() { for part in ${TASKS//,/ }; do seq "${part%-*}" "${part#*-}"; done |
 early() { for at in $EVAL_AT; do [ "$at" -ge "$budget" ] || echo "$at"; done; }
 parts() { arm=${1%%-n*} budget=${1##*-n} seed=${1##*-s} budget=${budget%-s*}; }
 
-once() {  # PRODUCT COMMAND...: run it, unless the run's list says that this very line ended well, and PRODUCT is there
-    local product=$1; shift
-    if [ -e "$product" ] && grep -qxFs -- "$*" "$folder/finished.txt"; then say "done before: $*"; return 0; fi
+spent() { grep -qsE "\"samples\": $budget\b" "$folder/last/state.json"; }  # a training that got SIGTERM ends well before
+rolled() { [ -e "$folder/episodes.jsonl" ]; }
+once() {  # TEST COMMAND...: run it, unless the run's list says that this very line ended well, and TEST that it is done
+    local test=$1; shift
+    if "$test" && grep -qxFs -- "$*" "$folder/finished.txt"; then say "done before: $*"; return 0; fi
     run "$@" || return 1
-    [ -n "$dry" ] || echo "$*" >>"$folder/finished.txt"
+    [ -z "$dry" ] || return 0
+    "$test" || { say "stopped before its end; the same command goes on: $*"; return 1; }
+    echo "$*" >>"$folder/finished.txt"
 }
 lock() {  # PATH [--nonblock]: held until this shell and what it starts end
     [ -z "$dry" ] && command -v flock >/dev/null || return 0
@@ -184,7 +188,7 @@ cell() (  # NAME DEVICE: train, then roll out; code 75 where another process is 
     *--blind*) ;;  # its mean picture needs the pictures
     *) [ -z "$features" ] || tokens=(--features "$features") ;;
     esac
-    once "$folder/last/state.json" python train.py --arm "$arm" --data "$DATA" --out "$folder" --total-samples "$budget" \
+    once spent python train.py --arm "$arm" --data "$DATA" --out "$folder" --total-samples "$budget" \
         --seed "$seed" $train_flags "${tokens[@]}" $(arm_field "$arm" 2) $DATA_FLAGS $TRAIN_FLAGS || return 1
     for at in last $(early); do
         checkpoint=$folder
@@ -193,7 +197,7 @@ cell() (  # NAME DEVICE: train, then roll out; code 75 where another process is 
             [ -z "$dry" ] || checkpoint=$folder/step_$(printf %06d $((at / batch)))
             [ -n "$checkpoint" ] || { say "$folder has no checkpoint of $at samples: choose another OUT"; return 1; }
         fi
-        once "$folder/episodes.jsonl" python eval.py "$checkpoint" --memory $(modes "$arm") --episodes-per-task "$EPISODES" \
+        once rolled python eval.py "$checkpoint" --memory $(modes "$arm") --episodes-per-task "$EPISODES" \
             --num-envs "$envs" $eval_flags $EVAL_FLAGS || return 1
     done
 )

@@ -143,22 +143,34 @@ def test_a_cell_is_asked_for_by_name_or_number(tmp_path):
     assert "no such data folder" in done.stderr  # it prepares nothing
 
 
-def test_each_cell_gets_a_device_of_its_own(tmp_path):
-    """What a cell's programs see: here a `python` that only says so."""
-    fake = tmp_path / "venv" / "bin"
+FAKE = """#!/bin/sh
+case "$*" in *.py*) echo "$HIP_VISIBLE_DEVICES $1"; sleep 0.2; esac
+while [ $# -gt 1 ]; do [ "$1" != --out ] || out=$2; program=${program:-$1}; shift; done
+case $program in
+train.py)
+    mkdir -p "$out/last"; touch "$out/episodes.jsonl"
+    echo "{\\"samples\\": ${SAMPLES:-96}}" >"$out/last/state.json"
+    ;;
+esac
+"""
+
+
+def pretend(folder: Path) -> dict[str, str]:
+    """An environment whose `python` says what it sees and leaves what training leaves; for run_matrix.sh."""
+    fake = folder / "venv" / "bin"
     fake.mkdir(parents=True)
     for name in ("python", "torchrun"):
-        (fake / name).write_text(
-            '#!/bin/sh\ncase "$*" in *.py*) echo "$HIP_VISIBLE_DEVICES $1"; sleep 0.2; esac\n'
-        )
+        (fake / name).write_text(FAKE)
         (fake / name).chmod(0o755)
     setup = subprocess.run(
         ["sh", "-c", "cat pyproject.toml setup.sh | cksum"], cwd=ROOT, capture_output=True, text=True
     )
-    (tmp_path / "venv" / ".stamp").write_text(setup.stdout)
-    places = {"OUT": str(tmp_path / "runs"), "DATA": str(tmp_path / "data"), "VENV": str(tmp_path / "venv")}
-    for arm in ("E0", "E1", "E2"):
-        (tmp_path / "runs" / f"{arm}-n96-s0").mkdir(parents=True)
+    (folder / "venv" / ".stamp").write_text(setup.stdout)
+    return {"OUT": str(folder / "runs"), "DATA": str(folder / "data"), "VENV": str(folder / "venv")}
+
+
+def test_each_cell_gets_a_device_of_its_own(tmp_path):
+    places = pretend(tmp_path)
     done = matrix("smoke", GPUS="4 6", ARMS="E0 E1 E2", **places)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4,6 world.py" in done.stdout
@@ -166,6 +178,19 @@ def test_each_cell_gets_a_device_of_its_own(tmp_path):
     assert "4 train.py" in seen[0] and "6 train.py" in seen[1]
     begun = re.findall(r"begin: (\w+)-n96-s0 on device (\d)", done.stdout)
     assert [arm for arm, _ in begun] == ["E0", "E1", "E2"] and {device for _, device in begun} == {"4", "6"}
+
+
+def test_a_training_that_was_stopped_is_not_rolled_out_and_goes_on_at_the_next_call(tmp_path):
+    places = pretend(tmp_path)
+    stopped = matrix(
+        "smoke", "--cell", "E0-n96-s0", SAMPLES="48", **places
+    )  # SIGTERM: it saves, and ends well
+    assert stopped.returncode == 1 and "stopped before its end" in stopped.stdout
+    assert "eval.py" not in stopped.stdout.split("stopped before")[0]
+    done = matrix("smoke", "--cell", "E0-n96-s0", **places)
+    assert done.returncode == 0 and "eval.py" in done.stdout and "done before" not in done.stdout
+    again = matrix("smoke", "--cell", "E0-n96-s0", **places)
+    assert again.returncode == 0 and again.stdout.count("done before") == 2
 
 
 @pytest.mark.parametrize(
