@@ -182,6 +182,7 @@ class EvalConfig:
             )
         for suite in self.suites:
             check_suite(suite)
+        check([], self.accept)  # that these items exist
 
     @property
     def suites(self) -> tuple[str, ...]:
