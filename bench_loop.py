@@ -29,7 +29,8 @@ import torch
 
 import train
 from arm import Arm
-from runs import files_of, to_disk
+from files import to_disk
+from runs import files_of
 from train import TrainConfig
 
 STEPS = 6  # of which the first warms up

@@ -11,10 +11,10 @@ lines in: what a kill left behind is never lost, and never run again.
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 
+from files import replace_text
 from plan import Plan
 from pool import Observation
 from rollout import Episode
@@ -61,12 +61,7 @@ def gather(path: Path, retry_crashes: bool = False) -> None:
                 lines.setdefault(key_of(line), line)
     text = "".join(json.dumps(line) + "\n" for line in lines.values())
     if text != (path.read_text() if path.is_file() else ""):
-        partial = path.with_name(f".{path.name}.partial")
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        replace_text(path, text)
     for file in parts(path):
         file.unlink()
 

@@ -38,7 +38,7 @@ from conform import record as conformance
 from data import load
 from episodes import gather, key_of, own_file, read_all, result
 from files import append_json, read_json, write_json
-from film import film_name, save_film
+from film import episode_name, film_name, save_film
 from imagine import save_strips, strips_of_episode
 from offline import evaluate_offline
 from plan import Plan, Target, find_target, make_plans, open_out
@@ -371,7 +371,7 @@ def evaluate(rollout: Rollout, work: Work, done: dict[str, dict]) -> None:
     for episode, last, crash in rollout.run(starts, imagine=work.imagine if work.rank == 0 else 0):
         lines.append(result(plan, shared, episode, last, crash))
         if episode.imagined:
-            name = f"{work.target.name}-{mode}-{plan.sim.suite}-task{episode.task}-init{episode.init_state}"
+            name = episode_name(work.target.name, mode, plan.sim.suite, episode.task, episode.init_state)
             strips = strips_of_episode(rollout.arm, episode.imagined, seen_latents(rollout.arm, episode))
             save_strips(work.path.parent / "imagined", name, strips)
         append_json(own_file(work.path, work.rank), lines[-1])

@@ -42,6 +42,7 @@ import blocks
 import cpu
 from blocks import Layout, agree, cache_folder, compare, finish, lay_out, part_of, unfinished, with_checks
 from data import Demos, load
+from ranks import start_ranks, wait_for_ranks
 from selection import DataConfig, StartConfig, find_data
 
 if TYPE_CHECKING:
@@ -301,8 +302,7 @@ def write(config: Config, rank: int, ranks: int, device: torch.device) -> str:
             open_part(part, wanted)
         agree(None)  # the folder is laid out
         write_blocks(part, policy, processor, demos, rank, ranks)
-        if ranks > 1:
-            dist.barrier()
+        wait_for_ranks()
         if rank == 0:
             finish(part, path)
     seconds = time.perf_counter() - start
@@ -311,8 +311,6 @@ def write(config: Config, rank: int, ranks: int, device: torch.device) -> str:
 
 def main(config: Config) -> None:
     """Run `python world.py features`, on one rank or on torchrun's."""
-    from train import start_ranks
-
     rank, ranks, device = start_ranks()
     try:
         line = write(config, rank, ranks, device)

@@ -9,6 +9,7 @@ Tensors that are read stay mapped from their file; what replaces it is another f
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import safetensors
@@ -46,6 +47,23 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 def write_json(path: Path, content: dict) -> None:
     """Write indented JSON."""
     path.write_text(to_json(content) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file beside, to the disk, then rename it: a kill leaves the one before, or none."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text)
+    to_disk(beside)
+    beside.replace(path)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk; some say only here that it is full."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def append_json(path: Path, line: dict) -> None:

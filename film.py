@@ -56,10 +56,15 @@ class Film:
                 self.pictures[before + offset] = frames
 
 
+def episode_name(checkpoint: str, mode: str, suite: str, task: int, init_state: int) -> str:
+    """Name what is drawn of an episode, without suffix."""
+    return f"{checkpoint}-{mode}-{suite}-task{task}-init{init_state}".replace(":", "")
+
+
 def film_name(checkpoint: str, mode: str, suite: str, task: int, init_state: int, success: bool) -> str:
     """Name an episode's film, without suffix."""
     verdict = "success" if success else "failure"
-    return f"{checkpoint}-{mode}-{suite}-task{task}-init{init_state}-{verdict}".replace(":", "")
+    return f"{episode_name(checkpoint, mode, suite, task, init_state)}-{verdict}"
 
 
 def save_film(path: Path, film: Film, instruction: str, title: str, success: bool) -> None:
@@ -69,13 +74,12 @@ def save_film(path: Path, film: Film, instruction: str, title: str, success: boo
     """
     assert film.pictures, "nothing was filmed"
     path.parent.mkdir(parents=True, exist_ok=True)
-    steps, seen = sorted(film.pictures), {}
-    for number, step in enumerate(steps):
-        verdict = None if number + 1 < len(steps) else success
-        seen[step] = compose(film, step, instruction, title, verdict)
+    steps = sorted(film.pictures)
+    verdicts = {steps[-1]: success}
+    frames = [compose(film, step, instruction, title, verdicts.get(step)) for step in steps]
     rate = Fraction(CONTROL_HZ, film.every)
     partial = path.with_name(f".{path.name}.partial.mp4")
-    write_video(partial, [*seen.values(), *[seen[steps[-1]]] * round(rate)], rate)
+    write_video(partial, frames + frames[-1:] * round(rate), rate)
     strip = path.with_name(f".{path.stem}.partial.png")
     Image.fromarray(filmstrip(film, steps)).save(strip, optimize=True)
     strip.replace(path.with_suffix(".png"))

@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from arm import Arm, save_arm
 from config import PRESETS
 from data import Demos, chosen_statistics
-from files import append_json, read_json, save_tensors, to_json, write_json
+from files import append_json, read_json, replace_text, save_tensors, to_disk, to_json, write_json
 from model import SmolVLA
 from processor import Processor
 
@@ -98,13 +98,6 @@ def open_run(config: TrainConfig, facts: dict) -> None:
         if not path.is_file():
             replace_text(config.out / "env.json", to_json(environment()) + "\n")
             replace_text(path, to_json(record) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file beside, then rename it: a kill leaves the one before, or none."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text)
-    beside.replace(path)
 
 
 def environment() -> dict:
@@ -247,15 +240,6 @@ def seal(path: Path) -> dict[str, int]:
     """Bring a file to the disk; give its size and CRC."""
     to_disk(path)
     return {"bytes": path.stat().st_size, "crc32": checksum(path)}
-
-
-def to_disk(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk; some say only here that it is full."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def checksum(path: Path) -> int:

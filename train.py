@@ -48,7 +48,7 @@ from flops import flops_per_sample, utilisation
 from loader import Loader
 from offline import measure
 from optimise import Average, BadSteps, make_optimizer, optimizer_step, shares
-from ranks import Stop, Together, start_ranks, sum_over_ranks
+from ranks import Stop, Together, start_ranks, sum_over_ranks, wait_for_ranks
 from runs import (
     OPTIMIZER,
     RAW,
@@ -373,12 +373,12 @@ def open_data(
         start = {} if last is None else {"init": str(last), "stats_of": None}
         backbone = open_backbone(config, own_policy(dataclasses.replace(config, **start), demos))
         config = resolved(config, backbone)
-    if rank and ranks > 1:
-        dist.barrier()  # the first rank checks the pictures, the others find that it did
+    if rank:
+        wait_for_ranks()  # the first rank checks the pictures, the others find that it did
     if features is None:
         demos = remember_checks(demos, home)
-    if rank == 0 and ranks > 1:
-        dist.barrier()
+    if rank == 0:
+        wait_for_ranks()
     latents = prepare(home, demos, config, backbone, rank, ranks) if config.sites else None
     return config, demos, features, latents
 

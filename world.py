@@ -58,6 +58,7 @@ from encoders import (
     shrink,
     views,
 )
+from ranks import start_ranks, wait_for_ranks
 from selection import DataConfig, StartConfig, find_data
 
 FIT_FRAMES = 8192  # evenly spaced; more would cost memory and minutes, and move the first directions little
@@ -359,8 +360,7 @@ def fill(
         return z.numpy()
 
     blocks.write_blocks(part, layout, read, compute, rank, ranks)
-    if ranks > 1:
-        dist.barrier()
+    wait_for_ranks()
     if rank == 0:
         complete(part, encoder)
 
@@ -478,7 +478,6 @@ class Config(DataConfig, StartConfig):
 def main() -> None:
     """Run the command line: `cache`, or features.py's `features`; on one rank or on torchrun's."""
     import features  # which imports this file's neighbours
-    from train import start_ranks
 
     cache = Annotated[Config, tyro.conf.subcommand("cache")]
     tokens = Annotated[features.Config, tyro.conf.subcommand("features")]
