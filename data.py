@@ -3,9 +3,9 @@
 A data set is in LIBERO's HDF5 layout (libero_hdf5.py) or LeRobot's v3 (lerobot_v3.py), given by path or hub
 id; selection.py says which part of it is read. An episode is a range of frames, and no chunk, history or
 future ever leaves it. Pictures stay uint8, the right way up. They are held in memory, or left in the files
-where they would not fit or hardly anyone looks at them: features.py, and training from its tokens.
+where they would not fit or hardly anyone looks at them: latents/tower.py, and training from its tokens.
 
-    python demos.py --help                     # records demonstrations
+    python -m simulator record --help                     # records demonstrations
     python data.py inspect DATA                # episodes, tasks, cameras, ranges; sample pictures
     python data.py check DATA                  # what is wrong with it
 
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selection import DataConfig, camera_key, choose_cameras, choose_episodes, find_data
+from readers.selection import DataConfig, camera_key, choose_cameras, choose_episodes, find_data
 
 ORDER_STREAM = 0x0DE5  # keeps the data order apart from any other stream that is keyed by the same seed
 
@@ -63,7 +63,7 @@ class Demos:
     files: list[dict[str, Any]] = field(default_factory=list)
     """One record per task file, JSON-able: its name, its bytes, and the bytes of each episode's pictures."""
     checks: dict[str, list[int]] = field(default_factory=dict)
-    """Camera -> what `picture_checks` would give, where it is known already (features.py)."""
+    """Camera -> what `picture_checks` would give, where it is known already (latents/tower.py)."""
     own_stats: dict[str, dict[str, np.ndarray]] | None = None
     """The statistics that come with the data set, where they are complete and all of it is here."""
 
@@ -249,9 +249,9 @@ def load(
 def layout(path: Path) -> ModuleType:
     """Return the reader of a data set's layout; each has `read(path, cameras)`."""
     if (path / "meta").is_dir():  # of whatever version; both import this file
-        import lerobot_v3 as reader
+        from readers import lerobot_v3 as reader
     else:
-        import libero_hdf5 as reader
+        from readers import libero_hdf5 as reader
     return reader
 
 
@@ -386,9 +386,9 @@ def epoch_order(num_frames: int, seed: int, epoch: int) -> np.ndarray:
 
 def main() -> None:
     """Run `inspect` or `check`."""
-    import data_check  # which imports this file
+    from readers import check  # which imports this file
 
-    data_check.main()
+    check.main()
 
 
 if __name__ == "__main__":

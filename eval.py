@@ -31,28 +31,28 @@ import torch
 import torch.distributed as dist
 import tyro
 
-import cpu
 from arm import Arm, load_arm
-from conform import check, compare, describe_checkpoint, describe_data, describe_environment, table
-from conform import record as conformance
 from data import load
-from episodes import gather, key_of, own_file, read_all, result
 from files import append_json, read_json, write_json
-from film import episode_name, film_name, save_film
-from imagine import save_strips, strips_of_episode
-from offline import evaluate_offline
-from plan import Plan, Target, find_target, make_plans, open_out
-from pool import EnvPool, Observation, SimCrash
-from processor import Processor
 from prophet import ROLLOUT_MODES
 from ranks import start_ranks, wait_for_ranks
-from render import setup_gl
-from rollout import Rollout, seen_latents
-from sim import (
+from rollouts.conform import check, compare, describe_checkpoint, describe_data, describe_environment, table
+from rollouts.conform import record as conformance
+from rollouts.episodes import gather, key_of, own_file, read_all, result
+from rollouts.film import episode_name, film_name, save_film
+from rollouts.imagine import save_strips, strips_of_episode
+from rollouts.plan import Plan, Target, find_target, make_plans, open_out
+from rollouts.rollout import Rollout, seen_latents
+from simulator.env import (
     CONTROL_HZ,
     STEP_LIMITS,
     check_suite,
 )
+from simulator.pool import EnvPool, Observation, SimCrash
+from simulator.render import setup_gl
+from smolvla import kernels
+from smolvla.processor import Processor
+from training.held_out import evaluate_offline
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class EvalConfig:
     data's, exact for a checkpoint from elsewhere."""
 
     texture_colorspace: Literal["as_installed", "linear"] | None = None
-    """linear: textures as MuJoCo 3.3.2 draws them, under any version (`python sim.py verify`)."""
+    """linear: textures as MuJoCo 3.3.2 draws them, under any version (`python -m simulator verify`)."""
 
     reset: Literal["hard", "soft"] | None = None
     """Resets between episodes; default: the training data's, hard for a checkpoint from elsewhere."""
@@ -215,8 +215,8 @@ def make_fast(config: EvalConfig, arm: Arm, processor: Processor, device: torch.
         arm.policy.compile_denoise()
         processor.pad_to = arm.policy.config.tokenizer_max_length  # one length, so one graph
     elif device.type == "cpu":
-        cpu.keep_memory()
-        cpu.speed_up(arm, arm.policy.dtype)
+        kernels.keep_memory()
+        kernels.speed_up(arm, arm.policy.dtype)
 
 
 def open_arm(config: EvalConfig, target: Target, device: torch.device) -> tuple[Arm, Processor]:
@@ -316,7 +316,7 @@ def first_look(rollout: Rollout) -> Observation:
         rollout.pool.reset(0, *rollout.plan.starts[0])
         [(_, observation)] = rollout.pool.ready()
     except SimCrash as crash:
-        raise ValueError(f"{crash}; `python sim.py verify` says what is amiss") from crash
+        raise ValueError(f"{crash}; `python -m simulator verify` says what is amiss") from crash
     return observation
 
 

@@ -30,9 +30,9 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from config import PRESETS, SmolVLAConfig
 from fusion import Fusion, Memory, MemoryCache, WorldTokens, repeat_memory, with_bias
-from layers import (
+from smolvla.config import PRESETS, SmolVLAConfig
+from smolvla.layers import (
     Connector,
     Expert,
     TextModel,
@@ -180,7 +180,7 @@ class SmolVLA(nn.Module):
     def embed_images(self, images: list[Tensor]) -> list[Tensor]:
         """Embed each camera's images to (b, n, W), all in one pass of the tower.
 
-        Those of 3 dimensions are tokens already, this method's own from an earlier call (features.py).
+        Those of 3 dimensions are tokens already, this method's own from an earlier call (latents/tower.py).
         """
         dtype = self.connector.proj.weight.dtype
         found = [x.to(dtype) if x.ndim == 3 else None for x in images]
@@ -502,7 +502,7 @@ class DescribeConfig:
 def main(config: DescribeConfig) -> None:
     """Print one checkpoint, or the presets' sizes."""
     if config.checkpoint is not None:
-        from checkpoint import describe_checkpoint  # which imports this file
+        from smolvla.checkpoint import describe_checkpoint  # which imports this file
 
         print(describe_checkpoint(**dataclasses.asdict(config)))
         return

@@ -167,16 +167,16 @@ prepare() (  # what cells share: data and caches; where all is there, it only lo
     if [ -n "$recorded" ]; then  # several suites share the folder: their files are named after their tasks
         lock "$DATA" || return
         for suite in $SUITES; do
-            run python demos.py --suite "$suite" --task-ids "$TASKS" --demos-per-task "$DEMOS" \
+            run python -m simulator record --suite "$suite" --task-ids "$TASKS" --demos-per-task "$DEMOS" \
                 --init-states "$demo_inits" --displace "$DISPLACE" --noise "$NOISE" --size 128 --draw fast --reset soft \
                 --workers "$JOBS" --out "$DATA" || return 1
         done
     fi
     see "$(IFS=,; echo "${devices[*]}")"
     [ ${#devices[@]} -lt 2 ] || launch="torchrun --standalone --nproc-per-node ${#devices[@]}"
-    run python world.py cache "$DATA" $DATA_FLAGS || return 1
+    run python -m latents.world cache "$DATA" $DATA_FLAGS || return 1
     [ -z "$features" ] ||
-        run $launch world.py features "$DATA" --init "$INIT" --dtype bfloat16 --out "$features" $DATA_FLAGS
+        run $launch -m latents.world features "$DATA" --init "$INIT" --dtype bfloat16 --out "$features" $DATA_FLAGS
 )
 
 # shellcheck disable=SC2046,SC2086
@@ -238,7 +238,7 @@ case $action in
 --dry-run)
     prepare
     for name in "${cells[@]}"; do cell "$name" "${devices[0]:-}"; done
-    run python report.py "$OUT"
+    run python -m report "$OUT"
     for name in "${cells[@]}"; do estimate "$name"; done | awk -v jobs="$JOBS" '{print; minutes += $1} END {
         hours = minutes / 60
         printf "%d cells, %.1f h of work, %d at a time: %.1f h", NR, hours, jobs, hours / (jobs < NR ? jobs : NR)
@@ -247,7 +247,7 @@ case $action in
     ;;
 esac
 source setup.sh && mkdir -p "$OUT" || exit 1
-[ "$action" != --report ] || { run python report.py "$OUT"; exit; }
+[ "$action" != --report ] || { run python -m report "$OUT"; exit; }
 
 failed=() free=()
 declare -A name_of=() device_of=()  # of a process
@@ -297,7 +297,7 @@ for name in "${cells[@]}"; do
 done
 while [ ${#name_of[@]} -gt 0 ]; do reap; done
 
-[ "$action" = --cell ] || run python report.py "$OUT" || failed+=(report)
+[ "$action" = --cell ] || run python -m report "$OUT" || failed+=(report)
 [ "$action" = --cell ] || hint=" (see the logs in $OUT)"
 [ ${#failed[@]} -eq 0 ] || { echo "run_matrix.sh: failed: ${failed[*]}${hint:-}" >&2; exit 1; }
 [ "$action" = --cell ] || say "report: $OUT/report/report.html"

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from arm import Arm, ArmConfig
 from data import Demos, sample_order, sample_rng
-from features import Features
-from loader import Loader
-from processor import Processor
+from latents.tower import Features
+from latents.world import Latents
 from prophet import draw_chance, prophet_width
-from world import Latents
+from readers.prefetch import Loader
+from smolvla.processor import Processor
 
 FLOW, MEMORY, PARTNER, CHANCE = 1, 2, 3, 4  # keep apart what one number draws
 TRAINING, ROLLOUT, HELD_OUT = 0, 10, 20  # and what it is drawn for

@@ -33,23 +33,26 @@ from torch.nn.parallel import DistributedDataParallel
 
 from arm import Arm, ArmConfig, load_arm
 from data import Demos, in_files, remember_checks
-from diagnostics import (
+from files import read_json, read_tensors
+from latents.encoders import open_backbone, resolved
+from latents.tower import Features, load_with
+from latents.world import Latents, cache_path, own_policy, prepare
+from ranks import Stop, Together, start_ranks, sum_over_ranks, wait_for_ranks
+from readers.prefetch import Loader
+from readers.selection import DataConfig, find_data
+from rollouts.facts import describe_data
+from source import Source, held_out
+from training.diagnostics import (
     CollapseWatch,
     Usage,
     attention_diagnostics,
     memory_norm,
     world_diagnostics,
 )
-from encoders import open_backbone, resolved
-from facts import describe_data
-from features import Features, load_with
-from files import read_json, read_tensors
-from flops import flops_per_sample, utilisation
-from loader import Loader
-from offline import measure
-from optimise import Average, BadSteps, make_optimizer, optimizer_step, shares
-from ranks import Stop, Together, start_ranks, sum_over_ranks, wait_for_ranks
-from runs import (
+from training.flops import flops_per_sample, utilisation
+from training.held_out import measure
+from training.optimise import Average, BadSteps, make_optimizer, optimizer_step, shares
+from training.run_folder import (
     OPTIMIZER,
     RAW,
     STATE,
@@ -67,10 +70,7 @@ from runs import (
     save,
     writing,
 )
-from selection import DataConfig, find_data
-from source import Source, held_out
-from start import build_arm, make_fast
-from world import Latents, cache_path, own_policy, prepare
+from training.start import build_arm, make_fast
 
 STEPS_AHEAD = 2  # steps whose pictures are decoded while another one runs
 
@@ -152,7 +152,7 @@ class TrainConfig(ArmConfig, DataConfig):
     """Seed of weights, data order and noise."""
 
     val_every: int = 0
-    """Samples between two measurements on held-out episodes (offline.py); 0: never, and none are held out."""
+    """Samples between two measurements on held-out episodes (held_out.py); 0: never, none are held out."""
 
     val_share: float = 0.1
     """Share of the episodes that are held out, where --val-every is set."""

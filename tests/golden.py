@@ -21,8 +21,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import lerobot_key, load_policy
-from layers import resize_with_pad
 from model import (
     ActionQueue,
     SmolVLA,
@@ -31,7 +29,9 @@ from model import (
     prefix_inputs,
     sample_means,
 )  # fmt: skip
-from processor import Processor
+from smolvla.checkpoint import lerobot_key, load_policy
+from smolvla.layers import resize_with_pad
+from smolvla.processor import Processor
 
 ATOL = RTOL = 1e-5
 

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 import data
 from data import Demos, boundaries, load, sample_order, sample_rng, statistics
-from libero_hdf5 import CAMERAS
+from readers.libero_hdf5 import CAMERAS
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 
 
 def write_task(path: Path, lengths: tuple[int, ...] = (5, 3), size: int = 8, seed: int = 0) -> Path:
-    """Write one task file in LIBERO's layout, as `demos.py` does; tests then damage it."""
+    """Write one task file in LIBERO's layout, as `simulator/record.py` does; tests then damage it."""
     rng = np.random.default_rng(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as file:
@@ -334,15 +334,15 @@ def test_damage_inside_a_dataset_is_found_on_reading(tmp_path):
 
 
 def test_a_folder_without_a_usable_recording_says_what_to_run(tmp_path):
-    with pytest.raises(ValueError, match=r"no such data folder or file.*python demos\.py"):
+    with pytest.raises(ValueError, match=r"no such data folder or file.*python -m simulator record"):
         load(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"no \*\.hdf5 file in .*python demos\.py"):
+    with pytest.raises(ValueError, match=r"no \*\.hdf5 file in .*python -m simulator record"):
         load(tmp_path)
     (tmp_path / "b_demo.parts").mkdir()
     write_task(tmp_path / "a_demo.hdf5")
     for path in (tmp_path, tmp_path / "b_demo.parts"):
         with pytest.raises(
-            ValueError, match=r"interrupted recording, .*b_demo\.parts .*run `python demos\.py` again"
+            ValueError, match=r"interrupted recording, .*b_demo\.parts .*`python -m simulator record` again"
         ):
             load(path)
     write_task(tmp_path / "b_demo.hdf5")

@@ -13,8 +13,6 @@ import torch
 from golden import compare
 from safetensors.torch import load_file, save_file
 
-from config import PRESETS, SmolVLAConfig
-from layers import patch_positions, resize_with_pad
 from model import (
     ActionQueue,
     SmolVLA,
@@ -22,6 +20,8 @@ from model import (
     prefix_inputs,
     sample_means,
 )
+from smolvla.config import PRESETS, SmolVLAConfig
+from smolvla.layers import patch_positions, resize_with_pad
 
 
 @pytest.mark.parametrize("name", sorted(p.parent.name for p in tiny.golden().parent.glob("*/info.json")))

@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_data import write_task
 
-import runs
 from arm import Summary
-from config import PRESETS
 from data import load, sample_order
-from optimise import lr_factor, shares
-from runs import check_space
+from smolvla.config import PRESETS
 from train import TrainConfig
+from training import run_folder
+from training.optimise import lr_factor, shares
+from training.run_folder import check_space
 
 ROOT = Path(__file__).parent.parent
 FLAGS = [
@@ -290,8 +290,8 @@ def test_bad_input_is_one_line_and_loses_nothing(data, straight, flags, message)
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     arm = tiny.arm()
     check_space(tmp_path, arm)
-    usage = runs.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(runs.shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    usage = run_folder.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
     with pytest.raises(ValueError, match=r"a checkpoint needs 0\.\d+ GB, the disk has 0\.00 GB left"):
         check_space(tmp_path, arm)
 
