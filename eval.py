@@ -32,10 +32,10 @@ import torch.distributed as dist
 import tyro
 
 from arm import Arm, load_arm
-from data import load
 from files import append_json, read_json, write_json
 from prophet import ROLLOUT_MODES
 from ranks import start_ranks, wait_for_ranks
+from readers.load import load
 from rollouts.conform import check, compare, describe_checkpoint, describe_data, describe_environment, table
 from rollouts.conform import record as conformance
 from rollouts.episodes import gather, key_of, own_file, read_all, result

@@ -32,16 +32,17 @@ import tyro
 from torch.nn.parallel import DistributedDataParallel
 
 from arm import Arm, ArmConfig, load_arm
-from data import Demos, in_files, remember_checks
+from data import Source, held_out
 from files import read_json, read_tensors
 from latents.encoders import open_backbone, resolved
 from latents.tower import Features, load_with
 from latents.world import Latents, cache_path, own_policy, prepare
 from ranks import Stop, Together, start_ranks, sum_over_ranks, wait_for_ranks
+from readers.demos import Demos
+from readers.load import in_files, remember_checks
 from readers.prefetch import Loader
 from readers.selection import DataConfig, find_data
 from rollouts.facts import describe_data
-from source import Source, held_out
 from training.diagnostics import (
     CollapseWatch,
     Usage,

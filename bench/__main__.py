@@ -44,8 +44,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from arm import Arm, ArmConfig, Summary
 from bench import latents, loop, simulator
-from data import Demos, load
 from model import SmolVLA, prefix_inputs
+from readers.demos import Demos
+from readers.load import load
 from readers.prefetch import Loader
 from smolvla import kernels
 from smolvla.config import PRESETS

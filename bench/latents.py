@@ -23,11 +23,12 @@ import h5py
 import numpy as np
 import torch
 
-from data import Demos, load
 from files import read_json
 from latents import world
 from latents.encoders import WorldConfig, open_backbone, resolved
+from readers.demos import Demos
 from readers.libero_hdf5 import CAMERAS
+from readers.load import load
 from smolvla.checkpoint import find_folder
 
 SIDE, EPISODES, FRAMES = 128, 2, 48

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from data import Demos
+from readers.demos import Demos
 
 MARKS = "done.bin"
 PROGRESS = 10.0  # seconds between two lines

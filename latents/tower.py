@@ -38,7 +38,6 @@ import torch.distributed as dist
 import tyro
 from torch import Tensor
 
-from data import Demos, load
 from latents import blocks
 from latents.blocks import (
     Layout,
@@ -52,6 +51,8 @@ from latents.blocks import (
     with_checks,
 )
 from ranks import start_ranks, wait_for_ranks
+from readers.demos import Demos
+from readers.load import load
 from readers.selection import DataConfig, StartConfig, find_data
 from smolvla import kernels
 

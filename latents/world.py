@@ -41,7 +41,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from data import Demos, load
 from latents import blocks
 from latents.blocks import Layout, agree, cache_folder, compare, part_of, with_checks
 from latents.encoders import (
@@ -59,6 +58,8 @@ from latents.encoders import (
     views,
 )
 from ranks import start_ranks, wait_for_ranks
+from readers.demos import Demos
+from readers.load import load
 from readers.selection import DataConfig, StartConfig, find_data
 
 FIT_FRAMES = 8192  # evenly spaced; more would cost memory and minutes, and move the first directions little

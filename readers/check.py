@@ -21,8 +21,9 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw
 
-from data import Demos, StoredPictures, boundaries, layout, load, picture_bytes, statistics
 from readers import lerobot_pictures, lerobot_v3, libero_hdf5
+from readers.demos import Demos, StoredPictures, boundaries, picture_bytes, statistics
+from readers.load import layout, load
 from readers.selection import DataConfig, find_data
 
 TILE = 128  # side of a sample picture on the sheet, pixels

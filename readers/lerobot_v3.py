@@ -22,8 +22,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data import Demos, StoredPictures, boundaries, camera_key
+from readers.demos import Demos, StoredPictures, boundaries
 from readers.lerobot_pictures import COPY_AGAIN, ImagePlace, VideoPlace, read_images, read_video, readable
+from readers.selection import camera_key
 
 STATE, ACTION = "observation.state", "action"
 COUNTERS = ("index", "episode_index", "frame_index", "task_index")

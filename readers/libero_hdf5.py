@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from data import Demos, StoredPictures, boundaries, camera_key
+from readers.demos import Demos, StoredPictures, boundaries
+from readers.selection import camera_key
 
 # lerobot's feature name -> the name inside LIBERO's files
 CAMERAS = {"observation.images.image": "agentview_rgb", "observation.images.image2": "eye_in_hand_rgb"}

@@ -19,7 +19,7 @@ from multiprocessing import get_context
 
 import numpy as np
 
-from data import Demos, StoredPictures
+from readers.demos import Demos, StoredPictures
 from simulator.pool import light_start
 
 PART = 8  # frames of one camera that a process decodes at a time

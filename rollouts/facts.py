@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from data import Demos, statistics
+from readers.demos import Demos, statistics
 from readers.selection import suite_instructions
 from simulator.env import CAMERAS, CONTROL_HZ, SimConfig, versions
 from simulator.pool import Observation

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from arm import Arm, ArmConfig
-from data import sample_rng
+from data import CHANCE, FLOW, MEMORY, PARTNER, ROLLOUT, chance, memory_noise, sample_rng, stack
 from prophet import NEEDS
 from rollouts.film import Film
 from rollouts.imagine import Decision, decisions_of, future_plan
@@ -30,7 +30,6 @@ from rollouts.plan import Plan
 from simulator.env import CAMERAS, CONTROL_HZ, SUITES
 from simulator.pool import EnvPool, Observation, SimCrash
 from smolvla.processor import Processor
-from source import CHANCE, FLOW, MEMORY, PARTNER, ROLLOUT, chance, memory_noise, stack
 from training.diagnostics import most_attended, rows_attended
 
 # ---- one episode --------------------------------------------------------------------------------------

@@ -10,9 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
-from data import Demos, boundaries, load, sample_order, sample_rng, statistics
+from data import sample_order, sample_rng
+from readers import load as loading
+from readers.demos import Demos, StoredPictures, boundaries, statistics
 from readers.libero_hdf5 import CAMERAS
+from readers.load import load
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 
@@ -96,7 +98,7 @@ def test_pictures_left_in_the_files_are_those_in_memory(tmp_path):
     here, there = load(tmp_path), load(tmp_path, in_memory=False)
     assert isinstance(here.images["observation.images.image"], np.ndarray)
     for camera, pictures in there.images.items():
-        assert isinstance(pictures, data.StoredPictures)
+        assert isinstance(pictures, StoredPictures)
         assert pictures.shape == here.images[camera].shape
         for index in ([11, 0, 7, 7, 8, 4], [3], []):
             assert torch.equal(there.frames(index, camera), here.frames(index, camera))
@@ -359,9 +361,9 @@ def test_files_of_different_picture_sizes_are_refused(tmp_path):
 def test_data_larger_than_memory_are_refused_before_reading(tmp_path, monkeypatch):
     path = write_task(tmp_path / "a_demo.hdf5")
     need = 8 * 2 * 8 * 8 * 3
-    monkeypatch.setattr(data, "available_memory", lambda: need)
+    monkeypatch.setattr(loading, "available_memory", lambda: need)
     load(path)
-    monkeypatch.setattr(data, "available_memory", lambda: need - 1)
+    monkeypatch.setattr(loading, "available_memory", lambda: need - 1)
     with pytest.raises(ValueError, match=r"8 frames from 2 cameras need .* are free: use fewer"):
         load(path)
 

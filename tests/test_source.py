@@ -9,11 +9,11 @@ import torch
 from test_data import write_task
 from tiny import STATS
 
-from data import load
+from data import HELD_OUT, Source, held_out, saved_partners
 from latents.world import latents_of
 from prophet import NEEDS
+from readers.load import load
 from smolvla.checkpoint import fresh_processor
-from source import HELD_OUT, Source, held_out, saved_partners
 
 LENGTHS = (9, 24, 12, 5)
 

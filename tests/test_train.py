@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from test_data import write_task
 
 from arm import Summary
-from data import load, sample_order
+from data import sample_order
+from readers.load import load
 from smolvla.config import PRESETS
 from train import TrainConfig
 from training import run_folder
@@ -229,7 +230,7 @@ POISONED = """
 import sys
 sys.path[:0] = sys.argv.pop(1).split(":")
 import torch, train, tyro
-from source import Source
+from data import Source
 flow = Source.flow
 def poisoned(self, keys):
     noise, times = flow(self, keys)

@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from arm import Arm, Summary
+from data import Source
 from model import SmolVLA
-from source import Source
 
 # By torch.cuda.get_device_name(). A device that is not listed has no MFU, rather than a wrong one.
 PEAKS = {

@@ -22,15 +22,16 @@ import numpy as np
 import torch
 
 from arm import Arm
-from data import Demos, load
+from data import HELD_OUT, Source
 from files import append_json
 from latents.world import latents_for
 from model import sample_means
 from prophet import MODES
+from readers.demos import Demos
+from readers.load import load
 from readers.selection import DataConfig
 from rollouts.plan import Target, open_out
 from smolvla.processor import Processor
-from source import HELD_OUT, Source
 from training.diagnostics import most_attended
 
 if TYPE_CHECKING:

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from arm import Arm
+from data import Source
 from model import masked_mean
 from ranks import sum_over_ranks
-from source import Source
 from training.diagnostics import gradient_norms
 
 if TYPE_CHECKING:

@@ -30,9 +30,9 @@ import torch
 from safetensors import SafetensorError
 
 from arm import Arm, save_arm
-from data import Demos, chosen_statistics
 from files import append_json, read_json, replace_text, save_tensors, to_disk, to_json, write_json
 from model import SmolVLA
+from readers.demos import Demos, chosen_statistics
 from smolvla.config import PRESETS
 from smolvla.processor import Processor
 

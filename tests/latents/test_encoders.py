@@ -23,7 +23,6 @@ from test_train import TWO_RANKS
 
 import train
 from arm import Arm, ArmConfig, Summary, load_arm, save_arm
-from data import load
 from eval import EvalConfig
 from eval import main as evaluate
 from latents import blocks, encoders, world
@@ -31,6 +30,7 @@ from latents.blocks import MARKS, part_of
 from latents.encoders import WorldConfig, WorldStats, open_backbone, resolved
 from latents.world import ENCODER, ROWS, SIDECAR, Config, prepare, write
 from readers.libero_hdf5 import CAMERAS
+from readers.load import load
 from rollouts.plan import make_plans
 from rollouts.rollout import Episode, Rollout, frame_plan, histories
 from simulator.pool import Observation

@@ -20,15 +20,15 @@ from safetensors.torch import load_file
 from test_data import write_task
 from test_train import TWO_RANKS, metrics
 
-import data as data_module
 import train
 from arm import Arm, ArmConfig, Summary
-from data import load
+from data import Source
 from latents import blocks, tower, world
 from latents.blocks import MARKS, part_of
 from latents.tower import ROWS, SIDECAR, Config, Features, frozen_policy, write
+from readers.demos import StoredPictures
 from readers.libero_hdf5 import CAMERAS
-from source import Source
+from readers.load import load
 from train import TrainConfig
 from training import start
 
@@ -442,9 +442,7 @@ def test_runs_whose_pictures_change_or_are_averaged_take_no_features(fields, mes
 def test_training_from_features_equals_training_from_pictures(dtype, fields, folder, tmp_path, monkeypatch):
     fields, made = fields | {"dtype": dtype}, cache(folder, dtype=dtype)
     seen, fingerprint = run(folder, tmp_path / "pictures", **fields), load(folder).fingerprint
-    monkeypatch.setattr(
-        data_module.StoredPictures, "__getitem__", lambda *_: pytest.fail("decoded a picture")
-    )
+    monkeypatch.setattr(StoredPictures, "__getitem__", lambda *_: pytest.fail("decoded a picture"))
     read = run(folder, tmp_path / "features", features=made, **fields)
     # The tower runs over a block at once, in training over a batch: another shape, and where kernels choose
     # by it another order of sums, of which Adam's first steps, signs, make a share of the learning rate. On

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import toy_demos, write_task
 
-from data import Demos, load
 from latents import world
 from latents.encoders import WorldConfig, encoder_from_state, shrink, views
 from latents.world import change_statistics, fit, latents_of, prepare
+from readers.demos import Demos
+from readers.load import load
 
 ROOT = Path(__file__).resolve().parents[2]
 CAMERA = "observation.images.image"

@@ -12,8 +12,8 @@ from lerobot_set import H, W, change, picture, png, write_set, write_video
 from PIL import Image
 from test_data import drop, edit, make_public, replace, truncate, write_task
 
-import data
-from readers.check import TILE, check, contact_sheet
+from readers.check import TILE, check, contact_sheet, main
+from readers.load import load
 
 ROOT = Path(__file__).resolve().parents[2]
 SETS = ROOT / "tests" / "lerobot_v3"
@@ -25,7 +25,7 @@ def run(monkeypatch, capsys, *arguments: object) -> tuple[int | str, str]:
     """Run the command line in this process: exit code and what it printed."""
     monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
     try:
-        data.main()
+        main()
         code = 0
     except SystemExit as end:
         code = end.code
@@ -60,7 +60,7 @@ def test_inspect_prints_a_lerobot_set_and_a_part_of_it(tmp_path):
 
 
 def test_the_sheet_shows_the_first_and_the_last_frame(tmp_path):
-    demos = data.load(write_set(tmp_path, (4, 1, 3), cameras={CAMERA: "image", WRIST: "image"}))
+    demos = load(write_set(tmp_path, (4, 1, 3), cameras={CAMERA: "image", WRIST: "image"}))
     sheet = np.asarray(contact_sheet(demos))
     tile, line = TILE, 14
     assert sheet.shape == (3 * (tile + line), 6 * tile, 3)

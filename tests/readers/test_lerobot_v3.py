@@ -11,10 +11,12 @@ import pytest
 from lerobot_set import H, W, change, picture, png, read_picture, write_set, write_video
 from safetensors.numpy import load_file
 
-import data
-from data import DataConfig, StoredPictures, load
 from readers import check, lerobot_pictures, selection
+from readers import load as loading
+from readers.demos import Demos, StoredPictures, chosen_statistics
 from readers.lerobot_pictures import Video
+from readers.load import load
+from readers.selection import DataConfig
 
 SETS = Path(__file__).resolve().parents[1] / "lerobot_v3"
 CAMERA, WRIST = "observation.images.image", "observation.images.image2"
@@ -90,11 +92,11 @@ def test_a_part_of_the_episodes_is_the_part_that_lerobot_reads(name):
     np.testing.assert_array_equal(chunk[0], wanted["subset_probe_action_chunk16"])
     np.testing.assert_array_equal(is_pad[0], wanted["subset_probe_is_pad"])
     assert demos.instruction([part["probe_item"]]) == [part["probe_task"]]
-    assert demos.own_stats is None and "computed from these" in data.chosen_statistics(demos)[1]
-    assert "meta/stats.json" in data.chosen_statistics(whole)[1]
+    assert demos.own_stats is None and "computed from these" in chosen_statistics(demos)[1]
+    assert "meta/stats.json" in chosen_statistics(whole)[1]
 
 
-def check_pictures(demos: data.Demos, order: np.ndarray) -> None:
+def check_pictures(demos: Demos, order: np.ndarray) -> None:
     """Read these frames of every camera, and check that each picture is the one that was asked for."""
     for number, pictures in enumerate(demos.images.values()):
         got = pictures[order]
@@ -231,15 +233,15 @@ def test_caches_of_different_parts_have_different_places(tmp_path):
 def test_pictures_stay_in_the_files_where_memory_is_short(tmp_path, monkeypatch, capsys):
     root = write_set(tmp_path)
     need = 8 * H * W * 3
-    monkeypatch.setattr(data, "available_memory", lambda: 2 * need)
+    monkeypatch.setattr(loading, "available_memory", lambda: 2 * need)
     assert isinstance(load(root, in_memory=None).images[CAMERA], np.ndarray)
     assert capsys.readouterr().out == ""
-    monkeypatch.setattr(data, "available_memory", lambda: 2 * need - 1)
+    monkeypatch.setattr(loading, "available_memory", lambda: 2 * need - 1)
     assert isinstance(load(root, in_memory=None).images[CAMERA], StoredPictures)
     assert "stay in the files" in capsys.readouterr().out
     memory = DataConfig(pictures="memory")
     assert isinstance(load(root, in_memory=None, options=memory).images[CAMERA], np.ndarray)
-    monkeypatch.setattr(data, "available_memory", lambda: 4 * need)
+    monkeypatch.setattr(loading, "available_memory", lambda: 4 * need)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # each rank would hold its own copy
     assert isinstance(load(root, in_memory=None).images[CAMERA], StoredPictures)
 

@@ -14,8 +14,9 @@ from test_train import metrics
 
 import eval as eval_program
 import train
-from data import Demos, StoredPictures, load, remember_checks
 from eval import EvalConfig
+from readers.demos import Demos, StoredPictures
+from readers.load import load, remember_checks
 from readers.prefetch import Loader, Prefetched
 from train import TrainConfig
 

@@ -17,7 +17,8 @@ from scipy.spatial.transform import Rotation
 from test_data import toy_demos
 from tiny import CONFIG, golden
 
-from data import StoredPictures, load, statistics
+from readers.demos import StoredPictures, statistics
+from readers.load import load
 from readers.selection import suite_instructions
 from rollouts import conform, facts
 from rollouts.conform import (

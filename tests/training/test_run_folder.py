@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from test_data import write_task
 
 import train
-from data import load
-from source import Source
+from data import Source
+from readers.load import load
 from train import TrainConfig
 from training import run_folder
 from training.optimise import Average, BadSteps
