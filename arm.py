@@ -26,7 +26,7 @@ from torch import Tensor
 from files import read_tensors, save_tensors
 from fusion import Fusion, Memory, Site
 from latents.encoders import PCA, Learned, WorldConfig, encoder_from_state
-from model import SmolVLA
+from model import SmolVLA, load_policy
 from prophet import (
     CHANCE,
     CODED,
@@ -46,7 +46,7 @@ from prophet import (
     parse_mode,
     world_loss,
 )
-from smolvla.checkpoint import load_policy, save_policy
+from smolvla.checkpoint import save_policy
 from smolvla.processor import Processor
 
 WORLD_FILE = "world.safetensors"

@@ -384,7 +384,7 @@ def alone(function: Callable, *arguments: object) -> object:
 LOAD = """
 import sys, time
 start = time.perf_counter()
-from smolvla.checkpoint import load_policy
+from model import load_policy
 imported = time.perf_counter()
 policy, _ = load_policy(sys.argv[1])
 print(imported - start, time.perf_counter() - imported)

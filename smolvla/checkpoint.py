@@ -4,16 +4,16 @@ A folder holds `config.json`, `model.safetensors` and two processors with their 
 language model's own sizes and tokenizer live elsewhere, under `vlm_model_name`: a folder (relative to the
 checkpoint, or not) or a hub id. Every published variant is read; what is written, lerobot reads.
 
-    policy, processor = load_policy("runs/demo/E0-s0/last")        # a folder of ours or of lerobot's
-    policy, processor = load_policy("HuggingFaceVLA/smolvla_libero", revision="...")
-    policy, processor = start_from_vlm(PRESETS["base"], "HuggingFaceTB/SmolVLM2-500M-Video-Instruct", ...)
+    folder, raw, language, config = open_checkpoint("runs/demo/E0-s0", revision=None, vlm=None)
+    python model.py runs/demo/E0-s0                # all of it in a screenful
+
+The policy that such a folder fills is made in model.py and handed in here.
 
 Source: lerobot 0.6.1 (policies/smolvla, policies/pretrained.py).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
@@ -26,7 +26,6 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from files import read_json, read_tensors, save_tensors, to_json
-from model import SmolVLA
 from smolvla.config import SmolVLAConfig
 from smolvla.language import Language, fresh_language, language_config, language_sizes, read_language
 from smolvla.processor import (
@@ -191,8 +190,30 @@ def multiplier(part: int, whole: int) -> float:
 # ---- weights ------------------------------------------------------------------------------------------
 
 
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Read a file's weights, under lerobot's present names, and the statistics that older ones keep there."""
+    tensors, statistics = {}, {}
+    for key, value in read_tensors(path).items():
+        plain = plain_key(key)
+        if plain in tensors:
+            raise ValueError(f"{path} has two tensors for {plain}, one of them {key}: keep one")
+        (statistics if "normalize_" in plain else tensors)[plain] = value
+    return tensors, statistics
+
+
+def read_language_weights(path: Path, layers: int) -> dict[str, Tensor]:
+    """Read a language model's own weights under lerobot's names, the first text layers alone."""
+    tensors = {}
+    for key, value in read_tensors(path).items():
+        key = plain_key(f"model.vlm_with_expert.vlm.{key}")
+        layer = re.search(r"text_model\.layers\.(\d+)\.", key)
+        if layer is None or int(layer[1]) < layers:
+            tensors[key] = value
+    return tensors
+
+
 def place(
-    policy: SmolVLA,
+    policy: nn.Module,
     tensors: dict[str, Tensor],
     source: Path,
     dtype: torch.dtype = torch.float32,
@@ -224,7 +245,7 @@ def place(
     policy.load_state_dict(typed, assign=True, strict=False)
 
 
-def draw(policy: SmolVLA, names: set[str]) -> None:
+def draw(policy: nn.Module, names: set[str]) -> None:
     """Draw these parameters as torch does for a fresh layer."""
     for prefix, module in policy.named_modules():
         if any(f"{prefix}.{name}" in names for name, _ in module.named_parameters(recurse=False)):
@@ -232,47 +253,7 @@ def draw(policy: SmolVLA, names: set[str]) -> None:
             module.reset_parameters()
 
 
-def load_weights(
-    config: SmolVLAConfig, path: Path, dtype: torch.dtype = torch.float32, allow_missing: bool = False
-) -> tuple[SmolVLA, dict[str, Tensor]]:
-    """Build a policy on one file's weights; give also the statistics that older checkpoints keep among them.
-
-    Nothing is built when anything does not fit. Tensors of the wanted dtype stay memory-mapped: pages are
-    read when they are used, and copied when changed.
-    """
-    tensors, statistics = {}, {}
-    for key, value in read_tensors(path).items():
-        plain = plain_key(key)
-        if plain in tensors:
-            raise ValueError(f"{path} has two tensors for {plain}, one of them {key}: keep one")
-        (statistics if "normalize_" in plain else tensors)[plain] = value
-    with torch.device("meta"):  # no memory and no random draws for weights that are about to be replaced
-        policy = SmolVLA(config)
-    place(policy, tensors, path, dtype, allow_missing)
-    return policy, statistics
-
-
 # ---- reading ------------------------------------------------------------------------------------------
-
-
-def load_policy(
-    name: str | Path,
-    revision: str | None = None,
-    vlm: str | None = None,
-    stats_of: str | None = None,
-    allow_missing: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[SmolVLA, Processor]:
-    """Load a policy and its processor: a folder in lerobot's layout, or a hub id at a revision.
-
-    Args: vlm names the language model's folder or hub id in the checkpoint's stead; stats_of chooses among
-    the statistics of several data sets; allow_missing goes on without tensors or statistics that are missing;
-    dtype is that of tower, trunk and expert, while the projections stay in float32.
-    Raises ValueError, one line, for missing or broken files, tensors that do not fit and missing statistics.
-    """
-    folder, raw, language, config = open_checkpoint(str(name), revision, vlm)
-    policy, among_weights = load_weights(config, folder / WEIGHTS, dtype, allow_missing)
-    return policy, load_processor(folder, config, raw, language, among_weights, stats_of, allow_missing)
 
 
 def open_checkpoint(
@@ -334,43 +315,10 @@ def fresh_processor(
     return Processor(config, raw, fresh_language(language_config(config), instructions), stats)
 
 
-def start_from_vlm(
-    preset: SmolVLAConfig, vlm: str, stats: Statistics, image_shape: tuple[int, int, int]
-) -> tuple[SmolVLA, Processor]:
-    """Start from a language model's own folder or hub id, with a fresh expert beside it.
-
-    The preset says what the folder does not: layers kept, the expert's share of the width, the chunk. Draws
-    from torch's global generator; expert layers as lerobot does, with deviation 0.02.
-    """
-    folder = find_folder(vlm)
-    language = read_language(folder)
-    raw = lerobot_config(preset, vlm, image_shape)
-    sizes = language_sizes(language.config, raw)
-    width = int(sizes["width"] * preset.expert_width / preset.width)
-    config = dataclasses.replace(preset, **sizes, expert_width=width)
-    with torch.device("meta"):
-        policy = SmolVLA(config)
-    tensors = {}
-    for key, value in read_tensors(folder / WEIGHTS).items():
-        key = plain_key(f"model.vlm_with_expert.vlm.{key}")
-        layer = re.search(r"text_model\.layers\.(\d+)\.", key)
-        if layer is None or int(layer[1]) < config.layers:
-            tensors[key] = value
-    fresh = {n: p for n, p in policy.state_dict().items() if not n.startswith(VLM_PARTS)}
-    draw(policy, set(fresh))
-    for layer in policy.expert.layers:
-        for name, module in layer.named_modules():
-            if isinstance(module, nn.Linear) and not (layer.cross and name.endswith(("k_proj", "v_proj"))):
-                nn.init.normal_(module.weight, std=0.02)
-    drawn = {lerobot_key(name): p for name, p in policy.state_dict().items() if name in fresh}
-    place(policy, tensors | drawn, folder / WEIGHTS)
-    return policy, Processor(config, raw, language, stats)
-
-
 # ---- writing ------------------------------------------------------------------------------------------
 
 
-def save_policy(folder: Path, policy: SmolVLA, processor: Processor) -> None:
+def save_policy(folder: Path, policy: nn.Module, processor: Processor) -> None:
     """Write what lerobot loads: config, weights under its names, processors; beside them the language folder.
 
     Memory modules (`fusion.`) are not lerobot's and are left out; arm.py writes them.
@@ -389,13 +337,9 @@ def save_policy(folder: Path, policy: SmolVLA, processor: Processor) -> None:
 # ---- describing ---------------------------------------------------------------------------------------
 
 
-def describe_checkpoint(
-    checkpoint: str, revision: str | None, vlm: str | None, stats_of: str | None, allow_missing: bool
-) -> str:
+def describe_checkpoint(folder: Path, policy: nn.Module, processor: Processor) -> str:
     """Say what a checkpoint is, in a screenful: sizes, pattern, cameras, widths, statistics, tokenizer."""
-    folder, raw, language, c = open_checkpoint(checkpoint, revision, vlm)
-    policy, among_weights = load_weights(c, folder / WEIGHTS, allow_missing=allow_missing)
-    processor = load_processor(folder, c, raw, language, among_weights, stats_of, allow_missing=True)
+    c, raw, language = policy.config, processor.raw, processor.language
     stored = sorted({str(t.dtype).removeprefix("torch.") for t in read_tensors(folder / WEIGHTS).values()})
     total = sum(p.numel() for p in policy.parameters())
     rows = [
@@ -420,7 +364,7 @@ def describe_checkpoint(
     return "\n".join(f"{name:12s} {text}" for name, text in rows)
 
 
-def count_trained(policy: SmolVLA, raw: dict) -> str:
+def count_trained(policy: nn.Module, raw: dict) -> str:
     counts = []
     for what in ("expert", "vision", "none"):
         policy.freeze(what, raw["train_state_proj"])

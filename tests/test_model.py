@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from golden import compare
+from golden import ActionQueue, compare
 from safetensors.torch import load_file, save_file
 
 from model import (
-    ActionQueue,
     SmolVLA,
     masked_mean,
     prefix_inputs,

@@ -21,10 +21,10 @@ from torch import Tensor
 from arm import Arm, ArmConfig, Summary, load_arm, stored_config
 from data import saved_partners
 from latents.world import Latents, change_statistics
-from model import SmolVLA
+from model import SmolVLA, load_policy, start_from_vlm
 from readers.demos import Demos, chosen_statistics
 from smolvla import kernels
-from smolvla.checkpoint import fresh_processor, load_policy, start_from_vlm
+from smolvla.checkpoint import fresh_processor
 from smolvla.config import PRESETS
 from smolvla.processor import Processor
 

@@ -17,6 +17,7 @@ from scipy.spatial.transform import Rotation
 from test_data import toy_demos
 from tiny import CONFIG, golden
 
+from model import load_policy
 from readers.demos import StoredPictures, statistics
 from readers.load import load
 from readers.selection import suite_instructions
@@ -32,7 +33,7 @@ from rollouts.conform import (
 )
 from simulator.env import CAMERAS, SimConfig
 from simulator.pool import Observation
-from smolvla.checkpoint import fresh_processor, load_policy
+from smolvla.checkpoint import fresh_processor
 
 HERE = Path(__file__).resolve().parents[1]
 FRONT, WRIST = CAMERAS

@@ -13,18 +13,17 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from model import load_policy, start_from_vlm
 from smolvla.checkpoint import (
     VLM_PARTS,
     WEIGHTS,
     find_folder,
     fresh_processor,
     lerobot_key,
-    load_policy,
     multiplier,
     plain_key,
     policy_config,
     save_policy,
-    start_from_vlm,
 )
 from smolvla.config import PRESETS
 from smolvla.language import read_language

@@ -9,7 +9,8 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from smolvla.checkpoint import WEIGHTS, fresh_processor, load_policy
+from model import load_policy
+from smolvla.checkpoint import WEIGHTS, fresh_processor
 from smolvla.language import build_tokenizer, fresh_language, language_config
 from smolvla.processor import NEEDED, choose_statistics, sort_statistics
 
