@@ -174,9 +174,9 @@ prepare() (  # what cells share: data and caches; where all is there, it only lo
     fi
     see "$(IFS=,; echo "${devices[*]}")"
     [ ${#devices[@]} -lt 2 ] || launch="torchrun --standalone --nproc-per-node ${#devices[@]}"
-    run python -m latents.world cache "$DATA" $DATA_FLAGS || return 1
+    run python train.py --prepare --data "$DATA" --fusion late $DATA_FLAGS || return 1
     [ -z "$features" ] ||
-        run $launch -m latents.world features "$DATA" --init "$INIT" --dtype bfloat16 --out "$features" $DATA_FLAGS
+        run $launch train.py --prepare --data "$DATA" --init "$INIT" --dtype bfloat16 --features "$features" $DATA_FLAGS
 )
 
 # shellcheck disable=SC2046,SC2086

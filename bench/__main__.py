@@ -50,9 +50,9 @@ from readers.load import load
 from readers.prefetch import Loader
 from smolvla import kernels
 from smolvla.config import PRESETS
-from train import TrainConfig
+from train import TrainConfig, optimizer_step
 from training.flops import only_math
-from training.optimise import make_optimizer, optimizer_step
+from training.optimise import make_optimizer
 
 PROMPT = 16  # tokens of an instruction
 LOOP = "loop and save"  # the name that --only knows them by

@@ -30,6 +30,7 @@ from readers.demos import Demos
 from readers.libero_hdf5 import CAMERAS
 from readers.load import load
 from smolvla.checkpoint import find_folder
+from training.start import StartConfig, own_policy
 
 SIDE, EPISODES, FRAMES = 128, 2, 48
 BATCH, HISTORY, FUTURE, CLIP = 16, 4, 8, 4
@@ -102,8 +103,8 @@ def rate(count: int, work: Callable[[], object], least: float = 1.0) -> float:
 def measure(name: str, config: WorldConfig, size: str, data: Path, device: torch.device) -> dict:
     """Write the encoder's cache and measure both ways to a batch's latents."""
     stored, demos = load(data, in_memory=False), load(data)
-    command = world.Config(data, world_encoder=config.world_encoder, init=size)
-    backbone = open_backbone(config, world.own_policy(command, demos))
+    start = StartConfig(world_encoder=config.world_encoder, init=size)
+    backbone = open_backbone(config, own_policy(start, demos))
     config = resolved(config, backbone)
     if backbone is not None:
         backbone.device = device

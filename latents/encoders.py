@@ -41,7 +41,8 @@ from torch import Tensor
 
 from files import read_json
 from readers.selection import camera_name
-from smolvla.layers import VisionTower
+from smolvla.checkpoint import find_folder
+from smolvla.layers import VisionTower, resize_with_pad
 
 if TYPE_CHECKING:
     from model import SmolVLA
@@ -428,8 +429,6 @@ def resolved(config: WorldConfig, backbone: Backbone | None) -> Any:
 
 def tower_backbone(policy: SmolVLA) -> Backbone:
     """A copy of the policy's vision tower: the policy's own may be cast, moved or given other kernels."""
-    from model import resize_with_pad
-
     c, digest, state = policy.config, hashlib.sha256(), {}
     for name, weight in policy.vision.state_dict().items():
         state[name] = weight.detach().cpu().bfloat16().float()
@@ -457,8 +456,6 @@ def tower_backbone(policy: SmolVLA) -> Backbone:
 
 def folder_backbone(config: WorldConfig) -> Backbone:
     """A model of transformers' from a folder or the hub."""
-    from smolvla.checkpoint import find_folder
-
     encoder, name = config.world_encoder, config.latent_model
     folder = find_folder(name, config.world_revision)
     revision = None if Path(name).is_dir() else folder.name  # the hub's folders are named after commits

@@ -4,9 +4,9 @@ A tower that stays frozen, on pictures that are never augmented, gives the same 
 and connector run once over every frame and camera (`SmolVLA.embed_images`, in the type that is stored);
 `train.py --features` gathers those tokens from a memory map and decodes no picture at all.
 
-    python world.py features data/demo --init tiny --dtype float32           # data/demo/features_<hash>/
-    torchrun --nproc-per-node 8 world.py features DATA --init CHECKPOINT     # each rank encodes its share
-    python train.py --data DATA --init CHECKPOINT --features DATA/features_<hash> --dtype bfloat16
+    python train.py --data DATA --init CHECKPOINT --features data/tokens --prepare
+    torchrun --nproc-per-node 8 train.py --data DATA --init CHECKPOINT --features data/tokens --prepare
+    python train.py --data DATA --init CHECKPOINT --features data/tokens
 
 Frames are encoded in fixed blocks, each in one pass of one shape, and written by blocks.py: on one kind of
 device a row depends neither on the ranks nor on where a killed run stopped. `features.json` is the sidecar:
@@ -30,19 +30,16 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import tyro
 from torch import Tensor
 
 from latents import blocks
 from latents.blocks import (
     Layout,
     agree,
-    cache_folder,
     compare,
     finish,
     lay_out,
@@ -50,15 +47,13 @@ from latents.blocks import (
     unfinished,
     with_checks,
 )
-from ranks import start_ranks, wait_for_ranks
+from model import SmolVLA
+from ranks import wait_for_ranks
 from readers.demos import Demos
 from readers.load import load
-from readers.selection import DataConfig, StartConfig, find_data
+from readers.selection import DataConfig
 from smolvla import kernels
-
-if TYPE_CHECKING:
-    from model import SmolVLA
-    from smolvla.processor import Processor
+from smolvla.processor import Processor
 
 FORMAT = 1  # raised when the files are laid out in another way
 PICTURES = 1  # raised when anything changes between a stored picture and what the tower sees
@@ -67,20 +62,6 @@ ROWS, SIDECAR = "features.bin", "features.json"
 KINDS = {"bfloat16": np.int16, "float32": np.float32}  # numpy has no bfloat16: its 16 bits, as they are
 # Of the tower's sizes, those that its weights' shapes leave open.
 SIZES = ("image_size", "vision_size", "patch_size", "scale_factor", "vision_heads", "vision_eps")
-
-
-@dataclass(frozen=True)
-class Config(DataConfig, StartConfig):
-    """Encode every picture with a policy's frozen vision tower, once, for `train.py --features`."""
-
-    data: tyro.conf.Positional[Path]
-    """A data set, as for train.py."""
-
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type that the tower runs in and tokens are stored in."""
-
-    out: Path | None = None
-    """Folder of the cache; default: beside the data, named after the tower."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -142,9 +123,9 @@ class Features:
     @classmethod
     def open(cls, path: Path) -> Features:
         """Map a cache; ValueError where it is missing, unfinished or damaged."""
-        rows, run = path / ROWS, "run `python world.py features`"
+        rows, run = path / ROWS, "run the same command with --prepare"
         if unfinished(path):
-            raise ValueError(f"features {path} are not finished: {run} again, as before")
+            raise ValueError(f"features {path} are not finished: {run}")
         stored = read_sidecar(path, run)
         size = rows.stat().st_size if rows.is_file() else 0
         if size != row_bytes(stored):
@@ -159,7 +140,7 @@ class Features:
 
     def check(self, wanted: dict[str, Any]) -> None:
         """Raise ValueError, naming the field and both sides, where the cache was made from something else."""
-        again = "write others with `python world.py features` and this run's data, --init, --seed and --dtype"
+        again = "write others with --prepare and this run's data, --init, --seed and --dtype"
         compare(self.stored, wanted, f"{again}, or leave --features out", f"features {self.path}")
 
     def vouch(self, demos: Demos, full: bool = False) -> Demos:
@@ -207,7 +188,7 @@ def layout_of(stored: dict[str, Any]) -> Layout:
     """Return where blocks.py writes the rows of a sidecar."""
     F, V, n, W = row_shape(stored)
     shape = f"{F:,} frames x {V} cameras x {n} tokens x {W} in {stored['dtype']}"
-    elsewhere = "free some, or give an --out on another disk"
+    elsewhere = "free some, or give --features on another disk"
     return Layout("features", shape, ROWS, SIDECAR, F, row_bytes(stored, 1), BLOCK, elsewhere)
 
 
@@ -260,24 +241,8 @@ def encode(policy: SmolVLA, processor: Processor, pictures: dict[str, Tensor]) -
     return torch.stack(policy.embed_images(images), dim=1)  # V x (b, n, W) -> (b, V, n, W)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the command, `python world.py features`
-
-
-def start_policy(config: Config, demos: Demos) -> tuple[SmolVLA, Processor]:
-    """Build the policy that train.py would start from; its draws leave the caller's generator alone."""
-    from train import TrainConfig  # which imports this file
-    from training.start import build_policy
-
-    same = [f.name for f in dataclasses.fields(StartConfig)]
-    start = TrainConfig(data=config.data, **{name: getattr(config, name) for name in same})
-    with torch.random.fork_rng(devices=[]):
-        return build_policy(start, demos)
-
-
-def frozen_policy(config: Config, demos: Demos, device: torch.device) -> tuple[SmolVLA, Processor]:
-    """Build that policy frozen, in the stored type, with the same kernels."""
-    policy, processor = start_policy(config, demos)
+def freeze(policy: SmolVLA, demos: Demos, dtype: torch.dtype, device: torch.device) -> None:
+    """Bring a policy to a device, frozen, in the stored type, with the kernels of training."""
     for camera in policy.config.cameras:
         if camera not in demos.images:
             raise ValueError(
@@ -285,20 +250,20 @@ def frozen_policy(config: Config, demos: Demos, device: torch.device) -> tuple[S
                 " rename one with --cameras"
             )
     policy.to(device).freeze("expert")
-    policy.set_dtype(getattr(torch, config.dtype))
+    policy.set_dtype(dtype)
     if device.type == "cpu":
         kernels.speed_up(policy, policy.dtype)
-    return policy, processor
 
 
-def write(config: Config, rank: int, ranks: int, device: torch.device) -> str:
-    """Write the cache, or go on with it, or check a finished one; say what was done, in a line."""
+def write(
+    path: Path, policy: SmolVLA, processor: Processor, demos: Demos, rank: int = 0, ranks: int = 1
+) -> str:
+    """Write the cache of a policy as `freeze` leaves it, or go on with it, or check a finished one.
+
+    Every rank calls it; says what was done, in a line.
+    """
     start = time.perf_counter()
-    folder = find_data(config.data, config.data_revision)
-    demos = load(folder, in_memory=False, options=config)
-    policy, processor = frozen_policy(config, demos, device)
-    tower = tower_identity(policy, config.dtype)
-    path = config.out or cache_folder(config.cache_home(folder), "features", tower)
+    tower = tower_identity(policy, str(policy.dtype).removeprefix("torch."))
     part, again = part_of(path), "delete {} and run again"
     there, begun = agree((path.exists(), (part / SIDECAR).is_file()))
     if begun and not there:  # the light fingerprint is enough to go on
@@ -318,15 +283,3 @@ def write(config: Config, rank: int, ranks: int, device: torch.device) -> str:
             finish(part, path)
     seconds = time.perf_counter() - start
     return f"{'checked' if there else 'wrote'} {path}: {len(demos):,} frames in {seconds:.1f} s"
-
-
-def main(config: Config) -> None:
-    """Run `python world.py features`, on one rank or on torchrun's."""
-    rank, ranks, device = start_ranks()
-    try:
-        line = write(config, rank, ranks, device)
-        if rank == 0:
-            print(line)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()

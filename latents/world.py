@@ -5,16 +5,13 @@ the cache and the latents of a rollout, so the two can't differ. A latent belong
 from a clip, that is the frame and the m-1 control steps before it, and before its episode begins the first
 frame repeats.
 
-    python world.py cache DATA                                  # pca, into DATA/world_pca_<hash>/
-    python world.py cache DATA --camera image image2 --dim 32   # both cameras in one latent
-    python world.py cache DATA --world-encoder siglip --init CHECKPOINT     # the policy's own tower
-    torchrun --nproc-per-node 8 world.py cache DATA --world-encoder vjepa2 --clip 4 --camera image2
-    python world.py features DATA --init CHECKPOINT             # another cache, the policy's: tower.py
+    python train.py --prepare --data DATA --fusion late         # pca, into DATA/world_pca_<hash>/
+    torchrun --nproc-per-node 8 train.py --prepare --data DATA --fusion late --world-encoder vjepa2
 
 A cache holds raw latents in one array, the encoder, and a sidecar that says what it was made from; it opens
 only where every field agrees. blocks.py writes it: killed at any moment, the same command goes on (and reads
 all pictures once more: the data's fingerprint sees every pixel). Training writes the cache of `pca` itself
-where there is none; of the others it names the command, which wants all of a machine's devices.
+where there is none; of the others it names --prepare, which wants all of a machine's devices.
 
 Shapes: F frames, n frames of a call, m frames of a clip, S picture side, V cameras, D latent width, K future
 frames.
@@ -25,18 +22,15 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import os
 import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import tyro
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -48,19 +42,14 @@ from latents.encoders import (
     Backbone,
     Learned,
     WorldConfig,
-    WorldEncoder,
     WorldStats,
     encoder_from_state,
-    open_backbone,
     principal,
-    resolved,
     shrink,
     views,
 )
-from ranks import start_ranks, wait_for_ranks
+from ranks import wait_for_ranks
 from readers.demos import Demos
-from readers.load import load
-from readers.selection import DataConfig, StartConfig, find_data
 
 FIT_FRAMES = 8192  # evenly spaced; more would cost memory and minutes, and move the first directions little
 ENCODE_FRAMES = 256  # pictures in float at a time
@@ -176,17 +165,16 @@ def prepare(
     path = cache_path(data_path, config, backbone)
     if not agree(path.exists()):
         if backbone is not None:
-            raise missing(path, data_path, config, backbone)
+            raise missing(path, config, backbone)
         write_cache(path, demos, config, None, rank, ranks)
         agree(None)  # the first rank has given it its name
     return open_cache(path, demos, config, backbone)
 
 
-def missing(path: Path, data_path: Path, config: WorldConfig, backbone: Backbone) -> ValueError:
+def missing(path: Path, config: WorldConfig, backbone: Backbone) -> ValueError:
     """Say how to write a learned encoder's cache, and how one that is there differs."""
-    command = f"python world.py cache {data_path} {spelt(config)}"
     if part_of(path).exists():
-        return ValueError(f"world cache {path} is not finished: run `{command}` again, as before")
+        return ValueError(f"world cache {path} is not finished: run the same command with --prepare")
     identity, nearest = identity_of(config, backbone), None
     for other in sorted(path.parent.glob(f"{path.name.rsplit('_', 1)[0]}_*/{SIDECAR}")):
         try:
@@ -200,22 +188,10 @@ def missing(path: Path, data_path: Path, config: WorldConfig, backbone: Backbone
         field = nearest[0][0]
         sides = f"{field}: cache has {nearest[2].get(field)}, run wants {identity[field]}"
         return ValueError(
-            f"world cache {nearest[1]}, {sides}: write another, `{command}`, or ask for that one"
+            f"world cache {nearest[1]}, {sides}: write another, the same command with --prepare, or ask "
+            "for that one"
         )
-    return ValueError(f"there are no world latents at {path}: write them with `{command}`")
-
-
-def spelt(config: WorldConfig) -> str:
-    """Return the flags of `world.py cache` that give this configuration."""
-    short = " ".join(camera.rsplit(".", 1)[-1] for camera in config.latent_cameras)
-    flags = {"world-encoder": config.world_encoder, "camera": short}
-    flags |= {"clip": config.world_clip} if config.world_clip > 1 else {}
-    flags |= {"world-model": config.world_model, "world-revision": config.world_revision}
-    if config.world_encoder == "siglip":
-        flags |= {
-            name: getattr(config, name) for name in ("init", "revision", "seed") if hasattr(config, name)
-        }
-    return " ".join(f"--{flag} {value}" for flag, value in flags.items() if value is not None)
+    return ValueError(f"there are no world latents at {path}: run the same command with --prepare first")
 
 
 def latents_for(data_path: Path, encoder: PCA | Learned, demos: Demos) -> Latents:
@@ -269,7 +245,7 @@ def open_cache(path: Path, demos: Demos, config: WorldConfig, backbone: Backbone
     """Read a cache; ValueError with both sides where any field of its sidecar isn't what this run needs."""
     again = f"delete {path} and run again"
     if blocks.unfinished(path):
-        raise ValueError(f"world cache {path} is not finished: run `python world.py cache` again, as before")
+        raise ValueError(f"world cache {path} is not finished: run the same command with --prepare")
     try:
         stored = json.loads((path / SIDECAR).read_text())
         rows = np.load(path / ROWS, mmap_mode="r")
@@ -435,100 +411,27 @@ def change_statistics(
     return torch.stack(rms).float(), torch.stack(means).float()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the command line
+def write(
+    home: Path,
+    demos: Demos,
+    config: WorldConfig,
+    backbone: Backbone | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+) -> str:
+    """Write a data set's cache, or go on with it, or check a finished one; say what was done, in a line.
 
-
-@dataclass(frozen=True)
-class Config(DataConfig, StartConfig):
-    """Encode all frames and write their world latents beside the data; `pca` is fitted first."""
-
-    data: tyro.conf.Positional[Path]
-    """A data set, as for train.py."""
-
-    world_encoder: WorldEncoder = "pca"
-    """Encoder of the world latents: `pca`, fitted on the data; `siglip`, the tower of --init; `dinov2` or
-    `vjepa2`, models of transformers'."""
-
-    camera: tuple[str, ...] = ("image",)
-    """Cameras that the world latents see, by the names that --cameras gives; several make one latent."""
-
-    dim: int = 64
-    """Width D of a `pca` latent, in principal directions; other encoders have a width of their own."""
-
-    resolution: int = 32
-    """Side in pixels to which `pca` shrinks pictures; other encoders have a side of their own."""
-
-    clip: int = 1
-    """Consecutive frames that one latent of `vjepa2` sees."""
-
-    world_model: str | None = None
-    """Folder or hub id of the model of `dinov2` or `vjepa2`; default: facebook/dinov2-base,
-    facebook/vjepa2-vitg-fpc64-256."""
-
-    world_revision: str | None = None
-    """Revision of the hub id of --world-model, to pin it."""
-
-    @property
-    def world(self) -> WorldConfig:
-        """The same choice as the training program spells it."""
-        own = (self.world_model, self.world_revision)
-        return WorldConfig(self.world_encoder, self.camera, self.dim, self.resolution, self.clip, *own)
-
-
-def main() -> None:
-    """Run the command line: `cache`, or latents/tower.py's `features`; on one rank or on torchrun's."""
-    from latents import tower  # which imports this file's neighbours
-
-    cache = Annotated[Config, tyro.conf.subcommand("cache")]
-    tokens = Annotated[tower.Config, tyro.conf.subcommand("features")]
-    rank0 = os.environ.get("RANK", "0") == "0"
-    config = tyro.cli(cache | tokens, description=__doc__, console_outputs=rank0)
-    try:
-        if isinstance(config, tower.Config):
-            tower.main(config)
-        else:
-            line = write(config, *start_ranks())
-            if rank0:
-                print(line)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def write(config: Config, rank: int, ranks: int, device: torch.device) -> str:
-    """Write the cache, or go on with it, or check a finished one; say what was done, in a line."""
+    Args: home, as `DataConfig.cache_home` gives it; config as `resolved` gives it. Every rank calls it.
+    """
     start = time.perf_counter()
-    folder = find_data(config.data, config.data_revision)
-    home = config.cache_home(folder)
-    demos = load(folder, in_memory=False, options=config)
-    check_cameras(demos, config.world)
-    backbone = open_backbone(config.world, own_policy(config, demos))
-    world = resolved(config.world, backbone)
-    if backbone is not None:
-        backbone.device = device
-    demos = with_checks(demos, rank, ranks, world.latent_cameras)
-    path = cache_path(home, world, backbone)
+    check_cameras(demos, config)
+    demos = with_checks(demos, rank, ranks, config.latent_cameras)
+    path = cache_path(home, config, backbone)
     there = agree(path.exists())
     if not there:
-        write_cache(path, demos, world, backbone, rank, ranks)
+        write_cache(path, demos, config, backbone, rank, ranks)
     if rank == 0:
-        open_cache(path, demos, world, backbone)
+        open_cache(path, demos, config, backbone)
     seconds = time.perf_counter() - start
-    shape = f"{len(demos):,} latents of width {world.world_dim}"
+    shape = f"{len(demos):,} latents of width {config.world_dim}"
     return f"{'checked' if there else 'wrote'} {path}: {shape} in {seconds:.1f} s"
-
-
-def own_policy(config: Any, demos: Demos) -> Any:
-    """Build the policy that a run would start from, where the world latents are its tower's; else None."""
-    if config.world_encoder != "siglip":
-        return None
-    from latents.tower import start_policy
-
-    return start_policy(config, demos)[0]
-
-
-if __name__ == "__main__":
-    main()

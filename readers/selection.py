@@ -67,29 +67,6 @@ class DataConfig:
         return folder / name if folder.is_dir() else folder.with_name(f"{folder.stem}_{name}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class StartConfig:
-    """Whose vision tower makes what is cached: that of the policy that train.py would start from."""
-
-    init: str = "tiny"
-    """Whose tower: a preset's name (fresh weights), a checkpoint folder, or a hub id."""
-
-    revision: str | None = None
-    """Revision of the hub id of --init, to pin it."""
-
-    vlm: str | None = None
-    """Folder or hub id of the language model, as for train.py."""
-
-    stats_of: str | None = None
-    """Data set whose statistics to use, where a checkpoint holds those of several."""
-
-    allow_missing: bool = False
-    """Go on when tensors or statistics of a checkpoint are missing, or tensors unexpected."""
-
-    seed: int = 0
-    """Seed of a preset's fresh weights."""
-
-
 def find_data(name: Path | str, revision: str | None = None) -> Path:
     """Return a data set's folder or file; what isn't there but has a hub id's form is fetched from the hub.
 

@@ -26,9 +26,9 @@ from arm import Summary
 from data import sample_order
 from readers.load import load
 from smolvla.config import PRESETS
-from train import TrainConfig
+from train import TrainConfig, shares
 from training import run_folder
-from training.optimise import lr_factor, shares
+from training.optimise import lr_factor
 from training.run_folder import check_space
 
 ROOT = Path(__file__).parent.parent

@@ -11,6 +11,7 @@ from arm import Arm, ArmConfig, Summary
 from latents.encoders import PCA, WorldStats
 from model import SmolVLA
 from smolvla.config import PRESETS, SmolVLAConfig
+from training import run_folder
 
 CONFIG = dataclasses.replace(
     PRESETS["tiny"], vision_width=32, vision_mlp=64, vision_layers=1, image_size=32, patch_size=8, width=64,
@@ -142,3 +143,9 @@ def run_config(**fields) -> dict:
         "size": 32,
     }
     return {"arm": "E2", "data_provenance": [record | {"init_state_ids": [0, 1, 2]} | fields]}
+
+
+def open_run(config, facts: dict) -> None:
+    """Open a run's folder as train.py does."""
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    run_folder.open_run(config.out, dataclasses.asdict(config) | facts, defaults, config.free)

@@ -19,12 +19,11 @@ import shutil
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -32,13 +31,8 @@ from safetensors import SafetensorError
 from arm import Arm, save_arm
 from files import append_json, read_json, replace_text, save_tensors, to_disk, to_json, write_json
 from model import SmolVLA
-from readers.demos import Demos, chosen_statistics
-from smolvla.config import PRESETS
 from smolvla.processor import Processor
-
-if TYPE_CHECKING:
-    from train import TrainConfig
-    from training.optimise import Average
+from training.optimise import Average
 
 MANIFEST, STATE, OPTIMIZER, RAW = "manifest.json", "state.json", "optimizer.pt", "raw.safetensors"
 WHOLE = 2  # newest checkpoints that a run can go on from
@@ -74,29 +68,29 @@ def writing(out: Path) -> Iterator[None]:
 # ---- start --------------------------------------------------------------------------------------------
 
 
-def open_run(config: TrainConfig, facts: dict) -> None:
-    """Create the run folder, or check that an existing one is of this configuration.
+def open_run(out: Path, record: Mapping, defaults: Mapping, free: Collection[str]) -> None:
+    """Create the run folder, or check that an existing one is of this configuration, but for what is `free`.
 
+    Args: record, configuration and facts; defaults, of fields that an earlier version may not have written.
     Raises ValueError, naming the field and both values, where it is another run's. Facts that an older
     version did not record are not compared.
     """
-    path = config.out / "config.json"
-    record = json.loads(json.dumps(dataclasses.asdict(config) | facts, default=str))
+    path = out / "config.json"
+    record, defaults = (json.loads(json.dumps(given, default=str)) for given in (record, defaults))
     if path.is_file():
-        defaults = {f.name: f.default for f in dataclasses.fields(config)}  # of fields that came later
-        there = json.loads(json.dumps(defaults, default=str)) | read_json(path)
+        there = defaults | read_json(path)
         for name in record:
-            if name in there and name not in config.free and there[name] != record[name]:
+            if name in there and name not in free and there[name] != record[name]:
                 raise ValueError(
-                    f"{config.out} holds another run: {name} is {there[name]!r}, not {record[name]!r}; "
+                    f"{out} holds another run: {name} is {there[name]!r}, not {record[name]!r}; "
                     "choose another --out"
                 )
-    with writing(config.out):
-        config.out.mkdir(parents=True, exist_ok=True)
-        for unfinished in config.out.glob("step_*.part"):
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for unfinished in out.glob("step_*.part"):
             shutil.rmtree(unfinished)
         if not path.is_file():
-            replace_text(config.out / "env.json", to_json(environment()) + "\n")
+            replace_text(out / "env.json", to_json(environment()) + "\n")
             replace_text(path, to_json(record) + "\n")
 
 
@@ -130,38 +124,6 @@ def git(*arguments: str) -> str | None:
     return answer.stdout.strip()
 
 
-def banner(
-    config: TrainConfig, demos: Demos, arm: Arm, facts: dict, ranks: int, device: torch.device, start: str
-) -> list[str]:
-    """Lay out what a person wants to know before a run, in eight lines at most; `start` names the weights."""
-    env, live, total = environment(), facts["params_trainable"], facts["params_total"]
-    commit = (env["git"] or "unknown")[:10] + (" with changes" if env["git_dirty"] else "")
-    versions = f"python {env['python']}, torch {torch.__version__}, numpy {env['versions']['numpy']}"
-    flops = f"{facts['flops_per_sample'] / 1e9:.3g} GFLOP a sample"
-    micro = -(-config.batch_size // (ranks * config.accumulate))
-    most = "" if micro * ranks * config.accumulate == config.batch_size else "at most "
-    tokens = f", tokens from {config.features}" if config.features else ""
-    fresh = config.init in PRESETS and start == config.init
-    lines = [
-        f"arm {facts['arm']}, seed {config.seed}, git {commit}; run folder {config.out}",
-        f"device {env['device']} ({device.type}), {ranks} rank(s), {env['threads']} threads; {versions}",
-        f"parameters {live:,} trainable of {total:,} (freeze {config.freeze}), in {facts['dtype']}; {flops}",
-        f"effective batch {config.batch_size} = micro {most}{micro} x accumulation {config.accumulate} "
-        f"x ranks {ranks}; {config.flow_draws} flow draw(s) a sample",
-        f"budget {config.total_samples:,} samples; a checkpoint every {config.save_every:,}",
-        f"data {config.data}: {len(demos.first)} episodes, {len(demos):,} frames, fingerprint "
-        f"{demos.fingerprint}{tokens}; statistics: "
-        + (chosen_statistics(demos)[1] if fresh else "from the checkpoint"),
-        f"checkpoint {start}, fingerprint {facts['weights_fingerprint']}",
-    ]
-    if config.sites:
-        ahead, chunk = config.future * config.world_stride, arm.policy.config.n_action_steps
-        back = (config.history - 1) * config.world_stride + config.world_clip - 1
-        looks = f"looks {ahead / 20:.1f} s ahead, {back / 20:.1f} s back"
-        lines.append(f"memory {config.mode}: {looks}; a chunk executes {chunk / 20:.1f} s")
-    return lines
-
-
 def fingerprint(policy: SmolVLA) -> str:
     """A CRC over a policy's weights, without what memory adds: arms of one start share it."""
     crc = 0
@@ -175,32 +137,34 @@ def fingerprint(policy: SmolVLA) -> str:
 
 
 def save(
-    config: TrainConfig,
+    out: Path,
     arm: Arm,
     processor: Processor,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     average: Average | None = None,
+    stays: Callable[[int], bool] = lambda step: True,
 ) -> Path:
-    """Write a checkpoint beside, rename it, point `last` at it; then drop of older ones what need not stay.
+    """Write a checkpoint beside, rename it, point `last` at it; then drop what need not stay.
 
-    With an average, that is what the policy's files hold; the weights to train on lie beside them.
+    With an average, that is what the policy's files hold; the weights to train on lie beside them. `stays`
+    says of an older checkpoint's step whether it is kept.
     """
-    check_space(config.out, arm, average is not None)
-    folder = config.out / f"step_{progress.step:06d}"
+    check_space(out, arm, average is not None)
+    folder = out / f"step_{progress.step:06d}"
     beside = folder.with_name(folder.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        with writing(config.out):
+        with writing(out):
             write_checkpoint(beside, arm, processor, optimizer, progress, average)
     except ValueError:
         shutil.rmtree(beside, ignore_errors=True)  # half of it would only fill the disk
         raise
-    with writing(config.out):
+    with writing(out):
         remove(folder)  # a damaged one, or one that `last` was turned back from
         beside.rename(folder)
-        point(config.out, folder)
-        prune(config, progress)
+        point(out, folder)
+        prune(out, progress, stays)
     return folder
 
 
@@ -268,11 +232,11 @@ def remove(folder: Path) -> None:
         shutil.rmtree(going)
 
 
-def prune(config: TrainConfig, progress: Progress) -> None:
+def prune(out: Path, progress: Progress, stays: Callable[[int], bool]) -> None:
     """Of the checkpoints before the newest ones, remove the optimiser's state, or all (--keep-every)."""
-    made = [folder for folder in checkpoints(config.out) if number(folder) <= progress.step]
+    made = [folder for folder in checkpoints(out) if number(folder) <= progress.step]
     for folder in made[WHOLE:]:
-        if config.stays(number(folder) * config.batch_size):
+        if stays(number(folder)):
             for name in (OPTIMIZER, RAW):
                 (folder / name).unlink(missing_ok=True)
         else:
@@ -362,10 +326,10 @@ def kept(lines: Iterable[str], done: int) -> Iterator[str]:
             yield line + "\n"
 
 
-def log_validation(config: TrainConfig, line: dict[str, float]) -> None:
+def log_validation(out: Path, line: dict[str, float]) -> None:
     """Append a measurement to metrics.jsonl and print it."""
-    with writing(config.out):
-        append_json(config.out / "metrics.jsonl", line)
+    with writing(out):
+        append_json(out / "metrics.jsonl", line)
     losses = "".join(f"  {k.removeprefix('val_loss_')} {line[k]:.4f}" for k in line if k.startswith("val_"))
     print(f"{line['samples']:>9,} samples  held-out action loss{losses}", flush=True)
 
@@ -385,11 +349,11 @@ COLUMNS = {
 }
 
 
-def log(config: TrainConfig, line: dict[str, float]) -> None:
+def log(out: Path, line: dict[str, float], budget: int) -> None:
     """Append a line to metrics.jsonl and print its essence: one line of fixed columns, gates at its end."""
-    with writing(config.out):
-        append_json(config.out / "metrics.jsonl", line)
+    with writing(out):
+        append_json(out / "metrics.jsonl", line)
     shown = [text.format(line[key]) for key, text in COLUMNS.items() if key in line]
-    left = (config.total_samples - line["samples"]) / line["samples_per_second"] / 60
+    left = (budget - line["samples"]) / line["samples_per_second"] / 60
     gates = [f"{k.removeprefix('world_')} {v:+.4f}" for k, v in line.items() if k.startswith("world_gate")]
     print("  ".join([*shown, f"{left:6.1f} min left", *gates]), flush=True)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -28,15 +27,14 @@ from eval import main as evaluate
 from latents import blocks, encoders, world
 from latents.blocks import MARKS, part_of
 from latents.encoders import WorldConfig, WorldStats, open_backbone, resolved
-from latents.world import ENCODER, ROWS, SIDECAR, Config, prepare, write
+from latents.world import ENCODER, ROWS, SIDECAR, prepare
 from readers.libero_hdf5 import CAMERAS
 from readers.load import load
 from rollouts.plan import make_plans
 from rollouts.rollout import Episode, Rollout, frame_plan, histories
 from simulator.pool import Observation
-from smolvla import checkpoint
 from train import TrainConfig
-from training.run_folder import open_run
+from training.start import make_caches, own_policy
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -120,24 +118,23 @@ def flags_of(case: dict, models: dict[str, Path]) -> dict:
     return case if model is None else case | {"world_model": str(model)}
 
 
-def command_of(data: Path, case: dict, models: dict[str, Path]) -> Config:
-    """What `world.py cache` is asked for this case."""
-    names = {
-        "world_camera": "camera",
-        "world_dim": "dim",
-        "world_resolution": "resolution",
-        "world_clip": "clip",
-    }
-    return Config(data, **{names.get(flag, flag): value for flag, value in flags_of(case, models).items()})
+def command_of(data: Path, case: dict, models: dict[str, Path]) -> TrainConfig:
+    """A training that needs this case's latents."""
+    return TrainConfig(data=data, fusion=("late",), **flags_of(case, models))
+
+
+def write(config: TrainConfig) -> str:
+    [line] = make_caches(config, 0, 1, CPU)
+    return line
 
 
 def cached(data: Path, case: dict, models: dict[str, Path]) -> tuple[Path, world.Latents]:
     """Write or check a cache by the command, then open it as training does."""
     command = command_of(data, case, models)
-    line = write(command, 0, 1, CPU)
+    line = write(command)
     demos = load(data)
-    backbone = open_backbone(command.world, world.own_policy(command, demos))
-    return Path(line.split()[1][:-1]), prepare(data, demos, resolved(command.world, backbone), backbone)
+    backbone = open_backbone(command, own_policy(command, demos))
+    return Path(line.split()[1][:-1]), prepare(data, demos, resolved(command, backbone), backbone)
 
 
 def content(path: Path) -> dict[str, bytes]:
@@ -380,7 +377,7 @@ def test_a_missing_package_names_the_command_that_installs_it(models, monkeypatc
 def test_a_hub_id_is_pinned_to_the_commit_that_it_was_found_at(models, tmp_path, monkeypatch):
     snapshot = shutil.copytree(models["dinov2"], tmp_path / "snapshots" / "0123abc")
     asked = []
-    monkeypatch.setattr(checkpoint, "find_folder", lambda *given: asked.append(given) or snapshot)
+    monkeypatch.setattr(encoders, "find_folder", lambda *given: asked.append(given) or snapshot)
     config = WorldConfig("dinov2", world_revision="main")
     backbone = open_backbone(config)
     assert asked == [("facebook/dinov2-base", "main")]
@@ -493,8 +490,7 @@ def test_an_arm_trains_on_a_learned_cache_resumes_and_is_measured_offline(case, 
     own = {name: shutil.copytree(folder, tmp_path / name) for name, folder in models.items()}
     folder = make_data(tmp_path / "data")
     config = TrainConfig(data=folder, out=tmp_path / "run", **SHORT, **flags_of(CASES[case], own))
-    flags = "--init tiny --seed 0`" if case == "siglip" else f"--clip 4 --world-model {own['vjepa2']}`"
-    with pytest.raises(ValueError, match=f"there are no world latents at .*: write them with .* {flags}"):
+    with pytest.raises(ValueError, match=r"there are no world latents at .*: run .* --prepare first"):
         train.main(config)
     _, latents = cached(folder, CASES[case], own)
     train.main(dataclasses.replace(config, save_every=8))
@@ -530,14 +526,16 @@ def test_an_arm_trains_on_a_learned_cache_resumes_and_is_measured_offline(case, 
 
 def test_a_run_from_before_a_field_came_resumes_if_the_field_has_its_default(tmp_path):
     config = TrainConfig(out=tmp_path / "run")
-    open_run(config, {})
+    tiny.open_run(config, {})
     path = config.out / "config.json"
     record = json.loads(path.read_text())
     del record["world_clip"], record["world_model"]
     path.write_text(json.dumps(record))
-    open_run(config, {})
+    tiny.open_run(config, {})
     with pytest.raises(ValueError, match="holds another run: world_clip is 1, not 2"):
-        open_run(dataclasses.replace(config, world_encoder="vjepa2", world_clip=2), {"world_encoder": "pca"})
+        tiny.open_run(
+            dataclasses.replace(config, world_encoder="vjepa2", world_clip=2), {"world_encoder": "pca"}
+        )
 
 
 # ---- the cache ----------------------------------------------------------------------------------------
@@ -601,22 +599,18 @@ def test_a_missing_or_unfinished_cache_of_a_learned_encoder_names_the_command(
     config = WorldConfig(**flags_of(case, models))
     backbone = open_backbone(config)
     args = tmp_path, load(tmp_path), resolved(config, backbone), backbone
-    flags = f"--world-encoder vjepa2 --camera image2 --clip 4 --world-model {models['vjepa2']}"
-    command = re.escape(f"python world.py cache {tmp_path} {flags}")
-    with pytest.raises(ValueError, match=f"there are no world latents at .*: write them with `{command}`"):
+    with pytest.raises(ValueError, match=r"there are no world latents at .*: run .* --prepare first"):
         prepare(*args)
     with monkeypatch.context() as patch:
         patch.setattr(blocks, "finish", lambda *_: None)
         with pytest.raises(ValueError, match="is not finished"):
-            write(command_of(tmp_path, case, models), 0, 1, CPU)
-    with pytest.raises(ValueError, match=f"is not finished: run `{command}` again"):
+            write(command_of(tmp_path, case, models))
+    with pytest.raises(ValueError, match="is not finished: run the same command with --prepare"):
         prepare(*args)
-    path = Path(write(command_of(tmp_path, case, models), 0, 1, CPU).split()[1][:-1])
+    path = Path(write(command_of(tmp_path, case, models)).split()[1][:-1])
     assert len(prepare(*args).z) == 22
     other = WorldConfig(**flags_of(case | {"world_clip": 2}, models))
-    with pytest.raises(
-        ValueError, match=r"clip: cache has 4, run wants 2: write another, `python .* --clip 2 "
-    ):
+    with pytest.raises(ValueError, match=r"clip: cache has 4, run wants 2: write another, the same command"):
         prepare(*args[:2], resolved(other, backbone), backbone)
     (path / MARKS).write_bytes(b"\1\1\1\0\1\1")  # renamed by hand
     with pytest.raises(ValueError, match="is not finished"):
@@ -629,6 +623,8 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import torch
 from latents import world
+from train import TrainConfig
+from training.start import make_caches
 world.CLIPS = world.ENCODE_FRAMES = 4
 real, calls = os.fsync, []
 def fsync(number):
@@ -637,7 +633,7 @@ def fsync(number):
         os.kill(os.getpid(), signal.SIGKILL)  # rows of the third block are written, its mark is not
     real(number)
 os.fsync = fsync
-world.write(world.Config(Path({data!r}), {fields}), 0, 1, torch.device("cpu"))
+make_caches(TrainConfig(data=Path({data!r}), {fields}), 0, 1, torch.device("cpu"))
 """
 
 
@@ -646,9 +642,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(case, models, tmp_path, small_bl
     whole, _ = cached(make_data(tmp_path / "whole"), CASES[case], models)
     torn = make_data(tmp_path / "torn")
     command = command_of(torn, CASES[case], models)
-    fields = ", ".join(
-        f"{f.name}={getattr(command, f.name)!r}" for f in dataclasses.fields(command) if f.name != "data"
-    )
+    fields = ", ".join(f"{name}={value!r}" for name, value in flags_of(CASES[case], models).items())
+    fields += ", fusion=('late',)"
     script = KILLED.format(root=str(ROOT), data=str(torn), fields=fields)
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     assert subprocess.run([sys.executable, "-c", script], env=env).returncode == -signal.SIGKILL
@@ -662,7 +657,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(case, models, tmp_path, small_bl
     monkeypatch.setattr(
         world, "clips", lambda demos, config, index: made.append(len(index)) or clips(demos, config, index)
     )
-    write(command, 0, 1, CPU)
+    write(command)
     assert made == [4, 4, 4, 2] and not part.exists()  # pca is not fitted again either
     assert content(torn / whole.name) == content(whole) and set(content(whole)) == {ROWS, SIDECAR, ENCODER}
 
@@ -672,12 +667,12 @@ def test_an_unfinished_cache_of_other_data_is_refused(models, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(blocks, "finish", lambda *_: None)
         with pytest.raises(ValueError):
-            write(command_of(tmp_path, CASES["pca"], models), 0, 1, CPU)
+            write(command_of(tmp_path, CASES["pca"], models))
     write_task(tmp_path / "a_demo.hdf5", lengths=LENGTHS, size=16, seed=1)
     with pytest.raises(
         ValueError, match=r"unfinished world cache .*, fingerprint: cache has .*: delete .*part and run"
     ):
-        write(command_of(tmp_path, CASES["pca"], models), 0, 1, CPU)
+        write(command_of(tmp_path, CASES["pca"], models))
 
 
 @pytest.mark.parametrize(("case", "moment"), [("pca", 1), ("pca", 8), ("dinov2", 1), ("dinov2", 4)])
@@ -688,11 +683,11 @@ def test_two_runs_may_write_one_cache_at_once(case, moment, models, tmp_path, sm
     def clips_beside_another_run(demos, config, index):
         calls.append(1)
         if len(calls) == moment:  # the six calls of pca's fit come first
-            write(command_of(data, CASES[case], models), 0, 1, CPU)  # starts and ends meanwhile
+            write(command_of(data, CASES[case], models))  # starts and ends meanwhile
         return clips(demos, config, index)
 
     monkeypatch.setattr(world, "clips", clips_beside_another_run)
-    write(command_of(data, CASES[case], models), 0, 1, CPU)
+    write(command_of(data, CASES[case], models))
     assert len(calls) > moment and content(data / whole.name) == content(whole)
     assert [file.name for file in data.iterdir() if file.suffix != ".hdf5"] == [whole.name]
 
@@ -705,7 +700,7 @@ def test_latents_that_are_not_finite_are_never_written(models, tmp_path):
     with pytest.raises(
         ValueError, match="--world-encoder dinov2 gave latents that are not finite: mend its model"
     ):
-        write(command_of(make_data(tmp_path / "d"), CASES["dinov2"], {"dinov2": folder}), 0, 1, CPU)
+        write(command_of(make_data(tmp_path / "d"), CASES["dinov2"], {"dinov2": folder}))
 
 
 @pytest.mark.slow
@@ -714,16 +709,12 @@ def test_two_ranks_write_the_same_bytes_as_one(case, models, tmp_path, monkeypat
     lengths = (60, 1, 50)  # four blocks of clips
     for name in ("one", "two"):
         write_task(tmp_path / name / "a_demo.hdf5", lengths=lengths, size=16)
-    flags = []
-    for name, value in dataclasses.asdict(command_of(tmp_path, CASES[case], models)).items():
-        if name not in ("data", "allow_missing") and value is not None:
-            flags += [
-                f"--{name.replace('_', '-')}",
-                *map(str, value if isinstance(value, tuple) else [value]),
-            ]
+    flags = ["--prepare", "--fusion", "late"]
+    for name, value in flags_of(CASES[case], models).items():
+        flags += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     for start, name in (([sys.executable], "one"), (TWO_RANKS, "two"), (TWO_RANKS, "two")):
-        command = [*map(str, start), "-m", "latents.world", "cache", str(tmp_path / name), *flags]
+        command = [*map(str, start), str(ROOT / "train.py"), "--data", str(tmp_path / name), *flags]
         done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
         assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("checked") == 1

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import h5py
@@ -25,8 +26,8 @@ from arm import Arm, ArmConfig, Summary
 from data import Source
 from latents import blocks, tower, world
 from latents.blocks import MARKS, part_of
-from latents.tower import ROWS, SIDECAR, Config, Features, frozen_policy, write
-from readers.demos import StoredPictures
+from latents.tower import ROWS, SIDECAR, Features
+from readers.demos import Demos, StoredPictures
 from readers.libero_hdf5 import CAMERAS
 from readers.load import load
 from train import TrainConfig
@@ -62,10 +63,25 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(tower, "BLOCK", 8)  # six blocks, the last of five frames
 
 
+def config_of(folder: Path, **fields) -> TrainConfig:
+    """A training that reads tokens from beside the data, where `features` says no other place."""
+    named = zlib.crc32(repr(sorted(fields.items())).encode())
+    place = folder / f"tokens_{named:08x}"
+    return TrainConfig(data=folder, **{"dtype": "float32", "features": place} | fields)
+        data=folder, **{"dtype": "float32", "features": folder / f"tokens_{named:08x}"} | fields
+    )
+
+
 def cache(folder: Path, **fields) -> Path:
     """Write or check a cache; give its folder."""
-    done = write(Config(folder, **{"dtype": "float32"} | fields), 0, 1, CPU)
+    [done] = start.make_caches(config_of(folder, **fields), 0, 1, CPU)
     return Path(re.fullmatch(r"(?:wrote|checked) (.*): \d+ frames in .* s", done)[1])
+
+
+def frozen_policy(folder: Path, demos: Demos, dtype: str = "float32", **fields):
+    policy, processor = start.start_policy(config_of(folder, **fields), demos)
+    tower.freeze(policy, demos, getattr(torch, dtype), CPU)
+    return policy, processor
 
 
 def content(path: Path) -> dict[str, bytes]:
@@ -87,8 +103,8 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_row_is_what_the_tower_makes_of_that_frame_and_camera(folder, dtype, tmp_path):
     demos = load(folder)
-    policy, processor = frozen_policy(Config(folder, dtype=dtype), demos, CPU)
-    opened = Features.open(cache(folder, dtype=dtype, out=tmp_path / "f"))
+    policy, processor = frozen_policy(folder, demos, dtype)
+    opened = Features.open(cache(folder, dtype=dtype, features=tmp_path / "f"))
     assert opened.rows.shape == (FRAMES, 2, TOKENS, WIDTH) and isinstance(opened.rows, np.memmap)
     for index in (np.arange(32), np.arange(32, FRAMES), np.array([44, 0, 31])):
         images, _ = processor.cameras({name: demos.frames(index, name) for name in CAMERAS})
@@ -114,7 +130,7 @@ def test_a_batch_has_its_own_memory_and_leaves_the_map_as_it_is(exact):
 
 
 def test_the_size_is_said_before_anything_is_written(folder, tmp_path, capsys):
-    cache(folder, out=tmp_path / "f", dtype="bfloat16")
+    cache(folder, features=tmp_path / "f", dtype="bfloat16")
     said = "features: 45 frames x 2 cameras x 16 tokens x 128 in bfloat16 = 0.000369 GB\n"
     assert capsys.readouterr().out == said
     assert (tmp_path / "f" / ROWS).stat().st_size == 45 * 2 * 16 * 128 * 2
@@ -127,20 +143,18 @@ def test_the_size_is_said_before_anything_is_written(folder, tmp_path, capsys):
     assert capsys.readouterr().out == said
 
 
-def test_the_command_line_writes_once_and_then_checks(folder, tmp_path, monkeypatch, capsys):
-    command = ["latents.world", "features", str(folder), "--dtype", "float32", "--out", str(tmp_path / "f")]
-    monkeypatch.setattr(sys, "argv", command)
+def test_the_command_line_writes_once_and_then_checks(folder, tmp_path, capsys):
+    config = config_of(folder, features=tmp_path / "f", prepare=True)
     for word in ("wrote", "checked"):
-        world.main()
+        train.main(config)
         assert f"{word} {tmp_path / 'f'}: 45 frames in" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", [*command, "--init", "./nowhere"])
-    with pytest.raises(SystemExit, match=r"^error: no folder './nowhere'"):
-        world.main()
+    with pytest.raises(ValueError, match=r"^no folder './nowhere'"):
+        train.main(dataclasses.replace(config, init="./nowhere"))
 
 
 def test_progress_is_said_with_rate_and_time_left(folder, tmp_path, small_blocks, monkeypatch, capsys):
     monkeypatch.setattr(blocks, "PROGRESS", 0.0)
-    cache(folder, out=tmp_path / "f")
+    cache(folder, features=tmp_path / "f")
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.split()[1] for line in lines] == ["8", "16", "24", "32", "40", "45"]
     assert all(re.search(r"of 45 frames +[\d,.]+ frames/s +[\d.]+ min left$", line) for line in lines)
@@ -154,6 +168,8 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import torch
 from latents import tower
+from train import TrainConfig
+from training.start import make_caches
 tower.BLOCK, real, calls = 8, os.fsync, []
 def fsync(number):
     calls.append(number)
@@ -161,13 +177,13 @@ def fsync(number):
         os.kill(os.getpid(), signal.SIGKILL)  # rows of the third block are written, its mark is not
     real(number)
 os.fsync = fsync
-config = tower.Config(Path({folder!r}), dtype="float32", out=Path({out!r}))
-tower.write(config, 0, 1, torch.device("cpu"))
+config = TrainConfig(data=Path({folder!r}), dtype="float32", features=Path({out!r}))
+make_caches(config, 0, 1, torch.device("cpu"))
 """
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(folder, tmp_path, small_blocks, monkeypatch):
-    whole = cache(folder, out=tmp_path / "whole")
+    whole = cache(folder, features=tmp_path / "whole")
     script = KILLED.format(root=str(ROOT), folder=str(folder), out=str(tmp_path / "f"))
     assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
     part = part_of(tmp_path / "f")
@@ -178,7 +194,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(folder, tmp_path, small_blocks, 
     encoded = []
     encode = tower.encode
     monkeypatch.setattr(tower, "encode", lambda *given: encoded.append(1) or encode(*given))
-    cache(folder, out=tmp_path / "f")
+    cache(folder, features=tmp_path / "f")
     assert len(encoded) == 4 and not part.exists()
     assert content(tmp_path / "f") == content(whole) and set(content(whole)) == {ROWS, SIDECAR}
 
@@ -187,19 +203,19 @@ def test_a_killed_run_goes_on_to_the_same_bytes(folder, tmp_path, small_blocks, 
 def test_an_unfinished_cache_that_lost_a_file_still_ends_whole(
     lost, folder, tmp_path, small_blocks, monkeypatch
 ):
-    whole = cache(folder, out=tmp_path / "whole")
+    whole = cache(folder, features=tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(tower, "finish", lambda *_: None)
-        write(Config(folder, dtype="float32", out=tmp_path / "f"), 0, 1, CPU)
+        cache(folder, features=tmp_path / "f")
     (part_of(tmp_path / "f") / lost).unlink()
-    cache(folder, out=tmp_path / "f")
+    cache(folder, features=tmp_path / "f")
     assert content(tmp_path / "f") == content(whole)
 
 
 def test_blocks_shared_out_over_ranks_make_the_same_bytes(folder, tmp_path, small_blocks, monkeypatch):
-    whole = cache(folder, out=tmp_path / "whole")
+    whole = cache(folder, features=tmp_path / "whole")
     demos = blocks.with_checks(load(folder, in_memory=False))
-    policy, processor = frozen_policy(Config(folder, dtype="float32"), demos, CPU)
+    policy, processor = frozen_policy(folder, demos)
     wanted = tower.tower_identity(policy, "float32") | tower.data_identity(demos)
     tower.open_part(tmp_path / "f.part", wanted)
     for rank in (2, 0, 1):
@@ -210,16 +226,16 @@ def test_blocks_shared_out_over_ranks_make_the_same_bytes(folder, tmp_path, smal
 
 @pytest.mark.slow
 def test_two_ranks_write_the_same_bytes_as_one(folder, tmp_path):
-    whole = cache(folder, out=tmp_path / "whole")
+    whole = cache(folder, features=tmp_path / "whole")
     command = [
         *TWO_RANKS,
-        "-m",
-        "latents.world",
-        "features",
+        ROOT / "train.py",
+        "--prepare",
+        "--data",
         folder,
         "--dtype",
         "float32",
-        "--out",
+        "--features",
         tmp_path / "f",
     ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -230,16 +246,16 @@ def test_two_ranks_write_the_same_bytes_as_one(folder, tmp_path):
 
 
 def test_two_runs_may_write_one_cache_at_once(folder, tmp_path, small_blocks, monkeypatch):
-    whole, encode, inner = cache(folder, out=tmp_path / "whole"), tower.encode, []
+    whole, encode, inner = cache(folder, features=tmp_path / "whole"), tower.encode, []
 
     def encode_beside_another_run(*given):
         if not inner:
             inner.append(1)
-            cache(folder, out=tmp_path / "f")  # starts and ends while the outer run is at its first block
+            cache(folder, features=tmp_path / "f")  # while the outer run is at its first block
         return encode(*given)
 
     monkeypatch.setattr(tower, "encode", encode_beside_another_run)
-    cache(folder, out=tmp_path / "f")
+    cache(folder, features=tmp_path / "f")
     assert content(tmp_path / "f") == content(whole) and not part_of(tmp_path / "f").exists()
     tower.open_part(part_of(tmp_path / "f"), json.loads((whole / SIDECAR).read_text()))
     blocks.finish(part_of(tmp_path / "f"), tmp_path / "f")  # one that began before the other had ended
@@ -275,11 +291,11 @@ def test_a_sidecar_that_disagrees_in_any_field_is_refused(field, folder, exact, 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_another_tower_or_type_is_refused(dtype, folder, tmp_path):
-    cache(folder, dtype=dtype, out=tmp_path / "f")
+    cache(folder, dtype=dtype, features=tmp_path / "f")
     opened = Features.open(tmp_path / "f")
-    policy, _ = frozen_policy(Config(folder, dtype=dtype), load(folder), CPU)
+    policy, _ = frozen_policy(folder, load(folder), dtype)
     opened.check_policy(policy)
-    other, _ = frozen_policy(Config(folder, dtype=dtype, seed=1), load(folder), CPU)
+    other, _ = frozen_policy(folder, load(folder), dtype, seed=1)
     with pytest.raises(ValueError, match=r", tower: cache has \w{16}, run wants \w{16}: .*--init, --seed"):
         opened.check_policy(other)
     with torch.no_grad():
@@ -287,7 +303,7 @@ def test_another_tower_or_type_is_refused(dtype, folder, tmp_path):
     with pytest.raises(ValueError, match=r", tower: cache has"):
         opened.check_policy(policy)
     other_type = "bfloat16" if dtype == "float32" else "float32"
-    retyped, _ = frozen_policy(Config(folder, dtype=other_type), load(folder), CPU)
+    retyped, _ = frozen_policy(folder, load(folder), other_type)
     with pytest.raises(ValueError, match=f", dtype: cache has {dtype}, run wants {other_type}: .*--dtype"):
         opened.check_policy(retyped)
     policy.freeze("vision")
@@ -296,7 +312,7 @@ def test_another_tower_or_type_is_refused(dtype, folder, tmp_path):
 
 
 def test_a_tower_that_is_held_and_saved_in_bfloat16_keeps_its_name(folder):
-    policy, _ = frozen_policy(Config(folder, dtype="float32"), load(folder), CPU)
+    policy, _ = frozen_policy(folder, load(folder))
     exact, rounded = (tower.tower_fingerprint(policy, dtype) for dtype in ("float32", "bfloat16"))
     policy.set_dtype(torch.bfloat16)
     assert tower.tower_fingerprint(policy, "bfloat16") == rounded != exact
@@ -355,20 +371,20 @@ def test_a_cache_with_a_truncated_or_missing_file_is_refused(name, folder, exact
     file = tmp_path / "f" / name
     shutil.copytree(exact, tmp_path / "f")
     file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"damaged .*run `python world.py features`"):
+    with pytest.raises(ValueError, match=r"damaged .*run the same command with --prepare"):
         Features.open(tmp_path / "f")
     file.unlink()
-    with pytest.raises(ValueError, match=r"damaged .*run `python world.py features`"):
+    with pytest.raises(ValueError, match=r"damaged .*run the same command with --prepare"):
         Features.open(tmp_path / "f")
-    with pytest.raises(ValueError, match=r"nowhere are missing .*: run `python world.py features`"):
+    with pytest.raises(ValueError, match=r"nowhere are missing .*: run the same command with --prepare"):
         Features.open(tmp_path / "nowhere")
 
 
 def test_an_unfinished_cache_is_refused_by_either_name(folder, tmp_path, small_blocks, monkeypatch):
     monkeypatch.setattr(tower, "finish", lambda *_: None)
-    write(Config(folder, dtype="float32", out=tmp_path / "f"), 0, 1, CPU)
+    cache(folder, features=tmp_path / "f")
     part = part_of(tmp_path / "f")
-    with pytest.raises(ValueError, match=r"f are not finished: run `python world.py features` again"):
+    with pytest.raises(ValueError, match=r"f are not finished: run the same command with --prepare"):
         Features.open(tmp_path / "f")
     (part / MARKS).write_bytes(b"\1\1\1\1\0\1")
     with pytest.raises(ValueError, match=r"f.part are not finished"):
@@ -379,14 +395,14 @@ def test_an_unfinished_cache_of_other_data_or_another_tower_is_refused(tmp_path,
     folder = make_data(tmp_path / "d")
     with monkeypatch.context() as patch:
         patch.setattr(tower, "finish", lambda *_: None)
-        cache(folder, out=tmp_path / "f")
+        cache(folder, features=tmp_path / "f")
     with pytest.raises(
         ValueError, match=r"unfinished features .*f\.part, tower: .*: delete .*f\.part and run"
     ):
-        cache(folder, out=tmp_path / "f", seed=1)
+        cache(folder, features=tmp_path / "f", seed=1)
     change(folder, "actions", 0.5)
     with pytest.raises(ValueError, match=r"unfinished features .*f\.part, light_fingerprint: cache has"):
-        cache(folder, out=tmp_path / "f")
+        cache(folder, features=tmp_path / "f")
 
 
 def test_a_full_disk_is_said_before_anything_is_written(folder, tmp_path, small_blocks, monkeypatch):
@@ -395,20 +411,20 @@ def test_a_full_disk_is_said_before_anything_is_written(folder, tmp_path, small_
     with pytest.raises(
         ValueError, match=r"features need 0.000737 GB more, the disk has 0.000737 GB left: free"
     ):
-        cache(folder, out=tmp_path / "f")
+        cache(folder, features=tmp_path / "f")
     assert not list(tmp_path.iterdir())
     with monkeypatch.context() as patch:  # half of it is there already
         patch.setattr(shutil, "disk_usage", lambda _: usage)
         patch.setattr(tower, "encode", lambda *given: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            cache(folder, out=tmp_path / "f")
+            cache(folder, features=tmp_path / "f")
     with (part_of(tmp_path / "f") / ROWS).open("r+b") as rows:
         rows.write(b"\1" * (need // 2))
-    cache(folder, out=tmp_path / "f")
+    cache(folder, features=tmp_path / "f")
 
 
 def test_a_policy_with_a_camera_that_the_data_lack_is_refused(folder, monkeypatch):
-    policy, processor = frozen_policy(Config(folder, dtype="float32"), load(folder), CPU)
+    policy, processor = frozen_policy(folder, load(folder))
     strange = dataclasses.replace(policy.config, cameras=("observation.images.camera1",))
     monkeypatch.setattr(policy, "config", strange)
     monkeypatch.setattr(start, "build_policy", lambda *_: (policy, processor))
@@ -471,7 +487,7 @@ def test_training_from_features_equals_training_from_pictures(dtype, fields, fol
 def sources(folder: Path, path: Path, dtype: str) -> list[Source]:
     """The same arm and data, from pictures and from features."""
     demos = load(folder)
-    policy, processor = frozen_policy(Config(folder, dtype=dtype), demos, CPU)
+    policy, processor = frozen_policy(folder, demos, dtype)
     arm = Arm(ArmConfig(), policy, None, Summary.none(ArmConfig()), {})
     return [
         Source(arm, processor, demos, None, CPU, seed=0, features=found)
@@ -482,7 +498,7 @@ def sources(folder: Path, path: Path, dtype: str) -> list[Source]:
 def test_losses_and_gradients_from_bfloat16_features_equal_those_of_the_tower_held_in_bfloat16(
     folder, tmp_path
 ):
-    pictures, tokens = sources(folder, cache(folder, dtype="bfloat16", out=tmp_path / "f"), "bfloat16")
+    pictures, tokens = sources(folder, cache(folder, dtype="bfloat16", features=tmp_path / "f"), "bfloat16")
     for index, exact in ((np.arange(32), True), (np.array([40, 3, 17, 9]), False)):
         found = []
         for source in (pictures, tokens):
@@ -548,7 +564,7 @@ def test_a_run_goes_on_from_its_checkpoint_with_its_features_only(folder, exact,
 
 def test_features_of_a_checkpoint_serve_the_runs_that_start_from_it(folder, exact, tmp_path):
     first = run(folder, tmp_path / "first", features=exact, **MEMORY)
-    made = cache(folder, init=str(first), out=tmp_path / "f")
+    made = cache(folder, init=str(first), features=tmp_path / "f")
     assert content(made) == content(exact)  # the tower was frozen
     loose = run(folder, tmp_path / "loose", freeze="none")
     with pytest.raises(ValueError, match=r", tower: cache has"):
@@ -558,7 +574,7 @@ def test_features_of_a_checkpoint_serve_the_runs_that_start_from_it(folder, exac
 
 
 def test_the_processor_lets_tokens_pass_as_they_are(folder, tmp_path):
-    _, tokens = sources(folder, cache(folder, dtype="bfloat16", out=tmp_path / "f"), "bfloat16")
+    _, tokens = sources(folder, cache(folder, dtype="bfloat16", features=tmp_path / "f"), "bfloat16")
     batch = tokens.features.batch(np.arange(5))
     images, masks = tokens.processor.cameras(batch)
     assert masks == [None, None]

@@ -1,5 +1,6 @@
 """World latents: one encoding for cache and rollout, a cache that opens only for what it was made from."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import toy_demos, write_task
 
+import train
 from latents import world
 from latents.encoders import WorldConfig, encoder_from_state, shrink, views
 from latents.world import change_statistics, fit, latents_of, prepare
 from readers.demos import Demos
 from readers.load import load
+from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CAMERA = "observation.images.image"
@@ -257,27 +260,16 @@ def test_change_statistics_match_a_loop_over_episodes(lengths, K, stride, delta)
         torch.testing.assert_close(mean[k], y.mean(0), atol=1e-6, rtol=1e-5)
 
 
-def test_the_command_line_writes_once_and_then_only_checks(tmp_path, monkeypatch, capsys):
+def test_the_command_line_writes_once_and_then_only_checks(tmp_path, capsys):
     write_task(tmp_path / "a_demo.hdf5", lengths=(9, 8))
-    command = [
-        "world.py",
-        "cache",
-        str(tmp_path),
-        "--camera",
-        "image",
-        "image2",
-        "--dim",
-        "6",
-        "--resolution",
-    ]
-    monkeypatch.setattr(sys, "argv", [*command, "4"])
+    small = {f.name: getattr(BOTH, f.name) for f in dataclasses.fields(WorldConfig)}
+    config = TrainConfig(data=tmp_path, fusion=("late",), prepare=True, **small)
     for word in ("wrote", "checked"):
-        world.main()
+        train.main(config)
         expected = f"{word} {world.cache_path(tmp_path, BOTH)}: 17 latents of width 6"
         assert expected in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", [*command, "9"])
-    with pytest.raises(SystemExit, match=r"^error: --world-resolution 9 is more than the pictures' 8 pixels"):
-        world.main()
+    with pytest.raises(ValueError, match=r"^--world-resolution 9 is more than the pictures' 8 pixels"):
+        train.main(dataclasses.replace(config, world_resolution=9))
 
 
 def test_a_cache_lies_inside_a_data_folder_and_beside_a_data_file(tmp_path):
@@ -299,7 +291,17 @@ def test_pictures_that_are_not_square_or_differ_in_size_are_refused():
 
 def test_a_camera_that_the_data_have_not_is_one_line():
     data = ROOT / "tests/lerobot_v3/L_image/dataset"
-    command = [sys.executable, "-m", "latents.world", "cache", data, "--camera", "wrist"]
+    command = [
+        sys.executable,
+        "train.py",
+        "--prepare",
+        "--data",
+        data,
+        "--fusion",
+        "late",
+        "--world-camera",
+        "wrist",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and done.stderr.startswith("error: --world-camera observation.images.wrist")
     assert len(done.stderr.splitlines()) == 1 and "rename one with --cameras" in done.stderr

@@ -38,7 +38,6 @@ from training.run_folder import (
     damage,
     log,
     newest_whole,
-    open_run,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -370,11 +369,10 @@ def test_the_average_counts_samples_and_steps_aside_and_back():
 
 
 def test_log_lines_are_of_one_width_with_units(tmp_path, capsys):
-    config = TrainConfig(out=tmp_path, total_samples=1_000_000)
     for samples, loss, rate in ((64, 12.5, 3.25), (640_000, 0.01234, 12345.6)):
         line = {"samples": samples, "step": 1, "loss": loss, "action_loss": loss, "lr": 1e-4}
         line |= {"bad_steps": 3, "grad_norm": 17.0, "samples_per_second": rate, "mfu": 0.331}
-        log(config, line | {"world_gate": -0.5})
+        log(tmp_path, line | {"world_gate": -0.5}, budget=1_000_000)
     first, second = capsys.readouterr().out.splitlines()
     places = [[m.span() for m in re.finditer(r"[a-z/]{2,}", line)] for line in (first, second)]
     assert places[0] == places[1]
@@ -401,12 +399,12 @@ def test_the_banner_has_eight_lines_at_most_and_says_what_runs(data, tmp_path, c
 def test_a_fact_that_an_older_version_did_not_record_is_not_compared(tmp_path):
     config = TrainConfig(out=tmp_path / "run")
     facts = {"flops_per_sample": 7, "data_fingerprint": "a", "weights_fingerprint": "b"}
-    open_run(config, facts)
-    open_run(config, facts | {"flops_per_sample": 8, "weights_fingerprint": "c", "came_later": 1})
+    tiny.open_run(config, facts)
+    tiny.open_run(config, facts | {"flops_per_sample": 8, "weights_fingerprint": "c", "came_later": 1})
     assert json.loads((config.out / "config.json").read_text())["flops_per_sample"] == 7
     with pytest.raises(ValueError, match="holds another run: data_fingerprint is 'a', not 'b'"):
-        open_run(config, facts | {"data_fingerprint": "b"})
-    open_run(dataclasses.replace(config, keep_every=100_000, max_bad_steps=3), facts)
+        tiny.open_run(config, facts | {"data_fingerprint": "b"})
+    tiny.open_run(dataclasses.replace(config, keep_every=100_000, max_bad_steps=3), facts)
 
 
 def test_progress_is_what_state_json_holds(straight):
