@@ -11,15 +11,103 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated, Literal
+
+import tyro
 
 from arm import Arm
 from files import read_json, write_json
-from simulator.env import NUM_INIT_STATES, NUM_TASKS, SUITES, SimConfig, check_task, parse_ids
+from simulator.env import (
+    NUM_INIT_STATES,
+    NUM_TASKS,
+    STEP_LIMITS,
+    SUITES,
+    SimConfig,
+    check_suite,
+    check_task,
+    parse_ids,
+)
 from smolvla.checkpoint import find_folder
 
-if TYPE_CHECKING:
-    from eval import EvalConfig
+
+@dataclass(frozen=True)
+class ProtocolConfig:
+    """What is rolled out, from which starts, under which protocol."""
+
+    checkpoint: Annotated[str | None, tyro.conf.Positional] = None
+    """Run folder, checkpoint folder (lerobot's too), or hub id; default: the newest run under runs/."""
+
+    revision: str | None = None
+    """Revision of the hub id, to pin it."""
+
+    out: Path | None = None
+    """Folder that gets episodes.jsonl; default: the run folder, or runs/eval/NAME for a checkpoint without
+    one."""
+
+    suite: tuple[str, ...] = ()
+    """LIBERO suites, one after the other: spatial, object, goal, 10, 90; default: the training data's."""
+
+    task_ids: tuple[int, ...] = ()
+    """Tasks of each suite; default: those of the training data, all where it has none of that suite."""
+
+    episodes_per_task: int | None = None
+    """Episodes a task and mode; default: all init states that no demonstration started from."""
+
+    init_states: str | None = None
+    """Init states, such as 10-49 or 0,3,7; default: those that no demonstration started from."""
+
+    displace: float | None = None
+    """Largest displacement of the task's objects in metres; default: the training data's."""
+
+    draw: Literal["exact", "no-reflections", "fast"] | None = None
+    """Drawing: as LIBERO draws, without reflections, or with decimated meshes too; default: the training
+    data's, exact for a checkpoint from elsewhere."""
+
+    texture_colorspace: Literal["as_installed", "linear"] | None = None
+    """linear: textures as MuJoCo 3.3.2 draws them, under any version (`python -m simulator verify`)."""
+
+    reset: Literal["hard", "soft"] | None = None
+    """Resets between episodes; default: the training data's, hard for a checkpoint from elsewhere."""
+
+    size: int | None = None
+    """Side of the rendered pictures; default: the training data's."""
+
+    n_action_steps: int | None = None
+    """Actions executed of each chunk; default: the checkpoint's."""
+
+    max_steps: str = "lerobot"
+    """Step limit of an episode: a number, or whose protocol: lerobot, openpi (220 on spatial)."""
+
+    seed: int = 7
+    """Seed of the environments and of the policy's noise."""
+
+    policy_batch: int = 1
+    """Rows of every policy call, padded: part of the protocol, since it can change a float's last bits."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type that tower, trunk and expert are held and computed in."""
+
+    def __post_init__(self) -> None:
+        for flag in ("episodes_per_task", "n_action_steps", "policy_batch"):
+            value = getattr(self, flag)
+            if value is not None and value < 1:
+                raise ValueError(f"--{flag.replace('_', '-')} {value} must be at least 1")
+        if self.max_steps not in STEP_LIMITS and not self.max_steps.isdecimal():
+            raise ValueError(
+                f"--max-steps {self.max_steps} is no limit: give a number, or {' or '.join(STEP_LIMITS)}"
+            )
+        for suite in self.suites:
+            check_suite(suite)
+
+    @property
+    def suites(self) -> tuple[str, ...]:
+        """The suites' full names."""
+        return tuple(s if s.startswith("libero_") else f"libero_{s}" for s in self.suite)
+
+    def step_limit(self, suite: str) -> int:
+        """Steps after which an episode of a suite counts as failed."""
+        limits = STEP_LIMITS.get(self.max_steps)
+        return int(self.max_steps) if limits is None else limits[suite]
 
 
 # ---- checkpoint and results ---------------------------------------------------------------------------
@@ -45,7 +133,7 @@ class Target:
     run: dict  # what its training run recorded of itself; empty for a checkpoint without
 
 
-def find_target(config: EvalConfig) -> Target:
+def find_target(config: ProtocolConfig) -> Target:
     """Find a run's last checkpoint, a run's named one, a bare checkpoint folder, or a hub id's files.
 
     Raises ValueError where there is none.
@@ -109,7 +197,7 @@ class Plan:
         }  # fmt: skip
 
 
-def make_plans(config: EvalConfig, run: dict, arm: Arm) -> list[Plan]:
+def make_plans(config: ProtocolConfig, run: dict, arm: Arm) -> list[Plan]:
     """Fill what the command line leaves open from the run's training data, a plan a suite.
 
     Raises ValueError where neither says a suite, or there are not enough init states.
@@ -127,7 +215,7 @@ def make_plans(config: EvalConfig, run: dict, arm: Arm) -> list[Plan]:
     ]
 
 
-def make_plan(config: EvalConfig, suite: str, mine: dict[int, dict], arm: Arm) -> Plan:
+def make_plan(config: ProtocolConfig, suite: str, mine: dict[int, dict], arm: Arm) -> Plan:
     """Plan one suite; mine: task -> what the training data record of it."""
     first = next(iter(mine.values()), {})
     chosen = {}
@@ -147,7 +235,7 @@ def make_plan(config: EvalConfig, suite: str, mine: dict[int, dict], arm: Arm) -
     return Plan(sim, starts, seen, steps, config.policy_batch, config.dtype)
 
 
-def chosen_starts(config: EvalConfig, task: int, used: set[int]) -> list[int]:
+def chosen_starts(config: ProtocolConfig, task: int, used: set[int]) -> list[int]:
     """The init states of a task, of which demonstrations `used` some; ValueError where there are too few."""
     if config.init_states is not None:
         ids = parse_ids(config.init_states, "--init-states", NUM_INIT_STATES)

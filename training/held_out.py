@@ -16,26 +16,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from arm import Arm
 from data import HELD_OUT, Source
-from files import append_json
-from latents.world import latents_for
 from model import sample_means
 from prophet import MODES
 from readers.demos import Demos
-from readers.load import load
-from readers.selection import DataConfig
-from rollouts.plan import Target, open_out
-from smolvla.processor import Processor
 from training.diagnostics import most_attended
-
-if TYPE_CHECKING:
-    from eval import EvalConfig
 
 SEED = 7  # of frames' noise and times: the same for every run, so that runs can be paired as well
 DRAWS = 10_000
@@ -152,30 +142,3 @@ def record(found: Offline) -> dict:
             modes[mode]["from_off"] = found.mean(mode) - found.mean("off")
             modes[mode]["from_off_interval"] = found.interval(mode, "off")
     return {"episodes": found.episodes.tolist(), "modes": modes}
-
-
-def evaluate_offline(config: EvalConfig, arm: Arm, processor: Processor, target: Target) -> None:
-    """Print the action loss of held-out episodes under each mode, and append it to offline.jsonl."""
-    run, modes = target.run, list(config.memory) or measurable(arm)
-    for mode in modes:
-        arm.needs(mode, rollout=False)
-    options = None
-    if run.get("data") == str(config.offline):  # the part that was trained on, of which some is held out
-        names = [f.name for f in dataclasses.fields(DataConfig) if f.name in run]
-        options = DataConfig(**{n: tuple(run[n]) if isinstance(run[n], list) else run[n] for n in names})
-    demos = load(config.offline, arm.policy.config.cameras, in_memory=None, options=options)
-    episodes = np.arange(len(demos.first))
-    if demos.fingerprint == run.get("data_fingerprint"):
-        episodes = np.array(run.get("held_out", []), np.int64)
-        if not len(episodes):
-            raise ValueError(
-                f"--offline {config.offline}: {target.out} was trained on all episodes of it; record others, "
-                "or train with --val-every, which holds some out"
-            )
-    latents = None if arm.encoder is None else latents_for(config.offline, arm.encoder, demos)
-    source = Source(arm, processor, demos, latents, arm.scale.device, seed=0)
-    found = measure(source, episodes, modes)
-    print(f"checkpoint {target.folder}, data {config.offline}\n{table(found)}")
-    open_out(target, arm)
-    line = {"checkpoint": target.name, "data": str(config.offline), "fingerprint": demos.fingerprint}
-    append_json(target.out / "offline.jsonl", line | record(found))

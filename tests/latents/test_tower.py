@@ -68,8 +68,6 @@ def config_of(folder: Path, **fields) -> TrainConfig:
     named = zlib.crc32(repr(sorted(fields.items())).encode())
     place = folder / f"tokens_{named:08x}"
     return TrainConfig(data=folder, **{"dtype": "float32", "features": place} | fields)
-        data=folder, **{"dtype": "float32", "features": folder / f"tokens_{named:08x}"} | fields
-    )
 
 
 def cache(folder: Path, **fields) -> Path:
