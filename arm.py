@@ -23,12 +23,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from checkpoint import load_policy, save_policy
-from encoders import PCA, Learned, WorldConfig, encoder_from_state
 from files import read_tensors, save_tensors
 from fusion import Fusion, Memory, Site
-from model import SmolVLA
-from processor import Processor
+from latents.encoders import PCA, Learned, WorldConfig, encoder_from_state
+from model import SmolVLA, load_policy
 from prophet import (
     CHANCE,
     CODED,
@@ -48,6 +46,8 @@ from prophet import (
     parse_mode,
     world_loss,
 )
+from smolvla.checkpoint import save_policy
+from smolvla.processor import Processor
 
 WORLD_FILE = "world.safetensors"
 

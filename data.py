@@ -1,355 +1,185 @@
-"""Episodes -> batches: demonstrations in flat arrays over frames, cut into what one training sample needs.
+"""What a numbered sample stands for: its frame, noise and flow times, past, future and partner.
 
-A data set is in LIBERO's HDF5 layout (libero_hdf5.py) or LeRobot's v3 (lerobot_v3.py), given by path or hub
-id; selection.py says which part of it is read. An episode is a range of frames, and no chunk, history or
-future ever leaves it. Pictures stay uint8, the right way up. They are held in memory, or left in the files
-where they would not fit or hardly anyone looks at them: features.py, and training from its tokens.
+Everything random about a sample is drawn here, on the CPU, from a generator keyed by (seed, number): never by
+batch, rank or the order of calls. Training, and the measurements on held-out episodes between, read the same
+demonstrations (readers/) through this file, with different streams of randomness.
 
-    python demos.py --help                     # records demonstrations
+    source = Source(arm, processor, demos, latents, torch.device("cpu"), seed=0)
+    inputs, world, noise, times = source.batch(np.arange(16))      # what `Arm.forward` takes
+
     python data.py inspect DATA                # episodes, tasks, cameras, ranges; sample pictures
     python data.py check DATA                  # what is wrong with it
 
-Shapes: F frames, E episodes, S a picture's sides, B batch, T history frames, K future frames, C actions in a
-chunk, A action width. Feature names are lerobot's.
+Shapes: F frames, B batch, R flow draws a sample, C actions in a chunk, A_max the model's action width, T
+history, K future, N hypotheses, D latent width.
 """
 
-import hashlib
-import json
-import math
-import os
-import zlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from selection import DataConfig, camera_key, choose_cameras, choose_episodes, find_data
+from arm import Arm, ArmConfig
+from latents.tower import Features
+from latents.world import Latents
+from prophet import draw_chance, prophet_width
+from readers.demos import Demos
+from readers.prefetch import Loader
+from smolvla.processor import Processor
 
 ORDER_STREAM = 0x0DE5  # keeps the data order apart from any other stream that is keyed by the same seed
+FLOW, MEMORY, PARTNER, CHANCE = 1, 2, 3, 4  # keep apart what one number draws
+TRAINING, ROLLOUT, HELD_OUT = 0, 10, 20  # and what it is drawn for
+SPLIT_STREAM = 31
+PARTNERS = 1024  # pasts that travel with an arm, for `shuffle` in rollouts
 
 
-# ------------------------------------------------------------------------------------------------------------
-# episodes in memory
+@dataclass
+class Source:
+    """What batches are made from: samples are numbered over the run; a number decides all that is random."""
+
+    arm: Arm
+    processor: Processor
+    demos: Demos
+    latents: Latents | None
+    device: torch.device
+    seed: int
+    draws: int = 1
+    stream: int = TRAINING
+    frames: np.ndarray | None = None  # those that are drawn from; default: all
+    features: Features | None = None  # stand in for the pictures, where given
+    loader: Loader | None = None  # decodes what `expect` is told, while something else is done
+
+    def __post_init__(self) -> None:
+        if self.frames is None:
+            self.frames = np.arange(len(self.demos))
+
+    def batch(self, numbers: np.ndarray) -> tuple[dict, dict, Tensor, Tensor]:
+        """Make `Arm.forward`'s arguments for these global sample numbers, consecutive ones."""
+        index = self.index(numbers)
+        world = self.world(index, numbers, self.arm.config.trains_on)
+        return self.observe(index), world, *self.flow(numbers)
+
+    def index(self, numbers: np.ndarray) -> np.ndarray:
+        """Return these samples' frames; the numbers are consecutive, the data have one order an epoch."""
+        return self.frames[sample_order(len(self.frames), self.seed, int(numbers[0]), len(numbers))]
+
+    def expect(self, numbers: np.ndarray) -> None:
+        """Have the pictures of a coming batch decoded in the background."""
+        if self.loader is not None:
+            self.loader.expect(self.index(numbers), self.cameras)
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """The cameras whose pictures are read."""
+        blind = self.arm.config.blind or self.features is not None
+        return () if blind else self.arm.policy.config.cameras
+
+    def observe(self, index: np.ndarray) -> dict:
+        """Make the policy's inputs of these frames, actions included."""
+        policy = self.arm.policy.config
+        batch = self.demos.batch(index, policy.chunk_size, self.cameras)
+        if self.features is not None:
+            batch |= self.features.batch(index)
+        batch = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return self.processor(self.arm.blindfold(batch))
+
+    def flow(self, keys: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Draw noise (B, R, C, A_max) and times (B, R), Beta(1.5, 1) * 0.999 + 0.001."""
+        policy = self.arm.policy.config
+        shape = (self.draws, policy.chunk_size, policy.max_action_dim)
+        noise = np.empty((len(keys), *shape), np.float32)
+        times = np.empty((len(keys), self.draws), np.float32)
+        for i, key in enumerate(keys):
+            rng = self.rng(FLOW, key)
+            noise[i] = rng.standard_normal(shape, np.float32)
+            times[i] = rng.beta(1.5, 1.0, self.draws) * 0.999 + 0.001
+        return torch.from_numpy(noise).to(self.device), torch.from_numpy(times).to(self.device)
+
+    def world(self, index: np.ndarray, keys: np.ndarray, needed: tuple[str, ...]) -> dict[str, Tensor]:
+        """Gather past and future latents, partners' pasts and hypotheses' noise, those that are `needed`."""
+        config, out = self.arm.config, {}
+        if "z_hist" in needed:
+            out["z_hist"] = self.past(index)  # (B, T, D)
+        if "z_future" in needed:
+            future, valid = self.demos.future(index, config.future, config.world_stride)
+            out |= {"z_future": self.latents.z[future], "valid": torch.as_tensor(valid)}  # (B, K, D), (B, K)
+        if "z_partner" in needed:
+            out["z_partner"] = self.past(self.partners(index, keys))
+        if "noise" in needed:
+            out["noise"] = stack(memory_noise(config, self.hypotheses(MEMORY, key)) for key in keys)
+        if "chance" in needed:
+            out["chance"] = stack(chance(config, self.hypotheses(CHANCE, key)) for key in keys)
+        return {name: tensor.to(self.device) for name, tensor in out.items()}
+
+    def past(self, index: np.ndarray) -> Tensor:
+        """Look up the histories (B, T, D) of these frames."""
+        config = self.arm.config
+        return self.latents.z[self.demos.history(index, config.history, config.world_stride)]
+
+    def partners(self, index: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """Draw a frame of another episode for each frame (B,); ValueError where there is only one episode."""
+        episode = self.demos.episode
+        if len(np.unique(episode[self.frames])) < 2:
+            raise ValueError("--memory shuffle needs demonstrations of at least two episodes: record more")
+        found = []
+        for frame, key in zip(index, keys, strict=True):
+            rng = self.rng(PARTNER, key)
+            while episode[other := self.frames[rng.integers(len(self.frames))]] == episode[frame]:
+                continue
+            found.append(other)
+        return np.array(found)
+
+    def hypotheses(self, what: int, key: int) -> list[np.random.Generator]:
+        """One generator a hypothesis, so that what is drawn for one does not depend on their number."""
+        return [self.rng(what, key, n) for n in range(self.arm.config.num_hypotheses)]
+
+    def rng(self, what: int, *key: int) -> np.random.Generator:
+        return sample_rng(self.seed, self.stream + what, *map(int, key))
 
 
-@dataclass(frozen=True, eq=False)
-class Demos:
-    """All episodes, as flat arrays over frames."""
-
-    images: "dict[str, np.ndarray | StoredPictures]"
-    """Camera -> (F, S, S, 3) uint8, the right way up, as the policy sees it: in memory, or in the files."""
-    state: np.ndarray
-    """(F, 8) float32."""
-    action: np.ndarray
-    """(F, A) float32: the action taken on seeing that frame."""
-    episode: np.ndarray
-    """(F,) int64: the episode of each frame."""
-    first: np.ndarray
-    """(E,) int64: the first frame of each episode."""
-    last: np.ndarray
-    """(E,) int64: the last frame of each episode, itself included."""
-    task: np.ndarray
-    """(E,) int64: the episode's place in `tasks`."""
-    tasks: list[str]
-    """The instruction of each task file."""
-    provenance: list[dict[str, Any]]
-    """One record per task file, JSON-able: how it was recorded and from which init states."""
-    files: list[dict[str, Any]] = field(default_factory=list)
-    """One record per task file, JSON-able: its name, its bytes, and the bytes of each episode's pictures."""
-    checks: dict[str, list[int]] = field(default_factory=dict)
-    """Camera -> what `picture_checks` would give, where it is known already (features.py)."""
-    own_stats: dict[str, dict[str, np.ndarray]] | None = None
-    """The statistics that come with the data set, where they are complete and all of it is here."""
-
-    def __len__(self) -> int:
-        """Return the number of frames F."""
-        return len(self.episode)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Name the data in 16 hex digits, wherever its folder lies."""
-        return self.fingerprint_of(self.images)
-
-    def fingerprint_of(self, cameras: Iterable[str]) -> str:
-        """Name actions, states, instructions, boundaries and these cameras' pictures (all pixels, one CRC an
-        episode): what was made from one camera stays good when another is loaded as well."""
-        digest = hashlib.sha256(json.dumps([self.tasks, self.task.tolist(), self.first.tolist()]).encode())
-        for array in (self.state, self.action):
-            digest.update(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
-        for camera in sorted(cameras):
-            checks = self.checks.get(camera) or self.picture_checks(camera)
-            digest.update(json.dumps([camera, self.images[camera].shape, checks]).encode())
-        return digest.hexdigest()[:16]
-
-    @cached_property
-    def light_fingerprint(self) -> str:
-        """Name the data without decoding a picture: what `fingerprint_of(())` names, of pictures only what
-        headers say. Compressed pictures hardly change without changing their bytes; others do."""
-        return hashlib.sha256(json.dumps([self.fingerprint_of(()), self.files]).encode()).hexdigest()[:16]
-
-    def mean_picture(self, camera: str) -> np.ndarray:
-        """Return a camera's mean picture (S, S, 3) float64."""
-        images = self.images[camera]
-        sums = sum(images[a : b + 1].sum(0, dtype=np.int64) for a, b in zip(self.first, self.last))
-        return sums / len(self)
-
-    def picture_checks(self, camera: str, part: slice = slice(None)) -> list[int]:
-        """Return one CRC over all pixels for each episode, or each of a part of them."""
-        images = self.images[camera]
-        return [zlib.crc32(images[a : b + 1]) for a, b in zip(self.first[part], self.last[part])]
-
-    def only(self, episodes: np.ndarray) -> "Demos":
-        """Return these episodes alone, in the order of the data; tasks keep their numbers."""
-        rows = np.flatnonzero(np.isin(self.episode, episodes))
-        episode, first, last = boundaries((self.last - self.first + 1)[episodes])
-        images = {
-            name: pictures.only(episodes) if isinstance(pictures, StoredPictures) else pictures[rows]
-            for name, pictures in self.images.items()
-        }
-        parts = {"images": images, "state": self.state[rows], "action": self.action[rows], "episode": episode}
-        parts |= {"first": first, "last": last, "task": self.task[episodes], "own_stats": None}
-        checks = {name: [found[e] for e in episodes] for name, found in self.checks.items()}
-        return replace(self, **parts, checks=checks)
-
-    def chunk(self, index: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
-        """Return the actions t .. t+length-1 (B, C, A) float32 and is_pad (B, C) bool: past the end the last
-        action is repeated."""
-        steps, inside = self._ahead(index, np.arange(length))  # (B,) -> (B, C)
-        return torch.from_numpy(self.action[steps]), torch.from_numpy(~inside)
-
-    def history(self, index: np.ndarray, T: int, stride: int) -> np.ndarray:
-        """Return the frames t-(T-1)s .. t (B, T) int64; before the episode its first frame repeats."""
-        index = self._check(index)
-        steps = index[:, None] - stride * np.arange(T - 1, -1, -1)  # (B,) -> (B, T)
-        return np.maximum(steps, self.first[self.episode[index]][:, None])
-
-    def future(self, index: np.ndarray, K: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the frames t+s .. t+Ks (B, K) int64, clamped to the episode, and valid (B, K) bool."""
-        return self._ahead(index, stride * np.arange(1, K + 1))
-
-    def frames(self, index: np.ndarray, camera: str) -> Tensor:
-        """Return pictures (B, 3, S, S) uint8, contiguous."""
-        assert camera in self.images, f"camera {camera} was not loaded; these were: {', '.join(self.images)}"
-        images = torch.from_numpy(self.images[camera][self._check(index)])
-        return images.permute(0, 3, 1, 2).contiguous()  # (B, S, S, 3) -> (B, 3, S, S)
-
-    def instruction(self, index: np.ndarray) -> list[str]:
-        """Return each frame's instruction."""
-        return [self.tasks[task] for task in self.task[self.episode[self._check(index)]]]
-
-    def batch(self, index: np.ndarray, chunk: int, cameras: Iterable[str]) -> dict[str, Any]:
-        """Return a batch under lerobot's names: pictures (B, 3, S, S) uint8 by camera, observation.state
-        (B, 8), action (B, C, A), action_is_pad (B, C) and task, a list of B instructions."""
-        action, is_pad = self.chunk(index, chunk)
-        return {camera: self.frames(index, camera) for camera in cameras} | {
-            "observation.state": torch.from_numpy(self.state[self._check(index)]),
-            "action": action,
-            "action_is_pad": is_pad,
-            "task": self.instruction(index),
-        }
-
-    def _ahead(self, index: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return index + offsets clamped to the episode, and where that was not needed; both (B, n)."""
-        index = self._check(index)
-        steps = index[:, None] + offsets  # (B,) -> (B, n)
-        last = self.last[self.episode[index]][:, None]
-        return np.minimum(steps, last), steps <= last
-
-    def _check(self, index: np.ndarray) -> np.ndarray:
-        """Refuse what numpy takes silently: a negative index counts from the end, into another episode."""
-        index = np.asarray(index, dtype=np.int64)
-        assert index.ndim == 1, f"frame indices must be a vector, got shape {index.shape}"
-        inside = (index >= 0) & (index < len(self))
-        assert inside.all(), f"frame indices must lie in 0..{len(self) - 1}, got {index[~inside]}"
-        return index
+def memory_noise(config: ArmConfig, rngs: list[np.random.Generator]) -> np.ndarray:
+    """Draw one sample's rows (N*K, D) of `random` memory, unit Gaussian."""
+    shape = (config.future, config.world_dim)
+    return np.concatenate([rng.standard_normal(shape, np.float32) for rng in rngs])
 
 
-@dataclass(frozen=True, eq=False)
-class StoredPictures:
-    """One camera's pictures left in their files: an array (F, S, S, 3) uint8 that is read where indexed."""
-
-    shape: tuple[int, int, int, int]
-    places: list[Any]
-    """Each episode's place in the files, as `read` takes it."""
-    first: np.ndarray
-    """(E,) int64: the first frame of each episode."""
-    read: Callable[[Any, np.ndarray], np.ndarray]
-    """The layout's own: an episode's place and steps (n,) -> pictures (n, S, S, 3), the right way up."""
-
-    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        """Read pictures (n, S, S, 3)."""
-        rows = np.arange(self.shape[0])[rows]
-        out = np.empty((len(rows), *self.shape[1:]), np.uint8)
-        episode = np.searchsorted(self.first, rows, side="right") - 1
-        for number in np.unique(episode):
-            here = np.flatnonzero(episode == number)
-            out[here] = self.read(self.places[number], rows[here] - self.first[number])
-        return out
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def only(self, episodes: np.ndarray) -> "StoredPictures":
-        """Return these episodes' pictures alone."""
-        ends = np.append(self.first[1:], self.shape[0])
-        _, first, last = boundaries((ends - self.first)[episodes])
-        places = [self.places[e] for e in episodes]
-        return replace(self, shape=(int(last[-1]) + 1, *self.shape[1:]), places=places, first=first)
+def chance(config: ArmConfig, rngs: list[np.random.Generator]) -> np.ndarray:
+    """Draw what tells one sample's hypotheses apart, (N, ., h)."""
+    width = prophet_width(config.world_dim)
+    return draw_chance(config.hypothesis_method, rngs, config.future, width, config.prophet_dropout)
 
 
-def boundaries(lengths: Iterable[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return episode (F,), first (E,) and last (E,) for episodes of these lengths laid end to end."""
-    lengths = np.asarray(list(lengths), dtype=np.int64)
-    ends = np.cumsum(lengths)
-    return np.repeat(np.arange(len(lengths)), lengths), ends - lengths, ends - 1
+def stack(rows: Iterable[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(list(rows)))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# loading
+def held_out(demos: Demos, share: float) -> np.ndarray:
+    """Choose the episodes that are not trained on: the same ones for every arm and seed.
 
-
-def load(
-    path: Path | str,
-    cameras: Iterable[str] | None = None,
-    in_memory: bool | None = True,
-    options: DataConfig | None = None,
-) -> Demos:
-    """Read a data set: a folder or file in LIBERO's HDF5 layout, a LeRobot v3 folder, or one's hub id.
-
-    Args: cameras, by the names that they get, of those that `options` chooses; default: all of these.
-    in_memory: whether pictures are decoded now; None: as `options` says, with a line where they are not.
-    Raises ValueError, in one line, for what is missing, damaged, inconsistent or too big for this machine.
+    Raises ValueError where nothing would be left on one side.
     """
-    options = options or DataConfig()
-    path = find_data(path, options.data_revision)
-    names = choose_cameras(options.cameras, cameras)
-    reader = layout(path)
-    demos = reader.read(path, None if names is None else list(names.values()))
-    if names is not None:  # two names may stand for one camera of the data
-        found = dict(zip(names, (demos.images[camera_key(old, demos.images)] for old in names.values())))
-        demos = replace(demos, images=found)
-    chosen = choose_episodes(demos.tasks, demos.task, options, path)
-    demos = demos if len(chosen) == len(demos.first) else demos.only(chosen)
-    if in_memory is None:
-        in_memory = options.pictures == "memory" or (options.pictures == "auto" and fits(demos))
-        if not in_memory and os.environ.get("RANK", "0") == "0":
-            print(f"data {path}: {picture_bytes(demos) / 2**30:.3g} GiB of pictures stay in the files")
-    if not in_memory:
-        return demos
-    check_memory(demos)
-    return replace(demos, images={camera: pictures[:] for camera, pictures in demos.images.items()})
-
-
-def layout(path: Path) -> ModuleType:
-    """Return the reader of a data set's layout; each has `read(path, cameras)`."""
-    if (path / "meta").is_dir():  # of whatever version; both import this file
-        import lerobot_v3 as reader
-    else:
-        import libero_hdf5 as reader
-    return reader
-
-
-def picture_bytes(demos: Demos) -> int:
-    return sum(math.prod(pictures.shape) for pictures in demos.images.values())
-
-
-def fits(demos: Demos) -> bool:
-    """Say whether the pictures take at most half of the free memory, shared by the ranks of this machine."""
-    free, ranks = available_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return free is None or picture_bytes(demos) * ranks <= free / 2
-
-
-def check_memory(demos: Demos) -> None:
-    """Refuse a data set that would not fit, before the machine starts to swap or kills the run."""
-    need = picture_bytes(demos)
-    free = available_memory()
-    if free is not None and need > free:
+    count = round(share * len(demos.first))
+    if not 0 < count < len(demos.first):
         raise ValueError(
-            f"{len(demos):,} frames from {len(demos.images)} cameras need {need / 2**30:.3g} GiB of memory,"
-            f" but {free / 2**30:.3g} GiB are free: use fewer episodes, or --pictures files"
+            f"--val-share {share} of {len(demos.first)} episodes holds {count} out: at least one must be, "
+            "and one must be left"
         )
+    return np.sort(sample_rng(0, SPLIT_STREAM).permutation(len(demos.first))[:count])
 
 
-def in_files(demos: Demos) -> bool:
-    """Say whether pictures stay in the files."""
-    return any(isinstance(pictures, StoredPictures) for pictures in demos.images.values())
+def saved_partners(demos: Demos, z: Tensor, history: int, stride: int, frames: np.ndarray) -> Tensor:
+    """Choose pasts (n, T, D), evenly over the training frames, that travel with an arm."""
+    chosen = frames[np.linspace(0, len(frames) - 1, min(PARTNERS, len(frames))).round().astype(np.int64)]
+    return z[demos.history(chosen, history, stride)]
 
 
-def remember_checks(demos: Demos, home: Path) -> Demos:
-    """Give pictures that stay in the files their CRCs, from a file beside the data; where it knows nothing of
-    these files (names, bytes, times of change), every picture is decoded once, and the file is written.
-
-    Args: home, as `DataConfig.cache_home` gives it.
-    """
-    if not in_files(demos):
-        return demos
-    name = "picture_checks.json"
-    path = home / name if home.is_dir() else home.with_name(f"{home.stem}_{name}")
-    files = sorted({str(place.path) for pictures in demos.images.values() for place in pictures.places})
-    headers = [demos.light_fingerprint, [Path(file).stat().st_mtime_ns for file in files]]
-    try:
-        stored = json.loads(path.read_text())
-        checks = stored["checks"] if stored["headers"] == headers else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        checks = {}
-    if not set(demos.images) <= set(checks):
-        print(f"data: decoding {len(demos):,} frames once, to fingerprint them: {path}", flush=True)
-        checks = {camera: demos.picture_checks(camera) for camera in demos.images}
-        beside = path.with_name(f"{path.name}.{os.getpid()}")
-        try:
-            beside.write_text(json.dumps({"headers": headers, "checks": checks}) + "\n")
-            beside.replace(path)
-        except OSError as error:  # a folder that is only read; nothing but time is lost
-            print(f"data: the next run will do so again, {path} can't be written ({error.strerror})")
-    return replace(demos, checks={camera: checks[camera] for camera in demos.images})
-
-
-def available_memory() -> int | None:
-    """Return the bytes to be had without swapping, or None where the system does not say (not Linux)."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
-
-
-# ------------------------------------------------------------------------------------------------------------
-# statistics and keyed randomness
-
-
-def chosen_statistics(demos: Demos) -> tuple[dict[str, dict[str, Tensor]], str]:
-    """Return the statistics that a fresh policy takes, and a line that says where they come from."""
-    if demos.own_stats is None:
-        return statistics(demos), f"computed from these {len(demos):,} frames"
-    stats = {
-        name: {
-            key: torch.from_numpy(value).to(torch.int64 if key == "count" else torch.float32)
-            for key, value in values.items()
-        }
-        for name, values in demos.own_stats.items()
-    }
-    return stats, "the data set's own, meta/stats.json"
-
-
-def statistics(demos: Demos) -> dict[str, dict[str, Tensor]]:
-    """Return float32 mean, std (population), min, max and int64 count (1,), under lerobot's names."""
-    stats = {}
-    for name, values in (("observation.state", demos.state), ("action", demos.action)):
-        exact = torch.from_numpy(values).double()
-        stats[name] = {
-            "mean": exact.mean(0).float(),
-            "std": exact.std(0, unbiased=False).float(),
-            "min": exact.amin(0).float(),
-            "max": exact.amax(0).float(),
-            "count": torch.tensor([len(values)]),
-        }
-    return stats
+# ---- keyed randomness --------------------------------------------------------------------------------
 
 
 def sample_rng(seed: int, *key: int) -> np.random.Generator:
@@ -380,16 +210,7 @@ def epoch_order(num_frames: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the command line
-
-
-def main() -> None:
-    """Run `inspect` or `check`."""
-    import data_check  # which imports this file
-
-    data_check.main()
-
-
 if __name__ == "__main__":
-    main()
+    from readers import check
+
+    check.main()

@@ -16,6 +16,7 @@ neither success nor failure.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -25,49 +26,38 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
 
-import cpu
 from arm import Arm, load_arm
-from conform import check, compare, describe_checkpoint, describe_data, describe_environment, table
-from conform import record as conformance
-from data import load
-from episodes import gather, key_of, own_file, read_all, result
+from data import Source
 from files import append_json, read_json, write_json
-from film import episode_name, film_name, save_film
-from imagine import save_strips, strips_of_episode
-from offline import evaluate_offline
-from plan import Plan, Target, find_target, make_plans, open_out
-from pool import EnvPool, Observation, SimCrash
-from processor import Processor
+from latents.world import latents_for
 from prophet import ROLLOUT_MODES
 from ranks import start_ranks, wait_for_ranks
-from render import setup_gl
-from rollout import Rollout, seen_latents
-from sim import (
-    CONTROL_HZ,
-    STEP_LIMITS,
-    check_suite,
-)
+from readers.load import load
+from readers.selection import DataConfig
+from rollouts.conform import check, compare, describe_checkpoint, describe_data, describe_environment, table
+from rollouts.conform import record as conformance
+from rollouts.episodes import gather, key_of, own_file, read_all, result
+from rollouts.film import episode_name, film_name, save_film
+from rollouts.imagine import save_strips, strips_of_episode
+from rollouts.plan import Plan, ProtocolConfig, Target, find_target, make_plans, open_out
+from rollouts.rollout import Rollout, seen_latents
+from simulator.env import CONTROL_HZ
+from simulator.pool import EnvPool, Observation, SimCrash
+from simulator.render import setup_gl
+from smolvla import kernels
+from smolvla.processor import Processor
+from training import held_out
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(ProtocolConfig):
     """Roll out a checkpoint."""
-
-    checkpoint: Annotated[str | None, tyro.conf.Positional] = None
-    """Run folder, checkpoint folder (lerobot's too), or hub id; default: the newest run under runs/."""
-
-    revision: str | None = None
-    """Revision of the hub id, to pin it."""
-
-    out: Path | None = None
-    """Folder that gets episodes.jsonl; default: the run folder, or runs/eval/NAME for a checkpoint without
-    one."""
 
     memory: tuple[str, ...] = ()
     """Memory modes (prophet.py) to roll out, one after the other, or interventions on a bank: best1, mean1,
@@ -96,40 +86,6 @@ class EvalConfig:
     """Demonstrations to measure the action loss on, instead of rolling out: those episodes of the run's own
     data that it held out, or all of other data. Default modes then: all that the arm can have."""
 
-    suite: tuple[str, ...] = ()
-    """LIBERO suites, one after the other: spatial, object, goal, 10, 90; default: the training data's."""
-
-    task_ids: tuple[int, ...] = ()
-    """Tasks of each suite; default: those of the training data, all where it has none of that suite."""
-
-    episodes_per_task: int | None = None
-    """Episodes a task and mode; default: all init states that no demonstration started from."""
-
-    init_states: str | None = None
-    """Init states, such as 10-49 or 0,3,7; default: those that no demonstration started from."""
-
-    displace: float | None = None
-    """Largest displacement of the task's objects in metres; default: the training data's."""
-
-    draw: Literal["exact", "no-reflections", "fast"] | None = None
-    """Drawing: as LIBERO draws, without reflections, or with decimated meshes too; default: the training
-    data's, exact for a checkpoint from elsewhere."""
-
-    texture_colorspace: Literal["as_installed", "linear"] | None = None
-    """linear: textures as MuJoCo 3.3.2 draws them, under any version (`python sim.py verify`)."""
-
-    reset: Literal["hard", "soft"] | None = None
-    """Resets between episodes; default: the training data's, hard for a checkpoint from elsewhere."""
-
-    size: int | None = None
-    """Side of the rendered pictures; default: the training data's."""
-
-    n_action_steps: int | None = None
-    """Actions executed of each chunk; default: the checkpoint's."""
-
-    max_steps: str = "lerobot"
-    """Step limit of an episode: a number, or whose protocol: lerobot, openpi (220 on spatial)."""
-
     world_model: str | None = None
     """Folder or hub id of the world encoder's model; default: the one that it was trained with."""
 
@@ -142,9 +98,6 @@ class EvalConfig:
     allow_missing: bool = False
     """Go on when tensors or statistics of the checkpoint are missing, or tensors unexpected."""
 
-    seed: int = 7
-    """Seed of the environments and of the policy's noise."""
-
     num_envs: int | None = None
     """Environments of each rank, each in its own process; default: a core each. Results do not depend on
     it."""
@@ -155,12 +108,6 @@ class EvalConfig:
     retry_crashes: bool = False
     """Run episodes again that an earlier evaluation recorded as crashes."""
 
-    policy_batch: int = 1
-    """Rows of every policy call, padded: part of the protocol, since it can change a float's last bits."""
-
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type that tower, trunk and expert are held and computed in."""
-
     compile: bool = False
     """Compile the policy's blocks and its denoising loop; for a GPU, where it pays within some minutes."""
 
@@ -168,31 +115,16 @@ class EvalConfig:
     """Threads of torch on a CPU; another number can change a float's last bits."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.imagine < 0:
             raise ValueError(f"--imagine {self.imagine} must be 0 or more episodes")
         if not 1 <= self.video_fps <= CONTROL_HZ:
             raise ValueError(f"--video-fps {self.video_fps:g} must lie in 1..{CONTROL_HZ}")
-        for flag in ("episodes_per_task", "num_envs", "n_action_steps", "policy_batch", "threads"):
+        for flag in ("num_envs", "threads"):
             value = getattr(self, flag)
             if value is not None and value < 1:
                 raise ValueError(f"--{flag.replace('_', '-')} {value} must be at least 1")
-        if self.max_steps not in STEP_LIMITS and not self.max_steps.isdecimal():
-            raise ValueError(
-                f"--max-steps {self.max_steps} is no limit: give a number, or {' or '.join(STEP_LIMITS)}"
-            )
-        for suite in self.suites:
-            check_suite(suite)
         check([], self.accept)  # that these items exist
-
-    @property
-    def suites(self) -> tuple[str, ...]:
-        """The suites' full names."""
-        return tuple(s if s.startswith("libero_") else f"libero_{s}" for s in self.suite)
-
-    def step_limit(self, suite: str) -> int:
-        """Steps after which an episode of a suite counts as failed."""
-        limits = STEP_LIMITS.get(self.max_steps)
-        return int(self.max_steps) if limits is None else limits[suite]
 
 
 def check_simulator() -> None:
@@ -215,8 +147,8 @@ def make_fast(config: EvalConfig, arm: Arm, processor: Processor, device: torch.
         arm.policy.compile_denoise()
         processor.pad_to = arm.policy.config.tokenizer_max_length  # one length, so one graph
     elif device.type == "cpu":
-        cpu.keep_memory()
-        cpu.speed_up(arm, arm.policy.dtype)
+        kernels.keep_memory()
+        kernels.speed_up(arm, arm.policy.dtype)
 
 
 def open_arm(config: EvalConfig, target: Target, device: torch.device) -> tuple[Arm, Processor]:
@@ -288,6 +220,33 @@ def main(config: EvalConfig) -> None:
         gather(work.path)
 
 
+def evaluate_offline(config: EvalConfig, arm: Arm, processor: Processor, target: Target) -> None:
+    """Print the action loss of held-out episodes under each mode, and append it to offline.jsonl."""
+    run, modes = target.run, list(config.memory) or held_out.measurable(arm)
+    for mode in modes:
+        arm.needs(mode, rollout=False)
+    options = None
+    if run.get("data") == str(config.offline):  # the part that was trained on, of which some is held out
+        names = [f.name for f in dataclasses.fields(DataConfig) if f.name in run]
+        options = DataConfig(**{n: tuple(run[n]) if isinstance(run[n], list) else run[n] for n in names})
+    demos = load(config.offline, arm.policy.config.cameras, in_memory=None, options=options)
+    episodes = np.arange(len(demos.first))
+    if demos.fingerprint == run.get("data_fingerprint"):
+        episodes = np.array(run.get("held_out", []), np.int64)
+        if not len(episodes):
+            raise ValueError(
+                f"--offline {config.offline}: {target.out} was trained on all episodes of it; record others, "
+                "or train with --val-every, which holds some out"
+            )
+    latents = None if arm.encoder is None else latents_for(config.offline, arm.encoder, demos)
+    source = Source(arm, processor, demos, latents, arm.scale.device, seed=0)
+    found = held_out.measure(source, episodes, modes)
+    print(f"checkpoint {target.folder}, data {config.offline}\n{held_out.table(found)}")
+    open_out(target, arm)
+    line = {"checkpoint": target.name, "data": str(config.offline), "fingerprint": demos.fingerprint}
+    append_json(target.out / "offline.jsonl", line | held_out.record(found))
+
+
 def conform_all(config: EvalConfig, target: Target, rollouts: list[Rollout]) -> None:
     """Compare checkpoint, training data and each suite's environment before the first episode.
 
@@ -316,7 +275,7 @@ def first_look(rollout: Rollout) -> Observation:
         rollout.pool.reset(0, *rollout.plan.starts[0])
         [(_, observation)] = rollout.pool.ready()
     except SimCrash as crash:
-        raise ValueError(f"{crash}; `python sim.py verify` says what is amiss") from crash
+        raise ValueError(f"{crash}; `python -m simulator verify` says what is amiss") from crash
     return observation
 
 

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
@@ -30,9 +30,24 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from config import PRESETS, SmolVLAConfig
 from fusion import Fusion, Memory, MemoryCache, WorldTokens, repeat_memory, with_bias
-from layers import (
+from smolvla.checkpoint import (
+    VLM_PARTS,
+    WEIGHTS,
+    describe_checkpoint,
+    draw,
+    find_folder,
+    lerobot_config,
+    lerobot_key,
+    load_processor,
+    open_checkpoint,
+    place,
+    read_language_weights,
+    read_weights,
+)
+from smolvla.config import PRESETS, SmolVLAConfig
+from smolvla.language import language_sizes, read_language
+from smolvla.layers import (
     Connector,
     Expert,
     TextModel,
@@ -43,6 +58,7 @@ from layers import (
     resize_with_pad,
     rope_table,
 )
+from smolvla.processor import Processor, Statistics
 
 
 class Prefix(NamedTuple):
@@ -180,7 +196,7 @@ class SmolVLA(nn.Module):
     def embed_images(self, images: list[Tensor]) -> list[Tensor]:
         """Embed each camera's images to (b, n, W), all in one pass of the tower.
 
-        Those of 3 dimensions are tokens already, this method's own from an earlier call (features.py).
+        Those of 3 dimensions are tokens already, this method's own from an earlier call (latents/tower.py).
         """
         dtype = self.connector.proj.weight.dtype
         found = [x.to(dtype) if x.ndim == 3 else None for x in images]
@@ -429,24 +445,6 @@ class SmolVLA(nn.Module):
         return self.denoise(noise, prefix, cache)[..., : self.config.action_dim]
 
 
-class ActionQueue:
-    """lerobot's `select_action`: hand out a chunk's first n actions one by one, then ask for the next."""
-
-    def __init__(self, policy: SmolVLA) -> None:
-        self.policy = policy
-        self.queue: deque[Tensor] = deque()
-
-    def reset(self) -> None:
-        self.queue.clear()
-
-    def select(self, inputs: dict, noise: Tensor, memory: Tensor | None = None) -> Tensor:
-        """Give the next action (B, A), normalised; the inputs are ignored while the queue holds some."""
-        if not self.queue:
-            chunk = self.policy.predict_chunk(inputs, noise, memory)
-            self.queue.extend(chunk[:, : self.policy.config.n_action_steps].unbind(1))
-        return self.queue.popleft()
-
-
 def prefix_inputs(inputs: dict) -> tuple:
     """Pick `embed_prefix`'s arguments out of a dictionary of inputs."""
     return tuple(inputs[key] for key in ("images", "image_masks", "tokens", "token_mask", "state"))
@@ -476,6 +474,72 @@ def sample_means(loss: Tensor, is_pad: Tensor | None) -> Tensor:
     return torch.where(keep, loss, 0).flatten(1).sum(1) / terms.clamp(min=1)
 
 
+# ---- checkpoints --------------------------------------------------------------------------------------
+
+
+def load_policy(
+    name: str | Path,
+    revision: str | None = None,
+    vlm: str | None = None,
+    stats_of: str | None = None,
+    allow_missing: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[SmolVLA, Processor]:
+    """Load a policy and its processor: a folder in lerobot's layout, or a hub id at a revision.
+
+    Args: vlm names the language model's folder or hub id in the checkpoint's stead; stats_of chooses among
+    the statistics of several data sets; allow_missing goes on without tensors or statistics that are missing;
+    dtype is that of tower, trunk and expert, while the projections stay in float32.
+    Raises ValueError, one line, for missing or broken files, tensors that do not fit and missing statistics.
+    """
+    folder, raw, language, config = open_checkpoint(str(name), revision, vlm)
+    policy, among_weights = load_weights(config, folder / WEIGHTS, dtype, allow_missing)
+    return policy, load_processor(folder, config, raw, language, among_weights, stats_of, allow_missing)
+
+
+def load_weights(
+    config: SmolVLAConfig, path: Path, dtype: torch.dtype = torch.float32, allow_missing: bool = False
+) -> tuple[SmolVLA, dict[str, Tensor]]:
+    """Build a policy on one file's weights; give also the statistics that older checkpoints keep among them.
+
+    Nothing is built when anything does not fit. Tensors of the wanted dtype stay memory-mapped: pages are
+    read when they are used, and copied when changed.
+    """
+    tensors, statistics = read_weights(path)
+    with torch.device("meta"):  # no memory and no random draws for weights that are about to be replaced
+        policy = SmolVLA(config)
+    place(policy, tensors, path, dtype, allow_missing)
+    return policy, statistics
+
+
+def start_from_vlm(
+    preset: SmolVLAConfig, vlm: str, stats: Statistics, image_shape: tuple[int, int, int]
+) -> tuple[SmolVLA, Processor]:
+    """Start from a language model's own folder or hub id, with a fresh expert beside it.
+
+    The preset says what the folder does not: layers kept, the expert's share of the width, the chunk. Draws
+    from torch's global generator; expert layers as lerobot does, with deviation 0.02.
+    """
+    folder = find_folder(vlm)
+    language = read_language(folder)
+    raw = lerobot_config(preset, vlm, image_shape)
+    sizes = language_sizes(language.config, raw)
+    width = int(sizes["width"] * preset.expert_width / preset.width)
+    config = dataclasses.replace(preset, **sizes, expert_width=width)
+    with torch.device("meta"):
+        policy = SmolVLA(config)
+    tensors = read_language_weights(folder / WEIGHTS, config.layers)
+    fresh = {n: p for n, p in policy.state_dict().items() if not n.startswith(VLM_PARTS)}
+    draw(policy, set(fresh))
+    for layer in policy.expert.layers:
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear) and not (layer.cross and name.endswith(("k_proj", "v_proj"))):
+                nn.init.normal_(module.weight, std=0.02)
+    drawn = {lerobot_key(name): p for name, p in policy.state_dict().items() if name in fresh}
+    place(policy, tensors | drawn, folder / WEIGHTS)
+    return policy, Processor(config, raw, language, stats)
+
+
 # ---- command line -------------------------------------------------------------------------------------
 
 
@@ -502,9 +566,10 @@ class DescribeConfig:
 def main(config: DescribeConfig) -> None:
     """Print one checkpoint, or the presets' sizes."""
     if config.checkpoint is not None:
-        from checkpoint import describe_checkpoint  # which imports this file
-
-        print(describe_checkpoint(**dataclasses.asdict(config)))
+        folder, raw, language, sizes = open_checkpoint(config.checkpoint, config.revision, config.vlm)
+        policy, among = load_weights(sizes, folder / WEIGHTS, allow_missing=config.allow_missing)
+        processor = load_processor(folder, sizes, raw, language, among, config.stats_of, allow_missing=True)
+        print(describe_checkpoint(folder, policy, processor))
         return
     for name, preset in PRESETS.items():
         with torch.device("meta"):

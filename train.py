@@ -19,45 +19,48 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from arm import Arm, ArmConfig, load_arm
-from data import Demos, in_files, remember_checks
-from diagnostics import (
+from arm import Arm, load_arm
+from data import Source, held_out
+from files import read_json, read_tensors
+from model import masked_mean
+from ranks import Stop, Together, start_ranks, sum_over_ranks
+from readers.demos import Demos, chosen_statistics
+from readers.load import in_files
+from readers.prefetch import Loader
+from rollouts.facts import describe_data
+from smolvla import kernels
+from smolvla.config import PRESETS
+from training.diagnostics import (
     CollapseWatch,
     Usage,
     attention_diagnostics,
+    gradient_norms,
     memory_norm,
     world_diagnostics,
 )
-from encoders import open_backbone, resolved
-from facts import describe_data
-from features import Features, load_with
-from files import read_json, read_tensors
-from flops import flops_per_sample, utilisation
-from loader import Loader
-from offline import measure
-from optimise import Average, BadSteps, make_optimizer, optimizer_step, shares
-from ranks import Stop, Together, start_ranks, sum_over_ranks, wait_for_ranks
-from runs import (
+from training.flops import flops_per_sample, utilisation
+from training.held_out import measure
+from training.optimise import Average, BadSteps, OptimiseConfig, lr_factor, make_optimizer
+from training.run_folder import (
     OPTIMIZER,
     RAW,
     STATE,
     Progress,
-    banner,
     check_space,
     cut_metrics,
     device_name,
+    environment,
     fingerprint,
     log,
     log_validation,
@@ -67,20 +70,14 @@ from runs import (
     save,
     writing,
 )
-from selection import DataConfig, find_data
-from source import Source, held_out
-from start import build_arm, make_fast
-from world import Latents, cache_path, own_policy, prepare
+from training.start import StartConfig, build_arm, make_caches, open_data
 
 STEPS_AHEAD = 2  # steps whose pictures are decoded while another one runs
 
 
 @dataclass(frozen=True)
-class TrainConfig(ArmConfig, DataConfig):
+class TrainConfig(StartConfig, OptimiseConfig):
     """Train one arm."""
-
-    data: Path = Path("data/demo")
-    """Demonstrations: a folder or file in LIBERO's HDF5 layout, a LeRobot v3 folder, or one's hub id."""
 
     out: Path = Path("runs/run")
     """Run folder; one that exists is resumed, if its configuration agrees."""
@@ -88,71 +85,18 @@ class TrainConfig(ArmConfig, DataConfig):
     arm: str = ""
     """Name of the arm in reports; default: made from --fusion and --memory."""
 
-    init: str = "tiny"
-    """Where the policy starts: a preset's name (fresh weights), a checkpoint folder, or a hub id."""
+    compared_with: tuple[str, ...] = ()
+    """Arms that reports compare this one with."""
 
-    revision: str | None = None
-    """Revision of the hub id, to pin it."""
-
-    vlm: str | None = None
-    """Folder or hub id of the language model. With a checkpoint: its sizes and tokenizer, instead of what the
-    checkpoint names. With a preset: its weights too, and a fresh expert beside them."""
-
-    stats_of: str | None = None
-    """Data set whose statistics to use, where a checkpoint holds those of several."""
-
-    allow_missing: bool = False
-    """Go on when tensors or statistics of a checkpoint are missing, or tensors unexpected."""
-
-    freeze: Literal["expert", "vision", "none"] = "expert"
-    """What stays frozen: all but the expert (lerobot's default), only the vision tower, or nothing."""
-
-    features: Path | None = None
-    """Folder that `python world.py features` wrote for this --data, --init and --seed: its tokens stand in
-    for the pictures, and none is decoded. Not with --blind, whose mean picture needs them."""
-
-    total_samples: int = 100_000
-    """Training budget in samples, kept exactly."""
-
-    batch_size: int = 64
-    """Samples of an optimiser step, over all ranks."""
-
-    accumulate: int = 1
-    """Micro batches that each rank splits its share of a step into."""
+    prepare: bool = False
+    """Only make, or check, what this training reads beside the data, world latents and the --features: for
+    sweeps, whose runs share them, or before a GPU is paid for."""
 
     flow_draws: int = 1
     """Draws of noise and time a sample; they share one pass of the prefix."""
 
-    lr: float = 1e-4
-    """Peak learning rate."""
-
-    lr_world: float | None = None
-    """Peak learning rate of fusion and prophet; default: the same as --lr."""
-
-    lr_end: float = 0.025
-    """Final learning rate as a share of the peak."""
-
-    warmup_samples: int = 6_400
-    """Samples over which the learning rate rises; at most a tenth of the budget is used."""
-
-    weight_decay: float = 1e-10
-    """AdamW's weight decay (gates have none)."""
-
-    clip: float = 10.0
-    """Largest gradient norm."""
-
-    state_std_floor: float = 0.0
-    """Smallest deviation that a fresh policy's states are divided by, metres or radians. A dimension that the
-    demonstrations hardly use would otherwise be blown up: far outside of unit scale in a rollout."""
-
-    action_std_floor: float = 0.0
-    """The same for actions (full scale is 1): noise in an unused dimension would be a target too."""
-
-    seed: int = 0
-    """Seed of weights, data order and noise."""
-
     val_every: int = 0
-    """Samples between two measurements on held-out episodes (offline.py); 0: never, and none are held out."""
+    """Samples between two measurements on held-out episodes (held_out.py); 0: never, none are held out."""
 
     val_share: float = 0.1
     """Share of the episodes that are held out, where --val-every is set."""
@@ -167,16 +111,8 @@ class TrainConfig(ArmConfig, DataConfig):
     """Samples between two checkpoints that stay, a multiple of --save-every; of the others the newest two do.
     0: all stay. Only the newest two hold the optimiser's state."""
 
-    ema: float = 0.0
-    """Decay, over 64 samples, of a moving average of what trains; 0: none. Checkpoints then hold the average
-    as their weights, and beside it what to train on; held-out losses are the average's too."""
-
     max_bad_steps: int = 10
     """Steps in a row with a gradient that is not finite after which the run ends; such steps are skipped."""
-
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type that tower, trunk and expert compute in; auto: bfloat16 on a GPU, float32 on a CPU. What trains is
-    held in float32 in any case, what is frozen in this type."""
 
     compile: bool = False
     """Compile tower, trunk and expert block by block; for a GPU, where it pays within minutes."""
@@ -189,7 +125,6 @@ class TrainConfig(ArmConfig, DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        DataConfig.__post_init__(self)
         least_one = ("total_samples", "batch_size", "accumulate", "flow_draws", "log_every", "save_every")
         for flag in (*least_one, "max_bad_steps"):
             if getattr(self, flag) < 1:
@@ -202,18 +137,6 @@ class TrainConfig(ArmConfig, DataConfig):
             raise ValueError(f"--ema {self.ema} must be at least 0 and less than 1")
         if self.workers < 0:
             raise ValueError(f"--workers {self.workers} must be at least 0")
-        if self.features is not None and self.freeze != "expert":
-            raise ValueError(
-                f"--features with --freeze {self.freeze}: what makes the tokens would train, and theirs grow "
-                "stale; use --freeze expert, or leave --features out"
-            )
-        if self.features is not None and self.blind:
-            raise ValueError("--features with --blind: the mean picture needs the pictures; leave one out")
-        if self.sites and self.world_encoder == "siglip" and self.freeze == "none":
-            raise ValueError(
-                "--world-encoder siglip with --freeze none: the tower would train, and its latents grow "
-                "stale; use --freeze vision"
-            )
 
     @property
     def arm_name(self) -> str:
@@ -224,19 +147,15 @@ class TrainConfig(ArmConfig, DataConfig):
     def free(self) -> tuple[str, ...]:
         """Fields and facts that may change when a run is resumed."""
         return (
-            "out", "data", "pictures", "workers", "features", "log_every", "save_every", "keep_every",
-            "max_bad_steps", "compile", "threads", "accumulate", "world_model", "data_facts",
-            "flops_per_sample", "weights_fingerprint",
+            "out", "data", "pictures", "workers", "features", "prepare", "log_every", "save_every",
+            "keep_every", "max_bad_steps", "compile", "threads", "accumulate", "world_model", "data_facts",
+            "flops_per_sample", "weights_fingerprint", "compared_with",
         )  # fmt: skip
 
-    def stays(self, samples: int) -> bool:
-        """Whether the checkpoint at this many samples, a whole number of steps, stays for good."""
+    def stays(self, step: int) -> bool:
+        """Whether a step's checkpoint stays for good."""
+        samples = step * self.batch_size
         return not self.keep_every or passes(self.keep_every, samples - self.batch_size, samples)
-
-    def precision(self, device: torch.device) -> torch.dtype:
-        """The type to compute in on a device."""
-        auto = "bfloat16" if device.type == "cuda" else "float32"
-        return getattr(torch, auto if self.dtype == "auto" else self.dtype)
 
 
 # ---- main ---------------------------------------------------------------------------------------------
@@ -249,6 +168,11 @@ def main(config: TrainConfig) -> None:
     together = Together(ranks)
     if config.threads:
         torch.set_num_threads(config.threads)
+
+    if config.prepare:
+        for line in make_caches(config, rank, ranks, device):
+            say(line)
+        return
 
     # data
     last = agree_on_checkpoint(config, rank, together)
@@ -299,7 +223,8 @@ def main(config: TrainConfig) -> None:
 
     # run folder
     if rank == 0:
-        open_run(config, facts)
+        defaults = {f.name: f.default for f in dataclasses.fields(config)}
+        open_run(config.out, dataclasses.asdict(config) | facts, defaults, config.free)
         check_space(config.out, arm, bool(config.ema))  # now rather than after the first hours
         cut_metrics(config.out, progress.samples)
         start = config.init if last is None else f"{last}, resumed at {progress.samples:,} samples"
@@ -354,33 +279,14 @@ def agree_on_checkpoint(config: TrainConfig, rank: int, together: Together) -> P
     return found
 
 
-def open_data(
-    config: TrainConfig, last: Path | None, rank: int, ranks: int, say: Callable[[str], None]
-) -> tuple[TrainConfig, Demos, Features | None, Latents | None]:
-    """Read what is trained on; ranks share the work of a cache of world latents where there is none.
-
-    Returns the configuration with what the world encoder's model settles, and the demonstrations, their
-    features and their latents.
-    """
-    folder = find_data(config.data, config.data_revision)
-    home = config.cache_home(folder)
-    writes = config.sites and config.world_encoder == "pca" and not cache_path(home, config).exists()
-    if config.features is not None and writes:
-        say("there are no world latents yet: pictures are read once, to make them")
-    demos, features = load_with(config.features, folder, bool(writes), config)
-    backbone = None  # of the world latents
-    if config.sites:
-        start = {} if last is None else {"init": str(last), "stats_of": None}
-        backbone = open_backbone(config, own_policy(dataclasses.replace(config, **start), demos))
-        config = resolved(config, backbone)
-    if rank:
-        wait_for_ranks()  # the first rank checks the pictures, the others find that it did
-    if features is None:
-        demos = remember_checks(demos, home)
-    if rank == 0:
-        wait_for_ranks()
-    latents = prepare(home, demos, config, backbone, rank, ranks) if config.sites else None
-    return config, demos, features, latents
+def make_fast(config: TrainConfig, arm: Arm, device: torch.device) -> None:
+    """Hold and compute the policy in the wanted type, and take the device's fast path."""
+    arm.policy.set_dtype(config.precision(device))
+    if config.compile:
+        arm.policy.compile_blocks()
+    elif device.type == "cpu":
+        kernels.keep_memory()
+        kernels.speed_up(arm.policy, arm.policy.dtype)
 
 
 # ---- loop ---------------------------------------------------------------------------------------------
@@ -429,7 +335,7 @@ def spend(
                 rate = (done - since) / (time.perf_counter() - clock)
                 line = log_line(config, arm, out, progress, rate, ranks, facts) | usage.read()
                 if rank == 0:
-                    log(config, line)
+                    log(config.out, line, config.total_samples)
                 if (warning := watch.see(step, line)) and rank == 0:
                     print(warning, flush=True)
                 clock, since = time.perf_counter(), done
@@ -437,9 +343,9 @@ def spend(
                 with nullcontext() if average is None else average.in_place():
                     found = validate(source, out_episodes, rank, ranks)
                 if rank == 0:
-                    log_validation(config, {"samples": done, "step": step} | found)
+                    log_validation(config.out, {"samples": done, "step": step} | found)
             if rank == 0 and saves:
-                save(config, arm, source.processor, optimizer, progress, average)
+                save(config.out, arm, source.processor, optimizer, progress, average, config.stays)
             if stopping:
                 return
 
@@ -468,6 +374,117 @@ def expect(config: TrainConfig, source: Source, done: int, rank: int, ranks: int
         if (count := min(config.batch_size, config.total_samples - first)) > 0:
             for numbers, _ in shares(first, count, rank, ranks, config.accumulate):
                 source.expect(numbers)
+
+
+def shares(first: int, count: int, rank: int, ranks: int, accumulate: int) -> list[tuple[np.ndarray, float]]:
+    """This rank's micro batches of the step over samples first..first+count-1: numbers and weight.
+
+    Where a step has fewer samples than micro batches, a rank runs sample `first` with weight 0, so that all
+    ranks take part in every collective.
+    """
+    parts = np.array_split(np.arange(first, first + count), ranks * accumulate)
+    mine = parts[rank * accumulate : (rank + 1) * accumulate]
+    return [(part, 1.0) if len(part) else (np.array([first]), 0.0) for part in mine]
+
+
+def optimizer_step(
+    config: TrainConfig,
+    source: Source,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    first: int,
+    count: int,
+    rank: int,
+    ranks: int,
+    logged: bool = True,
+) -> dict:
+    """Take one step on samples first..first+count-1; gives this rank's sums for `log_line`, on the device.
+
+    The losses are sums over what counts (unpadded action terms; samples with a counted future), divided by
+    that count over the whole step, all ranks and micro batches: ranks and accumulation change nothing but
+    the order of a sum.
+    """
+    micro = [
+        (source.batch(numbers), weight)
+        for numbers, weight in shares(first, count, rank, ranks, config.accumulate)
+    ]
+    counts = sum_over_ranks(sum(weight * count_terms(source, batch) for batch, weight in micro))
+    optimizer.zero_grad(set_to_none=True)
+    winners = []
+    logs = torch.zeros(3, device=source.device)  # action loss, world loss, world cosine: sums
+    for i, (batch, weight) in enumerate(micro):
+        last = i == len(micro) - 1
+        with nullcontext() if last or ranks == 1 else model.no_sync():
+            out = model(*batch)
+            action, _ = masked_mean(out["action"], batch[0]["is_pad"])
+            loss = action / counts[0]
+            sums = [action.detach(), torch.zeros_like(action), torch.zeros_like(action)]
+            if "world" in out:
+                world = torch.where(out["counted"], out["world"], 0).sum()
+                loss = loss + config.lambda_world * world / counts[1].clamp(min=1)
+                sums[1], sums[2] = world.detach(), out["world_cos"].mean(1).sum()
+                winners.append(out["winner"])
+            (loss * ranks * weight).backward()  # DDP averages over ranks; times `ranks` makes it the sum
+        logs += weight * torch.stack(sums)
+    norms = gradient_norms(source.arm) if logged else {}  # before they are clipped
+    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.clip)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * lr_factor(config, first)
+    # Gradients are the sum over ranks by now, so all ranks see the same norm and skip the same steps. The
+    # fused kernel does the skipping (this is how GradScaler asks for it): no device waits for the host.
+    bad = ~torch.isfinite(norm)
+    optimizer.found_inf = bad.float()
+    optimizer.step()
+    facts = {"sums": logs, "counts": counts, "lr": optimizer.param_groups[0]["lr"], "bad": bad}
+    facts |= {"winner": torch.cat(winners)} if winners else {}
+    if logged:  # kept for `diagnose`; on other steps the batch and its graph go now
+        facts |= {"norms": {"grad_norm": norm} | norms, "batch": batch, "predicted": out.get("predicted")}
+    return facts
+
+
+def count_terms(source: Source, batch: tuple) -> Tensor:
+    """How many action terms and how many samples with a counted future a micro batch has, (2,) float64."""
+    inputs, world, _, times = batch
+    steps = (~inputs["is_pad"]).sum() * times.shape[1] * source.arm.policy.config.action_dim
+    moving = torch.zeros((), device=source.device)
+    if "valid" in world and source.arm.prophet is not None:
+        moving = source.arm.counts(world).sum()
+    return torch.stack([steps, moving]).double()
+
+
+# ---- what is said ------------------------------------------------------------------------------------
+
+
+def banner(
+    config: TrainConfig, demos: Demos, arm: Arm, facts: dict, ranks: int, device: torch.device, start: str
+) -> list[str]:
+    """Lay out what a person wants to know before a run, in eight lines at most; `start` names the weights."""
+    env, live, total = environment(), facts["params_trainable"], facts["params_total"]
+    commit = (env["git"] or "unknown")[:10] + (" with changes" if env["git_dirty"] else "")
+    versions = f"python {env['python']}, torch {torch.__version__}, numpy {env['versions']['numpy']}"
+    flops = f"{facts['flops_per_sample'] / 1e9:.3g} GFLOP a sample"
+    micro = -(-config.batch_size // (ranks * config.accumulate))
+    most = "" if micro * ranks * config.accumulate == config.batch_size else "at most "
+    tokens = f", tokens from {config.features}" if config.features else ""
+    fresh = config.init in PRESETS and start == config.init
+    lines = [
+        f"arm {facts['arm']}, seed {config.seed}, git {commit}; run folder {config.out}",
+        f"device {env['device']} ({device.type}), {ranks} rank(s), {env['threads']} threads; {versions}",
+        f"parameters {live:,} trainable of {total:,} (freeze {config.freeze}), in {facts['dtype']}; {flops}",
+        f"effective batch {config.batch_size} = micro {most}{micro} x accumulation {config.accumulate} "
+        f"x ranks {ranks}; {config.flow_draws} flow draw(s) a sample",
+        f"budget {config.total_samples:,} samples; a checkpoint every {config.save_every:,}",
+        f"data {config.data}: {len(demos.first)} episodes, {len(demos):,} frames, fingerprint "
+        f"{demos.fingerprint}{tokens}; statistics: "
+        + (chosen_statistics(demos)[1] if fresh else "from the checkpoint"),
+        f"checkpoint {start}, fingerprint {facts['weights_fingerprint']}",
+    ]
+    if config.sites:
+        ahead, chunk = config.future * config.world_stride, arm.policy.config.n_action_steps
+        back = (config.history - 1) * config.world_stride + config.world_clip - 1
+        looks = f"looks {ahead / 20:.1f} s ahead, {back / 20:.1f} s back"
+        lines.append(f"memory {config.mode}: {looks}; a chunk executes {chunk / 20:.1f} s")
+    return lines
 
 
 def log_line(

@@ -2,9 +2,11 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
+os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])  # `python -m report` from any folder
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; what tests start inherits it
 
 

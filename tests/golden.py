@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -21,19 +22,37 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import lerobot_key, load_policy
-from layers import resize_with_pad
 from model import (
-    ActionQueue,
     SmolVLA,
     flow_target,
+    load_policy,
     masked_mean,
     prefix_inputs,
     sample_means,
 )  # fmt: skip
-from processor import Processor
+from smolvla.checkpoint import lerobot_key
+from smolvla.layers import resize_with_pad
+from smolvla.processor import Processor
 
 ATOL = RTOL = 1e-5
+
+
+class ActionQueue:
+    """lerobot's `select_action`: hand out a chunk's first n actions one by one, then ask for the next."""
+
+    def __init__(self, policy: SmolVLA) -> None:
+        self.policy = policy
+        self.queue: deque[Tensor] = deque()
+
+    def reset(self) -> None:
+        self.queue.clear()
+
+    def select(self, inputs: dict, noise: Tensor, memory: Tensor | None = None) -> Tensor:
+        """Give the next action (B, A), normalised; the inputs are ignored while the queue holds some."""
+        if not self.queue:
+            chunk = self.policy.predict_chunk(inputs, noise, memory)
+            self.queue.extend(chunk[:, : self.policy.config.n_action_steps].unbind(1))
+        return self.queue.popleft()
 
 
 def recompute(folder: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -6,10 +6,10 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from test_checkpoint import STATS
+from tiny import STATS
 
 from arm import WORLD_FILE, ArmConfig, Summary, load_arm, save_arm
-from checkpoint import WEIGHTS, fresh_processor
+from smolvla.checkpoint import WEIGHTS, fresh_processor
 
 
 def processor():

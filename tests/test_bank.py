@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from test_source import demos, source  # noqa: F401, a fixture
 
 from arm import ArmConfig, load_arm, save_arm
-from checkpoint import fresh_processor
-from diagnostics import CollapseWatch, Usage
 from fusion import Memory
 from model import prefix_inputs
 from prophet import CHANCE, CODED, Prophet, bank_loss, draw_chance, prophet_width
+from smolvla.checkpoint import fresh_processor
+from training.diagnostics import CollapseWatch, Usage
 
 N, K = 3, tiny.FUTURE
 WIDTH = prophet_width(tiny.LATENT)
@@ -214,7 +214,7 @@ def test_exchangeable_hypotheses_may_change_places_coded_ones_not(site, method):
 
 @each_method
 def test_a_bank_is_saved_loaded_and_compiles_whole(method, tmp_path):
-    from test_processor import STATS
+    from tiny import STATS
 
     arm = bank_arm(method).eval()
     tiny.open_gates(arm)

@@ -10,15 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
-from data import Demos, boundaries, load, sample_order, sample_rng, statistics
-from libero_hdf5 import CAMERAS
+from data import sample_order, sample_rng
+from readers import load as loading
+from readers.demos import Demos, StoredPictures, boundaries, statistics
+from readers.libero_hdf5 import CAMERAS
+from readers.load import load
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 
 
 def write_task(path: Path, lengths: tuple[int, ...] = (5, 3), size: int = 8, seed: int = 0) -> Path:
-    """Write one task file in LIBERO's layout, as `demos.py` does; tests then damage it."""
+    """Write one task file in LIBERO's layout, as `simulator/record.py` does; tests then damage it."""
     rng = np.random.default_rng(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as file:
@@ -96,7 +98,7 @@ def test_pictures_left_in_the_files_are_those_in_memory(tmp_path):
     here, there = load(tmp_path), load(tmp_path, in_memory=False)
     assert isinstance(here.images["observation.images.image"], np.ndarray)
     for camera, pictures in there.images.items():
-        assert isinstance(pictures, data.StoredPictures)
+        assert isinstance(pictures, StoredPictures)
         assert pictures.shape == here.images[camera].shape
         for index in ([11, 0, 7, 7, 8, 4], [3], []):
             assert torch.equal(there.frames(index, camera), here.frames(index, camera))
@@ -334,15 +336,15 @@ def test_damage_inside_a_dataset_is_found_on_reading(tmp_path):
 
 
 def test_a_folder_without_a_usable_recording_says_what_to_run(tmp_path):
-    with pytest.raises(ValueError, match=r"no such data folder or file.*python demos\.py"):
+    with pytest.raises(ValueError, match=r"no such data folder or file.*python -m simulator record"):
         load(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"no \*\.hdf5 file in .*python demos\.py"):
+    with pytest.raises(ValueError, match=r"no \*\.hdf5 file in .*python -m simulator record"):
         load(tmp_path)
     (tmp_path / "b_demo.parts").mkdir()
     write_task(tmp_path / "a_demo.hdf5")
     for path in (tmp_path, tmp_path / "b_demo.parts"):
         with pytest.raises(
-            ValueError, match=r"interrupted recording, .*b_demo\.parts .*run `python demos\.py` again"
+            ValueError, match=r"interrupted recording, .*b_demo\.parts .*`python -m simulator record` again"
         ):
             load(path)
     write_task(tmp_path / "b_demo.hdf5")
@@ -359,9 +361,9 @@ def test_files_of_different_picture_sizes_are_refused(tmp_path):
 def test_data_larger_than_memory_are_refused_before_reading(tmp_path, monkeypatch):
     path = write_task(tmp_path / "a_demo.hdf5")
     need = 8 * 2 * 8 * 8 * 3
-    monkeypatch.setattr(data, "available_memory", lambda: need)
+    monkeypatch.setattr(loading, "available_memory", lambda: need)
     load(path)
-    monkeypatch.setattr(data, "available_memory", lambda: need - 1)
+    monkeypatch.setattr(loading, "available_memory", lambda: need - 1)
     with pytest.raises(ValueError, match=r"8 frames from 2 cameras need .* are free: use fewer"):
         load(path)
 

@@ -13,11 +13,11 @@ import pytest
 import tiny
 import torch
 from test_arm import processor
-from test_plan import run_config
+from tiny import run_config
 
 from arm import save_arm
 from eval import EvalConfig, make_fast
-from plan import make_plans
+from rollouts.plan import make_plans
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,18 +10,17 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from golden import compare
+from golden import ActionQueue, compare
 from safetensors.torch import load_file, save_file
 
-from config import PRESETS, SmolVLAConfig
-from layers import patch_positions, resize_with_pad
 from model import (
-    ActionQueue,
     SmolVLA,
     masked_mean,
     prefix_inputs,
     sample_means,
 )
+from smolvla.config import PRESETS, SmolVLAConfig
+from smolvla.layers import patch_positions, resize_with_pad
 
 
 @pytest.mark.parametrize("name", sorted(p.parent.name for p in tiny.golden().parent.glob("*/info.json")))

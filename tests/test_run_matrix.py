@@ -115,7 +115,7 @@ def test_every_arm_is_one_that_train_takes():
 
 def test_data_that_are_given_are_not_recorded_and_need_suites():
     done = matrix("fusion", "--dry-run", DATA="some/where", SUITES="goal 10", TASKS="1,3-4", ARMS="E0")
-    assert not commands(done, "demos.py")
+    assert not commands(done, "simulator record")
     [line] = commands(done, "eval.py")
     assert "--suite libero_goal libero_10 --task-ids 1 3 4" in line
     done = matrix("fusion", "--dry-run", DATA="some/where")
@@ -124,7 +124,7 @@ def test_data_that_are_given_are_not_recorded_and_need_suites():
 
 def test_demonstrations_of_several_suites_go_into_one_folder():
     done = matrix("demo", "--dry-run", SUITES="object libero_goal", ARMS="E0", DATA="some/where")
-    recorded = commands(done, "demos.py")
+    recorded = commands(done, "simulator record")
     assert [line.split("--suite ")[1].split()[0] for line in recorded] == ["libero_object", "libero_goal"]
     assert all(line.endswith("--out some/where") for line in recorded)
 
@@ -144,7 +144,7 @@ def test_a_cell_is_asked_for_by_name_or_number(tmp_path):
 
 
 FAKE = """#!/bin/sh
-case "$*" in *.py*) echo "$HIP_VISIBLE_DEVICES $1"; sleep 0.2; esac
+case "$*" in *.py* | *-m*) echo "$HIP_VISIBLE_DEVICES $1"; sleep 0.2; esac
 while [ $# -gt 1 ]; do [ "$1" != --out ] || out=$2; program=${program:-$1}; shift; done
 case $program in
 train.py)
@@ -173,7 +173,7 @@ def test_each_cell_gets_a_device_of_its_own(tmp_path):
     places = pretend(tmp_path)
     done = matrix("smoke", GPUS="4 6", ARMS="E0 E1 E2", **places)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4,6 world.py" in done.stdout
+    assert "4,6 -m" in done.stdout
     seen = [(tmp_path / "runs" / f"{arm}-n96-s0.log").read_text() for arm in ("E0", "E1")]
     assert "4 train.py" in seen[0] and "6 train.py" in seen[1]
     begun = re.findall(r"begin: (\w+)-n96-s0 on device (\d)", done.stdout)

@@ -7,13 +7,13 @@ import pytest
 import tiny
 import torch
 from test_data import write_task
-from test_processor import STATS
+from tiny import STATS
 
-from checkpoint import fresh_processor
-from data import load
+from data import HELD_OUT, Source, held_out, saved_partners
+from latents.world import latents_of
 from prophet import NEEDS
-from source import HELD_OUT, Source, held_out, saved_partners
-from world import latents_of
+from readers.load import load
+from smolvla.checkpoint import fresh_processor
 
 LENGTHS = (9, 24, 12, 5)
 

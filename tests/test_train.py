@@ -22,13 +22,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_data import write_task
 
-import runs
 from arm import Summary
-from config import PRESETS
-from data import load, sample_order
-from optimise import lr_factor, shares
-from runs import check_space
-from train import TrainConfig
+from data import sample_order
+from readers.load import load
+from smolvla.config import PRESETS
+from train import TrainConfig, shares
+from training import run_folder
+from training.optimise import lr_factor
+from training.run_folder import check_space
 
 ROOT = Path(__file__).parent.parent
 FLAGS = [
@@ -229,7 +230,7 @@ POISONED = """
 import sys
 sys.path[:0] = sys.argv.pop(1).split(":")
 import torch, train, tyro
-from source import Source
+from data import Source
 flow = Source.flow
 def poisoned(self, keys):
     noise, times = flow(self, keys)
@@ -290,8 +291,8 @@ def test_bad_input_is_one_line_and_loses_nothing(data, straight, flags, message)
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     arm = tiny.arm()
     check_space(tmp_path, arm)
-    usage = runs.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(runs.shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    usage = run_folder.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
     with pytest.raises(ValueError, match=r"a checkpoint needs 0\.\d+ GB, the disk has 0\.00 GB left"):
         check_space(tmp_path, arm)
 

@@ -8,15 +8,30 @@ from pathlib import Path
 import torch
 
 from arm import Arm, ArmConfig, Summary
-from config import PRESETS, SmolVLAConfig
-from encoders import PCA, WorldStats
+from latents.encoders import PCA, WorldStats
 from model import SmolVLA
+from smolvla.config import PRESETS, SmolVLAConfig
+from training import run_folder
 
 CONFIG = dataclasses.replace(
     PRESETS["tiny"], vision_width=32, vision_mlp=64, vision_layers=1, image_size=32, patch_size=8, width=64,
     mlp=96, heads=2, kv_heads=1, chunk_size=6, n_action_steps=3, num_steps=3, expert_width=48, vocab_size=300,
 )  # fmt: skip
 LATENT, HISTORY, FUTURE = 16, 3, 4
+STATS = {
+    "observation.state": {
+        "mean": torch.zeros(8),
+        "std": torch.ones(8),
+        "min": -torch.ones(8),
+        "max": torch.ones(8),
+    },
+    "action": {
+        "mean": torch.full((7,), 0.5),
+        "std": torch.full((7,), 2.0),
+        "min": torch.zeros(7),
+        "max": torch.ones(7),
+    },
+}
 
 
 def policy(config: SmolVLAConfig = CONFIG, seed: int = 0) -> SmolVLA:
@@ -115,3 +130,22 @@ def open_gates(module: torch.nn.Module, value: float = 0.7) -> None:
 
 def golden() -> Path:
     return Path(__file__).parent / "golden" / "smolvla"
+
+
+def run_config(**fields) -> dict:
+    """What a run's config.json says of its recordings."""
+    record = {
+        "suite": "libero_object",
+        "task_id": 1,
+        "displace": 0.06,
+        "draw": "fast",
+        "reset": "soft",
+        "size": 32,
+    }
+    return {"arm": "E2", "data_provenance": [record | {"init_state_ids": [0, 1, 2]} | fields]}
+
+
+def open_run(config, facts: dict) -> None:
+    """Open a run's folder as train.py does."""
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    run_folder.open_run(config.out, dataclasses.asdict(config) | facts, defaults, config.free)

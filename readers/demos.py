@@ -1,0 +1,245 @@
+"""Demonstrations in flat arrays over frames: what every layout's reader returns, and statistics of it.
+
+An episode is a range of frames, and no chunk, history or future ever leaves it. Pictures stay uint8, the
+right way up. They are held in memory, or left in the files where they would not fit or hardly anyone looks.
+
+    demos = load(Path("data/demo"))                    # readers/load.py
+    demos.batch(np.arange(4), chunk=50, cameras=demos.images)
+    pytest tests/test_data.py
+
+Shapes: F frames, E episodes, S a picture's sides, B batch, T history frames, K future frames, C actions in a
+chunk, A action width. Feature names are lerobot's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Demos:
+    """All episodes, as flat arrays over frames."""
+
+    images: dict[str, np.ndarray | StoredPictures]
+    """Camera -> (F, S, S, 3) uint8, the right way up, as the policy sees it: in memory, or in the files."""
+    state: np.ndarray
+    """(F, 8) float32."""
+    action: np.ndarray
+    """(F, A) float32: the action taken on seeing that frame."""
+    episode: np.ndarray
+    """(F,) int64: the episode of each frame."""
+    first: np.ndarray
+    """(E,) int64: the first frame of each episode."""
+    last: np.ndarray
+    """(E,) int64: the last frame of each episode, itself included."""
+    task: np.ndarray
+    """(E,) int64: the episode's place in `tasks`."""
+    tasks: list[str]
+    """The instruction of each task file."""
+    provenance: list[dict[str, Any]]
+    """One record per task file, JSON-able: how it was recorded and from which init states."""
+    files: list[dict[str, Any]] = field(default_factory=list)
+    """One record per task file, JSON-able: its name, its bytes, and the bytes of each episode's pictures."""
+    checks: dict[str, list[int]] = field(default_factory=dict)
+    """Camera -> what `picture_checks` would give, where it is known already (latents/tower.py)."""
+    own_stats: dict[str, dict[str, np.ndarray]] | None = None
+    """The statistics that come with the data set, where they are complete and all of it is here."""
+
+    def __len__(self) -> int:
+        """Return the number of frames F."""
+        return len(self.episode)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Name the data in 16 hex digits, wherever its folder lies."""
+        return self.fingerprint_of(self.images)
+
+    def fingerprint_of(self, cameras: Iterable[str]) -> str:
+        """Name actions, states, instructions, boundaries and these cameras' pictures (all pixels, one CRC an
+        episode): what was made from one camera stays good when another is loaded as well."""
+        digest = hashlib.sha256(json.dumps([self.tasks, self.task.tolist(), self.first.tolist()]).encode())
+        for array in (self.state, self.action):
+            digest.update(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
+        for camera in sorted(cameras):
+            checks = self.checks.get(camera) or self.picture_checks(camera)
+            digest.update(json.dumps([camera, self.images[camera].shape, checks]).encode())
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def light_fingerprint(self) -> str:
+        """Name the data without decoding a picture: what `fingerprint_of(())` names, of pictures only what
+        headers say. Compressed pictures hardly change without changing their bytes; others do."""
+        return hashlib.sha256(json.dumps([self.fingerprint_of(()), self.files]).encode()).hexdigest()[:16]
+
+    def mean_picture(self, camera: str) -> np.ndarray:
+        """Return a camera's mean picture (S, S, 3) float64."""
+        images = self.images[camera]
+        sums = sum(images[a : b + 1].sum(0, dtype=np.int64) for a, b in zip(self.first, self.last))
+        return sums / len(self)
+
+    def picture_checks(self, camera: str, part: slice = slice(None)) -> list[int]:
+        """Return one CRC over all pixels for each episode, or each of a part of them."""
+        images = self.images[camera]
+        return [zlib.crc32(images[a : b + 1]) for a, b in zip(self.first[part], self.last[part])]
+
+    def only(self, episodes: np.ndarray) -> Demos:
+        """Return these episodes alone, in the order of the data; tasks keep their numbers."""
+        rows = np.flatnonzero(np.isin(self.episode, episodes))
+        episode, first, last = boundaries((self.last - self.first + 1)[episodes])
+        images = {
+            name: pictures.only(episodes) if isinstance(pictures, StoredPictures) else pictures[rows]
+            for name, pictures in self.images.items()
+        }
+        parts = {"images": images, "state": self.state[rows], "action": self.action[rows], "episode": episode}
+        parts |= {"first": first, "last": last, "task": self.task[episodes], "own_stats": None}
+        checks = {name: [found[e] for e in episodes] for name, found in self.checks.items()}
+        return replace(self, **parts, checks=checks)
+
+    def chunk(self, index: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
+        """Return the actions t .. t+length-1 (B, C, A) float32 and is_pad (B, C) bool: past the end the last
+        action is repeated."""
+        steps, inside = self._ahead(index, np.arange(length))  # (B,) -> (B, C)
+        return torch.from_numpy(self.action[steps]), torch.from_numpy(~inside)
+
+    def history(self, index: np.ndarray, T: int, stride: int) -> np.ndarray:
+        """Return the frames t-(T-1)s .. t (B, T) int64; before the episode its first frame repeats."""
+        index = self._check(index)
+        steps = index[:, None] - stride * np.arange(T - 1, -1, -1)  # (B,) -> (B, T)
+        return np.maximum(steps, self.first[self.episode[index]][:, None])
+
+    def future(self, index: np.ndarray, K: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the frames t+s .. t+Ks (B, K) int64, clamped to the episode, and valid (B, K) bool."""
+        return self._ahead(index, stride * np.arange(1, K + 1))
+
+    def frames(self, index: np.ndarray, camera: str) -> Tensor:
+        """Return pictures (B, 3, S, S) uint8, contiguous."""
+        assert camera in self.images, f"camera {camera} was not loaded; these were: {', '.join(self.images)}"
+        images = torch.from_numpy(self.images[camera][self._check(index)])
+        return images.permute(0, 3, 1, 2).contiguous()  # (B, S, S, 3) -> (B, 3, S, S)
+
+    def instruction(self, index: np.ndarray) -> list[str]:
+        """Return each frame's instruction."""
+        return [self.tasks[task] for task in self.task[self.episode[self._check(index)]]]
+
+    def batch(self, index: np.ndarray, chunk: int, cameras: Iterable[str]) -> dict[str, Any]:
+        """Return a batch under lerobot's names: pictures (B, 3, S, S) uint8 by camera, observation.state
+        (B, 8), action (B, C, A), action_is_pad (B, C) and task, a list of B instructions."""
+        action, is_pad = self.chunk(index, chunk)
+        return {camera: self.frames(index, camera) for camera in cameras} | {
+            "observation.state": torch.from_numpy(self.state[self._check(index)]),
+            "action": action,
+            "action_is_pad": is_pad,
+            "task": self.instruction(index),
+        }
+
+    def _ahead(self, index: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return index + offsets clamped to the episode, and where that was not needed; both (B, n)."""
+        index = self._check(index)
+        steps = index[:, None] + offsets  # (B,) -> (B, n)
+        last = self.last[self.episode[index]][:, None]
+        return np.minimum(steps, last), steps <= last
+
+    def _check(self, index: np.ndarray) -> np.ndarray:
+        """Refuse what numpy takes silently: a negative index counts from the end, into another episode."""
+        index = np.asarray(index, dtype=np.int64)
+        assert index.ndim == 1, f"frame indices must be a vector, got shape {index.shape}"
+        inside = (index >= 0) & (index < len(self))
+        assert inside.all(), f"frame indices must lie in 0..{len(self) - 1}, got {index[~inside]}"
+        return index
+
+
+@dataclass(frozen=True, eq=False)
+class StoredPictures:
+    """One camera's pictures left in their files: an array (F, S, S, 3) uint8 that is read where indexed."""
+
+    shape: tuple[int, int, int, int]
+    places: list[Any]
+    """Each episode's place in the files, as `read` takes it."""
+    first: np.ndarray
+    """(E,) int64: the first frame of each episode."""
+    read: Callable[[Any, np.ndarray], np.ndarray]
+    """The layout's own: an episode's place and steps (n,) -> pictures (n, S, S, 3), the right way up."""
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Read pictures (n, S, S, 3)."""
+        rows = np.arange(self.shape[0])[rows]
+        out = np.empty((len(rows), *self.shape[1:]), np.uint8)
+        episode = np.searchsorted(self.first, rows, side="right") - 1
+        for number in np.unique(episode):
+            here = np.flatnonzero(episode == number)
+            out[here] = self.read(self.places[number], rows[here] - self.first[number])
+        return out
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def only(self, episodes: np.ndarray) -> StoredPictures:
+        """Return these episodes' pictures alone."""
+        ends = np.append(self.first[1:], self.shape[0])
+        _, first, last = boundaries((ends - self.first)[episodes])
+        places = [self.places[e] for e in episodes]
+        return replace(self, shape=(int(last[-1]) + 1, *self.shape[1:]), places=places, first=first)
+
+
+def boundaries(lengths: Iterable[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return episode (F,), first (E,) and last (E,) for episodes of these lengths laid end to end."""
+    lengths = np.asarray(list(lengths), dtype=np.int64)
+    ends = np.cumsum(lengths)
+    return np.repeat(np.arange(len(lengths)), lengths), ends - lengths, ends - 1
+
+
+def picture_bytes(demos: Demos) -> int:
+    return sum(math.prod(pictures.shape) for pictures in demos.images.values())
+
+
+def available_memory() -> int | None:
+    """Return the bytes to be had without swapping, or None where the system does not say (not Linux)."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+# ---- statistics --------------------------------------------------------------------------------------
+
+
+def chosen_statistics(demos: Demos) -> tuple[dict[str, dict[str, Tensor]], str]:
+    """Return the statistics that a fresh policy takes, and a line that says where they come from."""
+    if demos.own_stats is None:
+        return statistics(demos), f"computed from these {len(demos):,} frames"
+    stats = {
+        name: {
+            key: torch.from_numpy(value).to(torch.int64 if key == "count" else torch.float32)
+            for key, value in values.items()
+        }
+        for name, values in demos.own_stats.items()
+    }
+    return stats, "the data set's own, meta/stats.json"
+
+
+def statistics(demos: Demos) -> dict[str, dict[str, Tensor]]:
+    """Return float32 mean, std (population), min, max and int64 count (1,), under lerobot's names."""
+    stats = {}
+    for name, values in (("observation.state", demos.state), ("action", demos.action)):
+        exact = torch.from_numpy(values).double()
+        stats[name] = {
+            "mean": exact.mean(0).float(),
+            "std": exact.std(0, unbiased=False).float(),
+            "min": exact.amin(0).float(),
+            "max": exact.amax(0).float(),
+            "count": torch.tensor([len(values)]),
+        }
+    return stats

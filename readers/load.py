@@ -1,0 +1,112 @@
+"""Open a data set, whatever its layout, and choose the part of it that was asked for.
+
+A data set is in LIBERO's HDF5 layout (libero_hdf5.py) or LeRobot's v3 (lerobot_v3.py), given by path or hub
+id; selection.py says which part of it is read.
+
+    demos = load("data/demo", in_memory=False)         # pictures stay in the files
+    pytest tests/test_data.py tests/readers
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+from readers.demos import Demos, StoredPictures, available_memory, picture_bytes
+from readers.selection import DataConfig, camera_key, choose_cameras, choose_episodes, find_data
+
+
+def load(
+    path: Path | str,
+    cameras: Iterable[str] | None = None,
+    in_memory: bool | None = True,
+    options: DataConfig | None = None,
+) -> Demos:
+    """Read a data set: a folder or file in LIBERO's HDF5 layout, a LeRobot v3 folder, or one's hub id.
+
+    Args: cameras, by the names that they get, of those that `options` chooses; default: all of these.
+    in_memory: whether pictures are decoded now; None: as `options` says, with a line where they are not.
+    Raises ValueError, in one line, for what is missing, damaged, inconsistent or too big for this machine.
+    """
+    options = options or DataConfig()
+    path = find_data(path, options.data_revision)
+    names = choose_cameras(options.cameras, cameras)
+    reader = layout(path)
+    demos = reader.read(path, None if names is None else list(names.values()))
+    if names is not None:  # two names may stand for one camera of the data
+        found = dict(zip(names, (demos.images[camera_key(old, demos.images)] for old in names.values())))
+        demos = replace(demos, images=found)
+    chosen = choose_episodes(demos.tasks, demos.task, options, path)
+    demos = demos if len(chosen) == len(demos.first) else demos.only(chosen)
+    if in_memory is None:
+        in_memory = options.pictures == "memory" or (options.pictures == "auto" and fits(demos))
+        if not in_memory and os.environ.get("RANK", "0") == "0":
+            print(f"data {path}: {picture_bytes(demos) / 2**30:.3g} GiB of pictures stay in the files")
+    if not in_memory:
+        return demos
+    check_memory(demos)
+    return replace(demos, images={camera: pictures[:] for camera, pictures in demos.images.items()})
+
+
+def layout(path: Path) -> ModuleType:
+    """Return the reader of a data set's layout; each has `read(path, cameras)`."""
+    if (path / "meta").is_dir():  # of whatever version; both import heavy packages
+        from readers import lerobot_v3 as reader
+    else:
+        from readers import libero_hdf5 as reader
+    return reader
+
+
+def fits(demos: Demos) -> bool:
+    """Say whether the pictures take at most half of the free memory, shared by the ranks of this machine."""
+    free, ranks = available_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return free is None or picture_bytes(demos) * ranks <= free / 2
+
+
+def check_memory(demos: Demos) -> None:
+    """Refuse a data set that would not fit, before the machine starts to swap or kills the run."""
+    need = picture_bytes(demos)
+    free = available_memory()
+    if free is not None and need > free:
+        raise ValueError(
+            f"{len(demos):,} frames from {len(demos.images)} cameras need {need / 2**30:.3g} GiB of memory,"
+            f" but {free / 2**30:.3g} GiB are free: use fewer episodes, or --pictures files"
+        )
+
+
+def in_files(demos: Demos) -> bool:
+    """Say whether pictures stay in the files."""
+    return any(isinstance(pictures, StoredPictures) for pictures in demos.images.values())
+
+
+def remember_checks(demos: Demos, home: Path) -> Demos:
+    """Give pictures that stay in the files their CRCs, from a file beside the data; where it knows nothing of
+    these files (names, bytes, times of change), every picture is decoded once, and the file is written.
+
+    Args: home, as `DataConfig.cache_home` gives it.
+    """
+    if not in_files(demos):
+        return demos
+    name = "picture_checks.json"
+    path = home / name if home.is_dir() else home.with_name(f"{home.stem}_{name}")
+    files = sorted({str(place.path) for pictures in demos.images.values() for place in pictures.places})
+    headers = [demos.light_fingerprint, [Path(file).stat().st_mtime_ns for file in files]]
+    try:
+        stored = json.loads(path.read_text())
+        checks = stored["checks"] if stored["headers"] == headers else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        checks = {}
+    if not set(demos.images) <= set(checks):
+        print(f"data: decoding {len(demos):,} frames once, to fingerprint them: {path}", flush=True)
+        checks = {camera: demos.picture_checks(camera) for camera in demos.images}
+        beside = path.with_name(f"{path.name}.{os.getpid()}")
+        try:
+            beside.write_text(json.dumps({"headers": headers, "checks": checks}) + "\n")
+            beside.replace(path)
+        except OSError as error:  # a folder that is only read; nothing but time is lost
+            print(f"data: the next run will do so again, {path} can't be written ({error.strerror})")
+    return replace(demos, checks={camera: checks[camera] for camera in demos.images})

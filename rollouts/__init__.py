@@ -1,0 +1,1 @@
+"""What an evaluation needs: its plan, episodes in the simulator, results, conformance, films, filmstrips."""

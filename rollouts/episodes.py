@@ -1,0 +1,103 @@
+"""What an evaluation writes: one JSON line an episode, and which episodes are there already.
+
+The first rank appends to episodes.jsonl, each other to a file of its own beside it, so that no two write to
+one file on whatever disk nodes share. When an evaluation begins and ends, the first rank takes the others'
+lines in: what a kill left behind is never lost, and never run again.
+
+    tail -n 1 runs/demo/E2-n64000-s0/episodes.jsonl
+    pytest tests/test_episodes.py
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from files import replace_text
+from rollouts.plan import Plan
+from rollouts.rollout import Episode
+from simulator.pool import Observation
+
+
+def own_file(path: Path, rank: int) -> Path:
+    """Name the file that a rank appends to: `path` itself for the first, episodes.rank3.jsonl for another."""
+    return path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
+
+
+def parts(path: Path) -> list[Path]:
+    """Name the files of other ranks that lie beside `path`."""
+    return sorted(path.parent.glob(f"{path.stem}.rank*{path.suffix}"))
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Read a file's episodes; none where there is none. A last line that a kill cut off is left out.
+
+    Raises ValueError, naming file and line, for anything else that is no episode.
+    """
+    if not path.is_file():
+        return []
+    *whole, _ = path.read_text().split("\n")  # after the last line's end there is nothing, or half a line
+    lines = []
+    for number, text in enumerate(whole, start=1):
+        try:
+            lines.append(json.loads(text))
+            key_of(lines[-1])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number} is no episode ({error!r}): mend or remove the line") from error
+    return lines
+
+
+def gather(path: Path, retry_crashes: bool = False) -> None:
+    """Take other ranks' lines into `path`, drop half a line that a kill left, and keep each episode once.
+
+    The file is replaced in one step, and only then the others' are removed: a kill loses nothing. With
+    `retry_crashes` episodes that crashed are dropped, so that they run again.
+    """
+    lines: dict[str, dict] = {}
+    for file in (path, *parts(path)):
+        for line in read_lines(file):
+            if not (retry_crashes and line["crash"]):
+                lines.setdefault(key_of(line), line)
+    text = "".join(json.dumps(line) + "\n" for line in lines.values())
+    if text != (path.read_text() if path.is_file() else ""):
+        replace_text(path, text)
+    for file in parts(path):
+        file.unlink()
+
+
+def read_all(path: Path) -> dict[str, dict]:
+    """Read the episodes that are there, by key, those of other ranks too."""
+    lines = [line for file in (path, *parts(path)) for line in read_lines(file)]
+    return {key_of(line): line for line in lines}
+
+
+def key_of(line: dict) -> str:
+    """What tells one episode of a run from another."""
+    return json.dumps(
+        [line[k] for k in ("checkpoint", "memory", "task_id", "init_state", "protocol")], sort_keys=True
+    )
+
+
+def result(plan: Plan, shared: dict, episode: Episode, last: Observation | None, crash: str | None) -> dict:
+    """One episode's line; shared holds what all lines of a mode have in common."""
+    return {
+        "suite": plan.sim.suite,
+        "task_id": episode.task,
+        "task": episode.prompt,
+        "init_state": episode.init_state,
+        "seen_in_training": (episode.task, episode.init_state) in plan.seen,
+        "success": None if last is None else last.success,
+        "crash": crash,
+        "steps": episode.steps,
+        "decisions": episode.decisions,
+        "final_state": None if last is None else [round(float(x), 6) for x in last.state],
+        "seed": plan.sim.seed,
+        "prompt": episode.prompt,
+        "seconds": round(time.perf_counter() - episode.started, 3),
+        "physics_seconds": round(episode.physics, 3),
+        "drawing_seconds": round(episode.drawing, 3),
+        "policy_seconds": round(episode.policy, 3),
+        "render_fingerprint": episode.fingerprint,
+        **shared,
+    }

@@ -1,0 +1,249 @@
+"""What an evaluation rolls out: the checkpoint, the protocol, the starts, and where results go.
+
+What the command line leaves open comes from what the training run recorded of its data, so that a policy
+meets the pictures and objects that it was trained on; a checkpoint from elsewhere gets LIBERO as published.
+
+    python eval.py runs/demo/E2-n64000-s0 --check     # the protocol, compared with checkpoint and data
+    pytest tests/test_plan.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from arm import Arm
+from files import read_json, write_json
+from simulator.env import (
+    NUM_INIT_STATES,
+    NUM_TASKS,
+    STEP_LIMITS,
+    SUITES,
+    SimConfig,
+    check_suite,
+    check_task,
+    parse_ids,
+)
+from smolvla.checkpoint import find_folder
+
+
+@dataclass(frozen=True)
+class ProtocolConfig:
+    """What is rolled out, from which starts, under which protocol."""
+
+    checkpoint: Annotated[str | None, tyro.conf.Positional] = None
+    """Run folder, checkpoint folder (lerobot's too), or hub id; default: the newest run under runs/."""
+
+    revision: str | None = None
+    """Revision of the hub id, to pin it."""
+
+    out: Path | None = None
+    """Folder that gets episodes.jsonl; default: the run folder, or runs/eval/NAME for a checkpoint without
+    one."""
+
+    suite: tuple[str, ...] = ()
+    """LIBERO suites, one after the other: spatial, object, goal, 10, 90; default: the training data's."""
+
+    task_ids: tuple[int, ...] = ()
+    """Tasks of each suite; default: those of the training data, all where it has none of that suite."""
+
+    episodes_per_task: int | None = None
+    """Episodes a task and mode; default: all init states that no demonstration started from."""
+
+    init_states: str | None = None
+    """Init states, such as 10-49 or 0,3,7; default: those that no demonstration started from."""
+
+    displace: float | None = None
+    """Largest displacement of the task's objects in metres; default: the training data's."""
+
+    draw: Literal["exact", "no-reflections", "fast"] | None = None
+    """Drawing: as LIBERO draws, without reflections, or with decimated meshes too; default: the training
+    data's, exact for a checkpoint from elsewhere."""
+
+    texture_colorspace: Literal["as_installed", "linear"] | None = None
+    """linear: textures as MuJoCo 3.3.2 draws them, under any version (`python -m simulator verify`)."""
+
+    reset: Literal["hard", "soft"] | None = None
+    """Resets between episodes; default: the training data's, hard for a checkpoint from elsewhere."""
+
+    size: int | None = None
+    """Side of the rendered pictures; default: the training data's."""
+
+    n_action_steps: int | None = None
+    """Actions executed of each chunk; default: the checkpoint's."""
+
+    max_steps: str = "lerobot"
+    """Step limit of an episode: a number, or whose protocol: lerobot, openpi (220 on spatial)."""
+
+    seed: int = 7
+    """Seed of the environments and of the policy's noise."""
+
+    policy_batch: int = 1
+    """Rows of every policy call, padded: part of the protocol, since it can change a float's last bits."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type that tower, trunk and expert are held and computed in."""
+
+    def __post_init__(self) -> None:
+        for flag in ("episodes_per_task", "n_action_steps", "policy_batch"):
+            value = getattr(self, flag)
+            if value is not None and value < 1:
+                raise ValueError(f"--{flag.replace('_', '-')} {value} must be at least 1")
+        if self.max_steps not in STEP_LIMITS and not self.max_steps.isdecimal():
+            raise ValueError(
+                f"--max-steps {self.max_steps} is no limit: give a number, or {' or '.join(STEP_LIMITS)}"
+            )
+        for suite in self.suites:
+            check_suite(suite)
+
+    @property
+    def suites(self) -> tuple[str, ...]:
+        """The suites' full names."""
+        return tuple(s if s.startswith("libero_") else f"libero_{s}" for s in self.suite)
+
+    def step_limit(self, suite: str) -> int:
+        """Steps after which an episode of a suite counts as failed."""
+        limits = STEP_LIMITS.get(self.max_steps)
+        return int(self.max_steps) if limits is None else limits[suite]
+
+
+# ---- checkpoint and results ---------------------------------------------------------------------------
+
+
+def newest_run(root: Path) -> Path:
+    """Find the run folder under `root` whose checkpoint was written last."""
+    links = sorted(root.glob("**/last"), key=lambda p: p.stat().st_mtime)
+    if not links:
+        raise ValueError(
+            f"no run under {root}/: train one with `python train.py`, or name a checkpoint folder"
+        )
+    return links[-1].parent
+
+
+@dataclass(frozen=True)
+class Target:
+    """The checkpoint that is rolled out, and where its results go."""
+
+    folder: Path  # the checkpoint's
+    out: Path  # the run folder, or one made for a checkpoint without
+    name: str  # what results call the checkpoint
+    run: dict  # what its training run recorded of itself; empty for a checkpoint without
+
+
+def find_target(config: ProtocolConfig) -> Target:
+    """Find a run's last checkpoint, a run's named one, a bare checkpoint folder, or a hub id's files.
+
+    Raises ValueError where there is none.
+    """
+    given = config.checkpoint or str(newest_run(Path("runs")))
+    path = Path(given)
+    title = path.name if path.is_dir() else given.partition("@")[0].replace("/", "-")
+    if path.is_dir() and not (path / "model.safetensors").is_file():
+        path = path / "last"
+        if not path.is_dir():
+            raise ValueError(
+                f"{given} is neither a run folder (with `last`) nor a checkpoint folder "
+                "(with model.safetensors)"
+            )
+    folder = find_folder(str(path), config.revision).resolve()
+    record = folder.parent / "config.json"
+    if record.is_file() and "arm" in (run := read_json(record)):
+        return Target(folder, config.out or folder.parent, folder.name, run)
+    return Target(folder, config.out or Path("runs/eval", title), folder.name, {})
+
+
+def open_out(target: Target, arm: Arm) -> None:
+    """Make a folder of its own for results, where it is asked for or the checkpoint is of no run of ours.
+
+    Its config.json says of what, so that a report can read it. Raises ValueError where it holds another's.
+    """
+    if target.run and target.out.resolve() == target.folder.parent:
+        return
+    record = target.run or {
+        "arm": target.out.name, "seed": 0, "total_samples": None,
+        "fusion": list(arm.config.sites) or ["none"], "memory": arm.config.memory,
+        "blind": arm.config.blind, "data_fingerprint": None,
+        "params_total": sum(p.numel() for p in arm.parameters()), "params_trainable": None,
+    }  # fmt: skip
+    source, path = str(target.folder.parent if target.run else target.folder), target.out / "config.json"
+    there = read_json(path).get("results_of", "a training run") if path.is_file() else source
+    if there != source:
+        raise ValueError(f"{target.out} holds results of {there}, not of {source}: choose another --out")
+    target.out.mkdir(parents=True, exist_ok=True)
+    write_json(path, record | {"results_of": source})
+
+
+# ---- protocol and starts ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The protocol and the starts of an evaluation."""
+
+    sim: SimConfig
+    starts: list[tuple[int, int]]  # (task id, init state)
+    seen: set[tuple[int, int]]  # those that a demonstration of the training data started from
+    n_action_steps: int
+    policy_batch: int
+    dtype: str = "float32"
+
+    def record(self) -> dict:
+        """The protocol, as it is stored with every result."""
+        return self.sim.record() | {
+            "n_action_steps": self.n_action_steps, "policy_batch": self.policy_batch, "dtype": self.dtype,
+        }  # fmt: skip
+
+
+def make_plans(config: ProtocolConfig, run: dict, arm: Arm) -> list[Plan]:
+    """Fill what the command line leaves open from the run's training data, a plan a suite.
+
+    Raises ValueError where neither says a suite, or there are not enough init states.
+    """
+    data = [d for d in run.get("data_provenance") or [] if d.get("suite")]
+    suites = config.suites or tuple(dict.fromkeys(d["suite"] for d in data))
+    if not suites:
+        raise ValueError(
+            "--suite is needed: the checkpoint does not say what it was trained on; choose from "
+            + ", ".join(s.removeprefix("libero_") for s in SUITES)
+        )
+    return [
+        make_plan(config, suite, {d["task_id"]: d for d in data if d["suite"] == suite}, arm)
+        for suite in suites
+    ]
+
+
+def make_plan(config: ProtocolConfig, suite: str, mine: dict[int, dict], arm: Arm) -> Plan:
+    """Plan one suite; mine: task -> what the training data record of it."""
+    first = next(iter(mine.values()), {})
+    chosen = {}
+    for name in ("displace", "draw", "texture_colorspace", "reset", "size"):
+        asked = getattr(config, name)
+        value = first.get(name) if asked is None else asked
+        if value is not None:
+            chosen[name] = value
+    sim = SimConfig(suite=suite, seed=config.seed, max_steps=config.step_limit(suite), **chosen)
+    starts, seen = [], set()
+    for task in config.task_ids or sorted(mine) or range(NUM_TASKS[suite]):
+        check_task(suite, task)
+        used = set(mine.get(task, {}).get("init_state_ids", ()))
+        starts += [(task, i) for i in chosen_starts(config, task, used)]
+        seen |= {(task, i) for i in used}
+    steps = config.n_action_steps or arm.policy.config.n_action_steps
+    return Plan(sim, starts, seen, steps, config.policy_batch, config.dtype)
+
+
+def chosen_starts(config: ProtocolConfig, task: int, used: set[int]) -> list[int]:
+    """The init states of a task, of which demonstrations `used` some; ValueError where there are too few."""
+    if config.init_states is not None:
+        ids = parse_ids(config.init_states, "--init-states", NUM_INIT_STATES)
+    else:
+        ids = [i for i in range(NUM_INIT_STATES) if i not in used]
+    if len(ids) < (config.episodes_per_task or 1):
+        raise ValueError(
+            f"--episodes-per-task {config.episodes_per_task}: task {task} has only {len(ids)} left "
+            f"({len(used)} are the demonstrations'); ask for fewer, or name --init-states"
+        )
+    return ids[: config.episodes_per_task]

@@ -1,0 +1,1 @@
+"""LIBERO: environments, drawing, the scripted expert; `python -m simulator record|verify`."""

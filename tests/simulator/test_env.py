@@ -1,0 +1,132 @@
+"""LIBERO's protocol and policy states. The slow one needs the simulator."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from simulator import env as sim
+from simulator import pool, verify
+
+CASES = Path(__file__).resolve().parents[1] / "libero_env"
+FRONT, _ = sim.CAMERAS
+
+
+@pytest.mark.parametrize("name", ["env", "pool", "render", "verify"])
+def test_importing_the_simulator_loads_neither_mujoco_nor_torch(name):
+    heavy = "{'mujoco', 'torch', 'libero', 'robosuite'}"
+    code = f"import sys, simulator.{name}; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_axis_angle_is_not_wrapped_and_equals_the_recorded_states():
+    for case in sorted(CASES.iterdir()):
+        with np.load(case / "run.npz") as arrays:
+            raw, states = arrays["raw"], arrays["state"]
+        for row, state in zip(raw, states, strict=True):
+            obs = {"robot0_eef_pos": row[:3], "robot0_eef_quat": row[3:7], "robot0_gripper_qpos": row[7:9]}
+            np.testing.assert_allclose(sim.state_vector(obs), state, atol=1e-5)
+    over = sim.axis_angle(np.array([np.sqrt(0.75), 0, 0, -0.5]))
+    np.testing.assert_allclose(
+        over, [4 * np.pi / 3, 0, 0], atol=1e-6
+    )  # past pi, where scipy would say -2 pi / 3
+
+
+def test_state_vector_is_float32_and_finite_for_the_identity():
+    obs = {
+        "robot0_eef_pos": np.ones(3),
+        "robot0_eef_quat": np.array([0, 0, 0, 1.0]),
+        "robot0_gripper_qpos": np.ones(2),
+    }
+    state = sim.state_vector(obs)
+    assert state.dtype == np.float32 and state.tolist() == [1, 1, 1, 0, 0, 0, 1, 1]
+
+
+def test_init_states_are_lists_and_ranges_in_the_order_given():
+    assert sim.parse_ids("7,0-2, 5", "--init-states") == [7, 0, 1, 2, 5]
+
+
+@pytest.mark.parametrize("text", ["", "a", "1-", "3-1", "1,,2", "-1", "1,0-2", "1.5"])
+def test_anything_else_is_an_error_that_shows_the_form(text):
+    with pytest.raises(ValueError, match="--init-states"):
+        sim.parse_ids(text, "--init-states")
+
+
+@pytest.mark.parametrize("text", ["", "5-", "3-1", "48-50", "50", "0-99999999999"])
+def test_init_states_that_are_not_shipped_are_one_line_that_names_the_flag(text):
+    with pytest.raises(ValueError, match=f"--init-states '{text}'") as caught:
+        sim.parse_ids(text, "--init-states", sim.NUM_INIT_STATES)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_shipped_init_state_may_be_named():
+    assert sim.parse_ids("0-49", "--init-states", sim.NUM_INIT_STATES) == list(range(50))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: sim.SimConfig(suite="libero_spacial"), "libero_spatial"),
+        (lambda: sim.SimConfig(displace=6), "--displace 0.06"),
+        (lambda: sim.SimConfig(draw="pretty"), "exact, no-reflections, fast"),
+        (lambda: sim.SimConfig(texture_colorspace="srgb"), "--texture-colorspace .* as_installed, linear"),
+        (lambda: sim.SimConfig(max_steps=0), "--max-steps"),
+        (lambda: sim.check_task("libero_goal", 10), "0..9"),
+        (lambda: sim.check_init_state(50), "0..49"),
+        (lambda: sim.check_camera("front"), "observation.images.image2"),
+    ],
+)
+def test_mistakes_are_named_in_one_line_with_what_is_allowed(make, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_the_record_of_a_configuration_is_json_with_versions():
+    record = json.loads(json.dumps(sim.SimConfig("libero_10", displace=0.06, draw="no-reflections").record()))
+    assert record["max_steps"] == 520 and record["displace"] == 0.06 and "mujoco" in record["versions"]
+    assert record["draw"] == "no-reflections" and record["texture_colorspace"] == "as_installed"
+
+
+# ---------------------------------------------------------------- with the simulator
+
+
+REUSED = {  # resets, drawing, and the init states that ran in the same environment before
+    "hard": ("hard", "exact", ()),
+    "hard, later": ("hard", "fast", (4,)),
+    "soft": ("soft", "fast", ()),
+    "soft, later": ("soft", "fast", (3, 4)),
+}
+
+
+def soft_and_hard(task_id: int) -> dict[str, np.ndarray]:
+    """Return an episode's simulator states, in fresh and in reused environments."""
+    actions = np.random.default_rng(0).uniform(-1, 1, (25, 7))
+    traces = {}
+    for name, (reset, draw, before) in REUSED.items():
+        config = sim.SimConfig("libero_object", size=64, draw=draw, reset=reset, displace=0.06)
+        env = sim.LiberoEnv(config, task_id)
+        for init_state in before:
+            env.reset(init_state)
+            env.draw(FRONT)
+            for action in actions[::-1]:
+                env.step(action)
+        env.reset(5, 1)
+        trace = [env.sim_state()]
+        for action in actions:
+            env.step(action)
+            trace.append(env.sim_state())
+        traces[name] = np.stack(trace)
+        env.close()
+    return traces
+
+
+@pytest.mark.slow
+def test_what_ran_before_changes_no_bit_and_soft_resets_hardly_any():
+    traces = pool.in_fresh_process(soft_and_hard, 1)
+    for reset in ("hard", "soft"):
+        assert np.array_equal(traces[reset], traces[f"{reset}, later"])
+    assert verify.largest(traces["hard"], traces["soft"]) < 1e-9

@@ -1,0 +1,1 @@
+"""What a run needs: its start, optimiser, run folder and checkpoints, held-out loss, diagnostics, FLOPs."""

@@ -1,0 +1,234 @@
+"""What a run starts from: fresh weights, a language model, or a checkpoint, with or without memory.
+
+Everything random is drawn from the seed, the policy first: arms of one seed share its initial weights.
+
+    arm, processor = build_arm(config, demos, latents, frames)      # config: StartConfig
+    pytest tests/test_train.py
+
+Shapes: T history, K future, S side of a picture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arm import Arm, ArmConfig, Summary, load_arm, stored_config
+from data import saved_partners
+from latents import tower, world
+from latents.encoders import open_backbone, resolved
+from latents.tower import Features, load_with
+from latents.world import Latents, cache_path, change_statistics, prepare
+from model import SmolVLA, load_policy, start_from_vlm
+from ranks import wait_for_ranks
+from readers.demos import Demos, chosen_statistics
+from readers.load import load, remember_checks
+from readers.selection import DataConfig, find_data
+from smolvla.checkpoint import fresh_processor
+from smolvla.config import PRESETS
+from smolvla.processor import Processor
+
+
+@dataclass(frozen=True)
+class StartConfig(ArmConfig, DataConfig):
+    """Where a run starts: data, the arm, and the weights, statistics and seed that it is built on."""
+
+    data: Path = Path("data/demo")
+    """Demonstrations: a folder or file in LIBERO's HDF5 layout, a LeRobot v3 folder, or one's hub id."""
+
+    init: str = "tiny"
+    """Where the policy starts: a preset's name (fresh weights), a checkpoint folder, or a hub id."""
+
+    revision: str | None = None
+    """Revision of the hub id, to pin it."""
+
+    vlm: str | None = None
+    """Folder or hub id of the language model. With a checkpoint: its sizes and tokenizer, instead of what the
+    checkpoint names. With a preset: its weights too, and a fresh expert beside them."""
+
+    stats_of: str | None = None
+    """Data set whose statistics to use, where a checkpoint holds those of several."""
+
+    allow_missing: bool = False
+    """Go on when tensors or statistics of a checkpoint are missing, or tensors unexpected."""
+
+    freeze: Literal["expert", "vision", "none"] = "expert"
+    """What stays frozen: all but the expert (lerobot's default), only the vision tower, or nothing."""
+
+    state_std_floor: float = 0.0
+    """Smallest deviation that a fresh policy's states are divided by, metres or radians. A dimension that the
+    demonstrations hardly use would otherwise be blown up: far outside of unit scale in a rollout."""
+
+    action_std_floor: float = 0.0
+    """The same for actions (full scale is 1): noise in an unused dimension would be a target too."""
+
+    seed: int = 0
+    """Seed of weights, data order and noise."""
+
+    features: Path | None = None
+    """Folder of the frozen tower's tokens for this --data, --init and --seed, as --prepare writes them: they
+    stand in for the pictures, and none is decoded. Not with --blind, whose mean picture needs them."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type that tower, trunk and expert compute in; auto: bfloat16 on a GPU, float32 on a CPU. What trains is
+    held in float32 in any case, what is frozen in this type."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        DataConfig.__post_init__(self)
+        if self.features is not None and self.freeze != "expert":
+            raise ValueError(
+                f"--features with --freeze {self.freeze}: what makes the tokens would train, and theirs grow "
+                "stale; use --freeze expert, or leave --features out"
+            )
+        if self.features is not None and self.blind:
+            raise ValueError("--features with --blind: the mean picture needs the pictures; leave one out")
+        if self.sites and self.world_encoder == "siglip" and self.freeze == "none":
+            raise ValueError(
+                "--world-encoder siglip with --freeze none: the tower would train, and its latents grow "
+                "stale; use --freeze vision"
+            )
+
+    def precision(self, device: torch.device) -> torch.dtype:
+        """The type to compute in on a device."""
+        auto = "bfloat16" if device.type == "cuda" else "float32"
+        return getattr(torch, auto if self.dtype == "auto" else self.dtype)
+
+
+# ---- data and what is kept beside them ----------------------------------------------------------------
+
+
+def make_caches(config: StartConfig, rank: int, ranks: int, device: torch.device) -> list[str]:
+    """Make what this training reads beside the data, or check it, all ranks together; a line for each."""
+    folder, lines = find_data(config.data, config.data_revision), []
+    demos = load(folder, in_memory=False, options=config)
+    if config.sites:
+        backbone = open_backbone(config, own_policy(config, demos))
+        if backbone is not None:
+            backbone.device = device
+        home, resolved_config = config.cache_home(folder), resolved(config, backbone)
+        lines.append(world.write(home, demos, resolved_config, backbone, rank, ranks))
+    if config.features is not None:
+        policy, processor = start_policy(config, demos)
+        tower.freeze(policy, demos, config.precision(device), device)
+        lines.append(tower.write(config.features, policy, processor, demos, rank, ranks))
+    return lines or ["nothing to prepare: this training reads the data alone"]
+
+
+def open_data(
+    config: StartConfig, last: Path | None, rank: int, ranks: int, say: Callable[[str], None]
+) -> tuple[StartConfig, Demos, Features | None, Latents | None]:
+    """Read what is trained on; ranks share the work of a cache of world latents where there is none.
+
+    Returns the configuration with what the world encoder's model settles, and the demonstrations, their
+    features and their latents.
+    """
+    folder = find_data(config.data, config.data_revision)
+    home = config.cache_home(folder)
+    writes = config.sites and config.world_encoder == "pca" and not cache_path(home, config).exists()
+    if config.features is not None and writes:
+        say("there are no world latents yet: pictures are read once, to make them")
+    demos, features = load_with(config.features, folder, bool(writes), config)
+    backbone = None  # of the world latents
+    if config.sites:
+        start = {} if last is None else {"init": str(last), "stats_of": None}
+        backbone = open_backbone(config, own_policy(dataclasses.replace(config, **start), demos))
+        config = resolved(config, backbone)
+    if rank:
+        wait_for_ranks()  # the first rank checks the pictures, the others find that it did
+    if features is None:
+        demos = remember_checks(demos, home)
+    if rank == 0:
+        wait_for_ranks()
+    latents = prepare(home, demos, config, backbone, rank, ranks) if config.sites else None
+    return config, demos, features, latents
+
+
+# ---- the arm ------------------------------------------------------------------------------------------
+
+
+def build_arm(
+    config: StartConfig, demos: Demos, latents: Latents | None, frames: np.ndarray
+) -> tuple[Arm, Processor]:
+    """Build the arm at its start; arms of one seed share the policy's initial weights."""
+    stored = None if config.init in PRESETS else stored_config(Path(config.init))
+    if stored is not None and stored.sites:
+        return continue_arm(config, stored)
+    policy, processor = build_policy(config, demos)
+    images = {}
+    if config.blind:
+        images = {name: mean_image(demos, name) for name in policy.config.cameras}
+    summary, encoder = Summary.none(config), None
+    if latents is not None:
+        scale, mean = change_statistics(demos, latents.z, config.future, config.world_stride, config.delta)
+        partners = saved_partners(demos, latents.z, config.history, config.world_stride, frames)
+        summary, encoder = Summary(scale, mean, partners), latents.encoder
+    torch.manual_seed(config.seed + 1)
+    return Arm(arm_config(config), policy, encoder, summary, images), processor
+
+
+def continue_arm(config: StartConfig, stored: ArmConfig) -> tuple[Arm, Processor]:
+    """Go on from an arm's checkpoint, memory modules included; ValueError where it is built another way."""
+    for field in dataclasses.fields(ArmConfig):
+        there, asked = getattr(stored, field.name), getattr(config, field.name)
+        if field.name not in ArmConfig.free_to_change and there != asked:
+            raise ValueError(
+                f"--init {config.init} was trained with {field.name} {there!r}, not {asked!r}: ask for the "
+                "same, or start from a checkpoint without memory"
+            )
+    if stored.has_prophet != config.has_prophet:
+        raise ValueError(
+            f"--init {config.init} was trained with --memory {stored.memory}, --memory {config.memory} "
+            f"{'needs a prophet that it lacks' if config.has_prophet else 'would drop its prophet'}"
+        )
+    how = {"vlm": config.vlm, "allow_missing": config.allow_missing}
+    arm, processor = load_arm(config.init, config.world_model, **how)
+    arm.config = arm_config(config)
+    return arm, processor
+
+
+def start_policy(config: StartConfig, demos: Demos) -> tuple[SmolVLA, Processor]:
+    """Build the policy that a run starts from; its draws leave the caller's generator alone."""
+    with torch.random.fork_rng(devices=[]):
+        return build_policy(config, demos)
+
+
+def own_policy(config: StartConfig, demos: Demos) -> SmolVLA | None:
+    """Build the policy that a run starts from, where the world latents are its tower's; else None."""
+    return start_policy(config, demos)[0] if config.world_encoder == "siglip" else None
+
+
+def build_policy(config: StartConfig, demos: Demos) -> tuple[SmolVLA, Processor]:
+    """A fresh preset with statistics and tokenizer from the data, or on a language model; or a checkpoint."""
+    torch.manual_seed(config.seed)
+    if config.init not in PRESETS:
+        return load_policy(config.init, config.revision, config.vlm, config.stats_of, config.allow_missing)
+    widths = {"state_dim": demos.state.shape[1], "action_dim": demos.action.shape[1]}
+    preset = dataclasses.replace(PRESETS[config.init], cameras=tuple(demos.images), **widths)
+    size = next(iter(demos.images.values())).shape[1]
+    stats, _ = chosen_statistics(demos)
+    floors = {"observation.state": config.state_std_floor, "action": config.action_std_floor}
+    for feature, floor in floors.items():
+        stats[feature]["std"] = stats[feature]["std"].clamp(min=floor)
+    if config.vlm is not None:
+        return start_from_vlm(preset, config.vlm, stats, (3, size, size))
+    processor = fresh_processor(preset, stats, demos.tasks, (3, size, size))
+    return SmolVLA(preset).initialise(), processor
+
+
+def arm_config(config: StartConfig) -> ArmConfig:
+    """The part of the configuration that stays with a checkpoint."""
+    return ArmConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(ArmConfig)})
+
+
+def mean_image(demos: Demos, camera: str) -> Tensor:
+    """The data set's mean picture of a camera, (3, S, S) uint8."""
+    mean = demos.mean_picture(camera).round().astype(np.uint8)
+    return torch.from_numpy(mean).permute(2, 0, 1).contiguous()  # (S, S, 3) -> (3, S, S)
