@@ -4,7 +4,7 @@ A cell is one arm, budget and seed: a run folder that train.py fills and eval.py
 how far it is, and `finished.txt` in it which commands ended well. Cells share data and caches, which are
 prepared first, and nothing else: each may be called again, by a person or a scheduler, and of two processes at
 one cell the second leaves it. The table of arms, the presets and the budgets come from the environment, where
-run_matrix.sh puts them. Python is all that is needed here: --dry-run and --list work on a fresh clone.
+run_matrix.sh puts them. Python is all that this file needs, so --dry-run and --list work on a fresh clone.
 
     ./run_matrix.sh smoke --dry-run     # commands and time left
     ./run_matrix.sh smoke               # prepares, trains, rolls out, reports
@@ -256,12 +256,12 @@ def clean(line: str) -> str:
 
 
 def values(log: Path, key: str) -> list[float]:
-    """Read a key's numbers from a log; again where it has grown."""
-    return values_of(log, key, log.stat().st_size) if log.is_file() else []
+    """Read a key's numbers from a log; again where it has changed."""
+    return values_at(log, key, log.stat().st_size, log.stat().st_mtime_ns) if log.is_file() else []
 
 
 @lru_cache(512)
-def values_of(log: Path, key: str, size: int) -> list[float]:
+def values_at(log: Path, key: str, size: int, changed: int) -> list[float]:
     found = [parse(line).get(key) for line in text(log).splitlines()]
     return [value for value in found if isinstance(value, float | int) and 0 < value < math.inf]
 
@@ -329,7 +329,8 @@ def say(line: str, log: TextIO | None = None) -> None:
 class Crew:
     """The commands that run now. Ctrl-C and SIGTERM ask them to save and end; a second time kills them."""
 
-    def __init__(self) -> None:
+    def __init__(self, env: Mapping[str, str]) -> None:
+        self.env = dict(env)
         self.processes: set[subprocess.Popen] = set()
         self.signals: list[int] = []
         self.stopping, self.guard = False, threading.Lock()
@@ -349,12 +350,14 @@ class Crew:
         say(shlex.join(command), log)
         more = {"stdout": log, "stderr": subprocess.STDOUT} if log else {}
         more |= {"pass_fds": [held.fileno()]} if held else {}
-        if device:
-            more["env"] = os.environ | {"HIP_VISIBLE_DEVICES": device, "CUDA_VISIBLE_DEVICES": device}
+        seen = (
+            {"HIP_VISIBLE_DEVICES": device, "CUDA_VISIBLE_DEVICES": device} if device else {}
+        )  # ROCm's, CUDA's
+        more |= {"env": self.env | seen, "stdin": subprocess.DEVNULL, "start_new_session": True}
         with self.guard:
             if self.stopping:
                 raise ValueError("stopped")
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, **more)
+            process = subprocess.Popen(command, **more)
             self.processes.add(process)
         if held:
             sign(held, process.pid, shlex.join(command))
@@ -382,7 +385,7 @@ class Crew:
 
 @contextmanager
 def lock(path: Path, waits: Crew | None = None) -> Iterator[TextIO]:
-    """Hold PATH.lock; where it is held, wait as long as the crew works, or raise Busy, saying who holds it."""
+    """Hold PATH.lock; where it is held, wait as long as the crew works, or raise Busy, and say who holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.lock", "a+", errors="replace") as file:
         told = ""
@@ -530,7 +533,7 @@ def main(arguments: list[str], env: Mapping[str, str]) -> int:
     if action in ("--list", "--dry-run"):
         print("\n".join(cell.name for cell in cells)) if action == "--list" else dry_run(job)
         return 0
-    crew = Crew()
+    crew = Crew(env)
     failed = work(job, action, cells, crew)
     if crew.signals:
         stopped = f"stopped by {signal.Signals(crew.signals[0]).name}; the same command goes on from here"
