@@ -2,9 +2,9 @@
 
 A cell is one arm, budget and seed: a run folder that train.py fills and eval.py rolls out. The folder says
 how far it is, and `finished.txt` in it which commands ended well. Cells share data and caches, which are
-prepared first, and nothing else: each may be called again, by a person or a scheduler, and of two processes at
-one cell the second leaves it. The table of arms, the presets and the budgets come from the environment, where
-run_matrix.sh puts them. Python is all that this file needs, so --dry-run and --list work on a fresh clone.
+prepared first, and nothing else: each may be called again, by a person or a scheduler, and of two processes
+at one cell the second leaves it. Arms, presets and budgets come from the environment, where run_matrix.sh puts
+them. Python is all that is needed here, so that --dry-run and --list work on a fresh clone.
 
     ./run_matrix.sh smoke --dry-run     # commands and time left
     ./run_matrix.sh smoke               # prepares, trains, rolls out, reports
@@ -46,9 +46,8 @@ NUMBERS = {  # variable: what each of its words must look like, an example; a li
 ACTIONS = ("", "--dry-run", "--list", "--prepare", "--cell", "--report")
 BATCH_SIZE = 64  # train.py's own
 GRACE = 60  # seconds that commands have to save what they have, once they are asked to stop
-LOOK, QUIET = 60, 600  # seconds between two looks at what runs, and between two lines of a cell without news
+LOOK = 60  # seconds between two looks at a cell that runs
 STARTED = time.monotonic()
-Work = Callable[[str], None]  # on a device
 
 
 class Busy(Exception):
@@ -255,25 +254,25 @@ def clean(line: str) -> str:
     return "".join(letter for letter in line if letter.isprintable())[:200]
 
 
-def values(log: Path, key: str) -> list[float]:
-    """Read a key's numbers from a log; again where it has changed."""
-    return values_at(log, key, log.stat().st_size, log.stat().st_mtime_ns) if log.is_file() else []
-
-
 @lru_cache(512)
-def values_at(log: Path, key: str, size: int, changed: int) -> list[float]:
+def values(log: Path, key: str, changed: tuple[int, int]) -> list[float]:
+    """Read a key's numbers from a log; changed, its size and time, tells when to read again."""
     found = [parse(line).get(key) for line in text(log).splitlines()]
     return [value for value in found if isinstance(value, float | int) and 0 < value < math.inf]
+
+
+def numbers(logs: Iterable[Path], key: str) -> list[float]:
+    """Gather a key's numbers from logs."""
+    stats = [(log, log.stat()) for log in logs]
+    return [value for log, stat in stats for value in values(log, key, (stat.st_size, stat.st_mtime_ns))]
 
 
 def measured(job: Job, arm: Arm, key: str, logs: Iterable[Path]) -> float | None:
     """Return the median over runs from the same initial policy, this arm's if there are any; None: no run."""
     logs = {log.resolve() for log in logs if parse(text(log.parent / "config.json")).get("init") == job.init}
     own = {log for log in logs if log.parent.name.startswith(f"{arm.name}-n")}
-    for group in (own, logs):
-        if found := [value for log in group for value in values(log, key)]:
-            return statistics.median_low(found)
-    return None
+    found = numbers(own, key) or numbers(logs, key)
+    return statistics.median_low(found) if found else None
 
 
 def standing(job: Job, cell: Cell, live: bool = False) -> tuple[float | None, tuple[int, int], str]:
@@ -283,7 +282,7 @@ def standing(job: Job, cell: Cell, live: bool = False) -> tuple[float | None, tu
     """
     folder = job.out / cell.name
     found = [parse(text(folder / "last" / "state.json")).get("samples")]
-    found += values(folder / "metrics.jsonl", "samples")[-1:] if live else []
+    found += numbers(folder.glob("metrics.jsonl"), "samples")[-1:] if live else []
     samples = min(cell.budget, max([0, *(n for n in found if isinstance(n, int))]))
     episodes = text(folder / "episodes.jsonl").count("\n")
     starts = int(job.env["EPISODES"]) * len(job.tasks) * len(job.suites)
@@ -291,17 +290,15 @@ def standing(job: Job, cell: Cell, live: bool = False) -> tuple[float | None, tu
 
     logs = [*job.out.glob("*/metrics.jsonl"), *Path("runs").glob("*/*/metrics.jsonl")]
     rate = measured(job, cell.arm, "samples_per_second", logs)
-    each = measured(
-        job, cell.arm, "seconds", job.out.glob("*/episodes.jsonl")
-    )  # step limits differ elsewhere
+    # Of OUT alone, since step limits differ elsewhere.
+    each = measured(job, cell.arm, "seconds", job.out.glob("*/episodes.jsonl"))
     train, roll_out = cell.budget - samples, max(0, wanted - episodes)
     minutes, left = None, "time left not measured yet"
     if (rate or not train) and (each or not roll_out):
         minutes = (train / (rate or 1) + roll_out * (each or 0) / job.envs) / 60
         left = f"{minutes:8.1f} min left"
-    line = (
-        f"{left}: {cell.name} has {samples:,} of {cell.budget:,} samples, {episodes:,} of {wanted:,} episodes"
-    )
+    line = f"{left}: {cell.name} has {samples:,} of {cell.budget:,} samples"
+    line += f", {episodes:,} of {wanted:,} episodes"
     line += f"; {rate:.1f} samples/s measured" if rate else ""
     line += f"; {each:.1f} s an episode measured" if each else ""
     return minutes, (10 * samples // cell.budget, 10 * episodes // wanted), line
@@ -330,30 +327,31 @@ class Crew:
     """The commands that run now. Ctrl-C and SIGTERM ask them to save and end; a second time kills them."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
-        self.env = dict(env)
+        self.env, self.guard, self.stopping = dict(env), threading.Lock(), False
         self.processes: set[subprocess.Popen] = set()
         self.signals: list[int] = []
-        self.stopping, self.guard = False, threading.Lock()
-
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
                 signal.signal(number, lambda number, _: self.signals.append(number))
 
     def run(
-        self, command: list[str], device: str, held: TextIO | None = None, log: TextIO | None = None
+        self,
+        command: list[str],
+        device: str,
+        held: TextIO | None = None,
+        log: TextIO | None = None,
+        tell: Callable[[], None] = lambda: None,
     ) -> None:
-        """Run a command to its end; ValueError says how one that fails ended.
+        """Run a command to its end, calling `tell` now and then; ValueError says how one that fails ended.
 
         It has a session of its own, so that Ctrl-C is ours to hand on. held: a lock that it holds as well, so
         that it stays taken where this program alone is killed.
         """
         say(shlex.join(command), log)
-        more = {"stdout": log, "stderr": subprocess.STDOUT} if log else {}
+        env = dict.fromkeys(("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES") if device else (), device)
+        more = {"env": self.env | env, "stdin": subprocess.DEVNULL, "start_new_session": True}
+        more |= {"stdout": log, "stderr": subprocess.STDOUT} if log else {}
         more |= {"pass_fds": [held.fileno()]} if held else {}
-        seen = (
-            {"HIP_VISIBLE_DEVICES": device, "CUDA_VISIBLE_DEVICES": device} if device else {}
-        )  # ROCm's, CUDA's
-        more |= {"env": self.env | seen, "stdin": subprocess.DEVNULL, "start_new_session": True}
         with self.guard:
             if self.stopping:
                 raise ValueError("stopped")
@@ -361,9 +359,13 @@ class Crew:
             self.processes.add(process)
         if held:
             sign(held, process.pid, shlex.join(command))
-        code = process.wait()
+        while process.poll() is None:
+            try:
+                process.wait(LOOK)
+            except subprocess.TimeoutExpired:
+                tell()
         self.processes.discard(process)
-        if code:
+        if code := process.returncode:
             lines = text(Path(log.name)).strip().splitlines() if log else []
             ended = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
             raise ValueError(f"{ended}: {clean(lines[-1] if lines else shlex.join(command))}")
@@ -385,22 +387,13 @@ class Crew:
 
 @contextmanager
 def lock(path: Path, waits: Crew | None = None) -> Iterator[TextIO]:
-    """Hold PATH.lock; where it is held, wait as long as the crew works, or raise Busy, and say who holds it."""
+    """Hold PATH.lock; where it is held, wait while the crew works, or raise Busy, and say who holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.lock", "a+", errors="replace") as file:
         told = ""
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                file.seek(0)
-                holder = f"{clean(file.read(300)) or 'another process'} is at it"
-            except OSError as error:  # a file system without locks
-                say(
-                    f"warning: {file.name} cannot be locked ({error}): see that no two processes run one cell"
-                )
-                break
+        while not take(file):
+            file.seek(0)
+            holder = f"{clean(file.read(300)) or 'another process'} is at it"
             if waits is None or waits.stopping:
                 raise Busy(holder)
             if holder != told:
@@ -411,6 +404,17 @@ def lock(path: Path, waits: Crew | None = None) -> Iterator[TextIO]:
         yield file
 
 
+def take(file: TextIO) -> bool:
+    """Lock a file, if nobody else has."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # a file system without locks
+        say(f"warning: {file.name} cannot be locked ({error}): see that no two processes use it")
+    return True
+
+
 def sign(file: TextIO, process: int, command: str) -> None:
     """Write who holds a lock."""
     file.truncate(0)
@@ -418,9 +422,7 @@ def sign(file: TextIO, process: int, command: str) -> None:
     file.flush()
 
 
-def carry_out(
-    todo: dict[str, Work], places: list[str], crew: Crew, look: Callable | None = None
-) -> list[str]:
+def carry_out(todo: dict[str, Callable[[str], None]], places: list[str], crew: Crew) -> list[str]:
     """Run each piece of work on the first place that is free, tell what fails, and return its names."""
     waiting, free, running, failed = list(todo), list(places), {}, []
     with ThreadPoolExecutor(len(places)) as pool:
@@ -438,9 +440,7 @@ def carry_out(
                 except (ValueError, OSError) as error:
                     say(f"FAILED: {name}: {error}")
                     failed.append(name)
-            if look:
-                look([name for name, _ in running.values()])
-        if crew.signals:
+        if crew.signals and not crew.stopping:
             crew.stop()
     return failed
 
@@ -457,39 +457,29 @@ def prepare(job: Job, crew: Crew, device: str) -> None:
 
 def run_cell(job: Job, cell: Cell, crew: Crew, alone: bool, device: str) -> None:
     """Train and roll out, on the console where it runs alone; Busy or ValueError where that cannot be."""
-    folder, on = job.out / cell.name, f" on device {device}" if device else ""
+    folder, told = job.out / cell.name, None
+
+    def tell() -> None:  # where a tenth more is done
+        nonlocal told
+        _, tenths, line = standing(job, cell, live=True)
+        if tenths != told and not alone:
+            say(line.strip())
+        told = tenths
+
     with lock(folder) as held, nullcontext() if alone else open(f"{folder}.log", "a") as log:
-        say(f"begin: {cell.name}{on}" + ("" if alone else f", log in {folder}.log"))
+        where = (f" on device {device}" if device else "") + ("" if alone else f", log in {folder}.log")
+        say(f"begin: {cell.name}{where}")
         for command, is_done in steps(job, cell):
             line, finished = shlex.join(command), folder / "finished.txt"
             if is_done() and line in text(finished).splitlines():
                 say(f"done before: {line}", log)
                 continue
-            crew.run(command, device, held, log)
+            crew.run(command, device, held, log, tell)
             if not is_done():  # a training that SIGTERM stops ends well, too
                 raise ValueError(f"stopped before its end; the same command goes on: {line}")
             with finished.open("a") as file:
                 file.write(line + "\n")
     say(f"done: {cell.name}" + ("" if alone else f"; {all_left(job, live=True)}"))
-
-
-def watch(job: Job) -> Callable[[list[str]], None]:
-    """Return what tells of cells that run: a line where a tenth more is done, or nothing was told for long."""
-    cells, told, looked = {cell.name: cell for cell in job.cells}, {}, time.monotonic()
-
-    def look(running: list[str]) -> None:
-        nonlocal looked
-        if time.monotonic() < looked + LOOK:
-            return
-        looked = time.monotonic()
-        for name in running:
-            _, tenths, line = standing(job, cells[name], live=True)
-            before, since = told.get(name, (None, looked))
-            if tenths != before or looked > since + QUIET:
-                say(line.strip())
-                told[name] = tenths, looked
-
-    return look
 
 
 def dry_run(job: Job) -> None:
@@ -512,7 +502,7 @@ def work(job: Job, action: str, cells: list[Cell], crew: Crew) -> list[str]:
     if action in ("", "--cell"):
         todo = {cell.name: partial(run_cell, job, cell, crew, action == "--cell") for cell in cells}
         places = [devices[i % len(devices)] for i in range(min(job.jobs, len(cells)))]
-        failed = carry_out(todo, places, crew, watch(job) if action == "" else None)
+        failed = carry_out(todo, places, crew)
     if action in ("", "--report"):
         failed += carry_out({"report": partial(crew.run, job.report)}, [""], crew)
     return failed
