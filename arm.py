@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
@@ -23,7 +25,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from files import read_tensors, save_tensors
+from files import Refused, read_tensors, save_tensors
 from fusion import Fusion, Memory, Site
 from latents.encoders import PCA, Learned, WorldConfig, encoder_from_state
 from model import SmolVLA, load_policy
@@ -50,6 +52,15 @@ from smolvla.checkpoint import save_policy
 from smolvla.processor import Processor
 
 WORLD_FILE = "world.safetensors"
+
+
+@contextmanager
+def asked() -> Iterator[None]:
+    """Pass on what fusion.py and prophet.py, which need torch alone, refuse of a person's flags."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refused(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -131,25 +142,25 @@ class ArmConfig(WorldConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if "none" in self.fusion and len(self.fusion) > 1:
-            raise ValueError(f"--fusion {' '.join(self.fusion)}: none excludes the others; name either")
+            raise Refused(f"--fusion {' '.join(self.fusion)}: none excludes the others; name either")
         for flag in ("history", "future", "world_stride", "num_hypotheses"):
             if getattr(self, flag) < 1:
-                raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)} must be at least 1")
+                raise Refused(f"--{flag.replace('_', '-')} {getattr(self, flag)} must be at least 1")
         count, method = self.num_hypotheses, self.hypothesis_method
         if (count == 1) != (method == "none"):
-            raise ValueError(
+            raise Refused(
                 f"--num-hypotheses {count} with --hypothesis-method {method}: one hypothesis needs none, "
                 "several need a method that tells them apart"
             )
         if (method == "dropout") != (self.prophet_dropout > 0) or not 0 <= self.prophet_dropout < 1:
-            raise ValueError(
+            raise Refused(
                 f"--prophet-dropout {self.prophet_dropout} with --hypothesis-method {method}: dropout needs "
                 "a share between 0 and 1, other methods 0"
             )
         if self.tau <= 0 or not 0 <= self.rwta_eps <= 1:
-            raise ValueError(f"--tau {self.tau} must be positive and --rwta-eps {self.rwta_eps} in 0..1")
+            raise Refused(f"--tau {self.tau} must be positive and --rwta-eps {self.rwta_eps} in 0..1")
         if method == "mixture" and self.detach_memory and self.world_loss != "softmin":
-            raise ValueError(
+            raise Refused(
                 f"--hypothesis-method mixture with --detach-memory and --world-loss {self.world_loss}: "
                 "nothing would teach the odds; use softmin"
             )
@@ -216,6 +227,16 @@ class Arm(nn.Module):
         super().__init__()
         self.config, self.policy, self.encoder = config, policy, encoder
         self.prophet: Prophet | None = None
+        with asked():
+            self.build(config, policy)
+        for name, value in summary._asdict().items():
+            self.register_buffer(name, value)
+        self.mean_images = nn.Module()  # of buffers, so that pictures do not count as parameters
+        for name, picture in mean_images.items():
+            self.mean_images.register_buffer(name.replace(".", "/"), picture)
+
+    def build(self, config: ArmConfig, policy: SmolVLA) -> None:
+        """Make what a plain policy does not have: the fusion sites and the prophet."""
         if config.sites:
             policy.fusion = Fusion(
                 config.sites,
@@ -240,11 +261,6 @@ class Arm(nn.Module):
                 config.hypothesis_method,
                 config.hypothesis_sigma,
             )
-        for name, value in summary._asdict().items():
-            self.register_buffer(name, value)
-        self.mean_images = nn.Module()  # of buffers, so that pictures do not count as parameters
-        for name, picture in mean_images.items():
-            self.mean_images.register_buffer(name.replace(".", "/"), picture)
 
     def new_modules(self) -> list[nn.Module]:
         """The modules that a plain policy does not have."""
@@ -260,21 +276,20 @@ class Arm(nn.Module):
     def needs(self, mode: str, rollout: bool = True) -> tuple[str, ...]:
         """Name what `mode` is made from: "z_hist", "z_future", "z_partner", "noise", "chance".
 
-        Raises ValueError for a mode that this arm cannot have, or no rollout.
+        Raises Refused for a mode that this arm cannot have, or no rollout.
         """
-        mode, _ = parse_mode(mode, self.config.num_hypotheses)
+        with asked():
+            mode, _ = parse_mode(mode, self.config.num_hypotheses)
         if rollout and mode not in ROLLOUT_MODES:
-            raise ValueError(
+            raise Refused(
                 f"--memory {mode} needs the future, which a rollout has not: choose from "
                 f"{', '.join(ROLLOUT_MODES)}, or evaluate offline"
             )
         if mode not in ("off", "zero") and not self.config.sites:
-            raise ValueError(
-                f"--memory {mode}: this arm has no fusion site to give memory to; only off applies"
-            )
+            raise Refused(f"--memory {mode}: this arm has no fusion site to give memory to; only off applies")
         if "prophet" in NEEDS[mode] and self.prophet is None:
             without = ", ".join(m for m in ROLLOUT_MODES if "prophet" not in NEEDS[m])
-            raise ValueError(f"--memory {mode} needs a prophet, and this arm has none: choose {without}")
+            raise Refused(f"--memory {mode} needs a prophet, and this arm has none: choose {without}")
         return self.config.made_from(mode)
 
     def imagine(self, past: Tensor, world: dict) -> Imagined:
@@ -394,7 +409,7 @@ def load_arm(folder: str | Path, world_model: str | None = None, **how: object) 
 
     Args: world_model, where the world encoder's model lies, if not where it lay in training. What else
     `load_policy` takes goes to it.
-    Raises ValueError, one line, where the folder is incomplete or its files do not fit one another.
+    Raises Refused, one line, where the folder is incomplete or its files do not fit one another.
     """
     policy, processor = load_policy(folder, **how)
     path = world_file(Path(folder))
@@ -413,12 +428,12 @@ def load_arm(folder: str | Path, world_model: str | None = None, **how: object) 
     encoder = encoder_from_state(encoded, config, policy) if encoded else None
     absent = [name for name in Summary._fields if name not in tensors]
     if absent:
-        raise ValueError(f"{path} has no {', '.join(absent)}: an older version wrote it; train the arm again")
+        raise Refused(f"{path} has no {', '.join(absent)}: an older version wrote it; train the arm again")
     summary = Summary(*(tensors[name] for name in Summary._fields))
     arm = Arm(config, policy, encoder, summary, images)
     wanted = {name for name in arm.state_dict() if is_ours(name)}
     if wanted != set(tensors):
-        raise ValueError(
+        raise Refused(
             f"{path} does not fit its config; tensors that differ: {', '.join(sorted(wanted ^ set(tensors)))}"
         )
     arm.load_state_dict(tensors, strict=False)
@@ -433,7 +448,7 @@ def world_file(folder: Path) -> Path:
 def stored_config(folder: Path) -> ArmConfig | None:
     """Read the configuration that an arm was saved with; None for a checkpoint without memory's file.
 
-    Raises ValueError where the file is damaged or of another version.
+    Raises Refused where the file is damaged or of another version.
     """
     path = world_file(folder)
     if not path.is_file():
@@ -442,7 +457,7 @@ def stored_config(folder: Path) -> ArmConfig | None:
         with safetensors.safe_open(path, "pt") as file:
             return ArmConfig(**{k: as_tuple(v) for k, v in json.loads(file.metadata()["config"]).items()})
     except (safetensors.SafetensorError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): take the checkpoint before it") from error
+        raise Refused(f"{path} cannot be read ({error}): take the checkpoint before it") from error
 
 
 def as_tuple(value: object) -> object:

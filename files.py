@@ -1,6 +1,6 @@
 """JSON and tensors on disk: one-line errors that name the file, and writing beside before renaming.
 
-    from files import read_json, read_tensors
+    from files import Refused, read_json, read_tensors
     weights = read_tensors(Path("runs/demo/E0-n64000-s0/last/model.safetensors"))    # name -> tensor
 
 Tensors that are read stay mapped from their file; what replaces it is another file under the same name.
@@ -11,34 +11,46 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import safetensors
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Refused(ValueError):
+    """What a person gave cannot be used: one line that says what is wrong, the value seen, and what to type.
+
+    Programs print it as that line. Any other error is ours, and keeps its traceback.
+    """
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON file; a missing or broken one is a ValueError that names it."""
+    """Read a JSON file; a missing or broken one is Refused by name."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing: a checkpoint folder needs it")
+        raise Refused(f"{path} is missing: a checkpoint folder needs it")
     try:
         return json.loads(path.read_text())
     except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{path} is not JSON ({error}): copy the checkpoint again") from error
+        raise Refused(f"{path} is not JSON ({error}): copy the checkpoint again") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file, memory-mapped; a missing or broken one is a ValueError that names it."""
+    """Read a safetensors file, memory-mapped; a missing or broken one is Refused by name."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file  # imports torch, which reports and the simulator do without
+
     if not path.is_file():
-        raise ValueError(f"{path} is missing: a checkpoint folder needs it")
+        raise Refused(f"{path} is missing: a checkpoint folder needs it")
     try:
         return load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): copy the checkpoint again") from error
+    except (SafetensorError, OSError) as error:
+        raise Refused(f"{path} cannot be read ({error}): copy the checkpoint again") from error
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file beside, then rename it: tensors may be mapped from the one it replaces."""
+    from safetensors.torch import save_file
+
     partial = path.with_name(f".{path.name}.partial")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
     partial.replace(path)

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
+from files import Refused
 from fusion import Fusion, Memory, MemoryCache, WorldTokens, repeat_memory, with_bias
 from smolvla.checkpoint import (
     VLM_PARTS,
@@ -138,7 +139,7 @@ class SmolVLA(nn.Module):
         training waits for every gradient that is asked for.
         """
         if what not in ("expert", "vision", "none"):
-            raise ValueError(f"--freeze {what!r} is unknown: choose expert, vision or none")
+            raise Refused(f"--freeze {what!r} is unknown: choose expert, vision or none")
         self.requires_grad_(True)
         self.lm_head.requires_grad_(False)
         self.text.norm.requires_grad_(False)
@@ -490,7 +491,7 @@ def load_policy(
     Args: vlm names the language model's folder or hub id in the checkpoint's stead; stats_of chooses among
     the statistics of several data sets; allow_missing goes on without tensors or statistics that are missing;
     dtype is that of tower, trunk and expert, while the projections stay in float32.
-    Raises ValueError, one line, for missing or broken files, tensors that do not fit and missing statistics.
+    Raises Refused, one line, for missing or broken files, tensors that do not fit and missing statistics.
     """
     folder, raw, language, config = open_checkpoint(str(name), revision, vlm)
     policy, among_weights = load_weights(config, folder / WEIGHTS, dtype, allow_missing)
@@ -583,5 +584,5 @@ def main(config: DescribeConfig) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(DescribeConfig))
-    except ValueError as error:
+    except Refused as error:
         sys.exit(f"error: {error}")

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from arm import Arm, load_arm
 from data import Source, held_out
-from files import read_json, read_tensors
+from files import Refused, read_json, read_tensors
 from model import masked_mean
 from ranks import Stop, Together, start_ranks, sum_over_ranks
 from readers.demos import Demos, chosen_statistics
@@ -128,15 +128,15 @@ class TrainConfig(StartConfig, OptimiseConfig):
         least_one = ("total_samples", "batch_size", "accumulate", "flow_draws", "log_every", "save_every")
         for flag in (*least_one, "max_bad_steps"):
             if getattr(self, flag) < 1:
-                raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)} must be at least 1")
+                raise Refused(f"--{flag.replace('_', '-')} {getattr(self, flag)} must be at least 1")
         if self.keep_every < 0 or self.keep_every % self.save_every:
-            raise ValueError(
+            raise Refused(
                 f"--keep-every {self.keep_every} must be a multiple of --save-every {self.save_every}, or 0"
             )
         if not 0 <= self.ema < 1:
-            raise ValueError(f"--ema {self.ema} must be at least 0 and less than 1")
+            raise Refused(f"--ema {self.ema} must be at least 0 and less than 1")
         if self.workers < 0:
-            raise ValueError(f"--workers {self.workers} must be at least 0")
+            raise Refused(f"--workers {self.workers} must be at least 0")
 
     @property
     def arm_name(self) -> str:
@@ -259,7 +259,7 @@ def main(config: TrainConfig) -> None:
 def agree_on_checkpoint(config: TrainConfig, rank: int, together: Together) -> Path | None:
     """Find the checkpoint that all ranks go on from, and point `last` at it; None for a fresh run.
 
-    Raises ValueError where a rank does not see it: it would train something else.
+    Raises Refused where a rank does not see it: it would train something else.
     """
     found = None
     if rank == 0:
@@ -272,7 +272,7 @@ def agree_on_checkpoint(config: TrainConfig, rank: int, together: Together) -> P
     found = together.gather(found)[0]
     seen = together.gather((config.out / "last").exists())
     if len(set(seen)) > 1:
-        raise ValueError(
+        raise Refused(
             f"--out {config.out}: {sum(seen)} of {len(seen)} ranks see a checkpoint there; all nodes must "
             "share the folder"
         )
@@ -306,7 +306,7 @@ def spend(
 ) -> None:
     """Spend the budget: steps, log lines, measurements and checkpoints, until its end or SIGTERM.
 
-    Raises ValueError after --max-bad-steps steps in a row without a finite gradient.
+    Raises Refused after --max-bad-steps steps in a row without a finite gradient.
     """
     arm, ranks = source.arm, together.ranks
     usage, watch = Usage(config.num_hypotheses, source.device), CollapseWatch()
@@ -362,7 +362,7 @@ def check_bad(config: TrainConfig, bad: BadSteps, progress: Progress, rank: int)
         return
     if rank:
         sys.exit(1)
-    raise ValueError(
+    raise Refused(
         f"--max-bad-steps {config.max_bad_steps}: {longest} steps in a row, up to {progress.samples:,} "
         "samples, had a gradient that is not finite; lower --lr, or look at the data (data.py check)"
     )
@@ -531,7 +531,7 @@ if __name__ == "__main__":
     rank0 = os.environ.get("RANK", "0") == "0"
     try:
         main(tyro.cli(TrainConfig, console_outputs=rank0))
-    except ValueError as error:
+    except Refused as error:
         sys.exit(f"error: {error}")
     finally:
         if dist.is_initialized():

@@ -44,6 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from arm import Arm, ArmConfig, Summary
 from bench import latents, loop, simulator
+from files import Refused
 from model import SmolVLA, prefix_inputs
 from readers.demos import Demos
 from readers.load import load
@@ -128,10 +129,10 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         if min(self.workers, default=0) < 0:
-            raise ValueError(f"--workers {self.workers} must be at least 0 each")
+            raise Refused(f"--workers {self.workers} must be at least 0 each")
         for flag in ("batch_size", "repeats", "rounds"):
             if getattr(self, flag) < 1:
-                raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)} must be at least 1")
+                raise Refused(f"--{flag.replace('_', '-')} {getattr(self, flag)} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def plan(config: BenchConfig) -> list[list[Case]]:
     kept = [[case for case in group if config.only in case.name] for group in groups]
     if not any(kept) and not (config.what == "train" and config.only in LOOP):
         names = ", ".join(dict.fromkeys(case.name for group in groups for case in group))
-        raise ValueError(f"--only {config.only!r} is in no case's name: these are {names}")
+        raise Refused(f"--only {config.only!r} is in no case's name: these are {names}")
     return [group for group in kept if group]
 
 
@@ -573,5 +574,5 @@ def main(config: BenchConfig) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(BenchConfig))
-    except ValueError as error:
+    except Refused as error:
         sys.exit(f"error: {error}")

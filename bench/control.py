@@ -49,6 +49,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from arm import Arm, ArmConfig, Summary
+from files import Refused
 from fusion import SITES
 from latents.encoders import PCA, WorldStats
 from model import SmolVLA
@@ -93,7 +94,7 @@ class ControlConfig:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"--steps {self.steps} must be at least 1")
+            raise Refused(f"--steps {self.steps} must be at least 1")
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -479,5 +480,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # at these sizes more threads only wait for one another
     try:
         sys.exit(main(tyro.cli(ControlConfig)))
-    except ValueError as error:
+    except Refused as error:
         sys.exit(f"error: {error}")

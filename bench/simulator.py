@@ -27,6 +27,7 @@ from typing import Literal
 
 import numpy as np
 
+from files import Refused
 from rollouts.conform import ITEMS
 from simulator.env import CAMERAS, RENDER_SIZE, SEED, SimConfig, check_task, load_init_states, versions
 from simulator.pool import EnvPool, in_fresh_process
@@ -70,11 +71,11 @@ class SimOptions:
         self.config()  # checks draw and size
         for flag in ("decide_every", "max_steps"):
             if getattr(self, flag) < 1:
-                raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)} must be at least 1")
+                raise Refused(f"--{flag.replace('_', '-')} {getattr(self, flag)} must be at least 1")
         if min(self.num_envs, default=0) < 1:
-            raise ValueError(f"--num-envs {self.num_envs} must name numbers of at least 1")
+            raise Refused(f"--num-envs {self.num_envs} must name numbers of at least 1")
         if self.episodes is not None and not 1 <= self.episodes <= 50:
-            raise ValueError(f"--episodes {self.episodes} must lie in 1..50, the init states of a task")
+            raise Refused(f"--episodes {self.episodes} must lie in 1..50, the init states of a task")
 
     def config(self) -> SimConfig:
         """Return the simulator's part."""
@@ -141,7 +142,7 @@ def run_window(
     while any(left.values()):
         for i, observation in pool.ready():
             if observation.done:
-                raise ValueError(f"{options.suite} task {options.task_id} was solved by chance: take another")
+                raise Refused(f"{options.suite} task {options.task_id} was solved by chance: take another")
             left[i], steps = left[i] - 1, steps + options.decide_every
             if left[i]:
                 pool.run(i, actions_of(options, first + blocks - left[i]), frames)
@@ -198,7 +199,7 @@ def evaluate(options: SimOptions, checkpoint: Path, episodes: int) -> dict:
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         seconds = time.perf_counter() - begun
         if done.returncode:
-            raise ValueError(f"eval.py failed: {(done.stderr.strip() or 'it said nothing').splitlines()[-1]}")
+            raise Refused(f"eval.py failed: {(done.stderr.strip() or 'it said nothing').splitlines()[-1]}")
         lines = [json.loads(line) for line in Path(temporary, "episodes.jsonl").read_text().splitlines()]
     found = {"case": name_of(episodes), "num_envs": options.num_envs[-1], "seconds": seconds}
     return found | shares(lines)
@@ -252,7 +253,7 @@ def lines(
 ) -> Iterator[dict]:
     """Measure case after case; gives each one's JSON line.
 
-    write makes a random checkpoint of a preset; turns are (windows of a turn, turns). Raises ValueError
+    write makes a random checkpoint of a preset; turns are (windows of a turn, turns). Raises Refused
     where `only` names no case.
     """
     episodes = options.episodes or (2 if size == "tiny" else 20)
@@ -260,7 +261,7 @@ def lines(
     cases = plan(options, repeats, 1 if size == "tiny" else 2)
     names = [*(case.name for case in cases), name_of(episodes)]
     if not any(only in name for name in names):
-        raise ValueError(f"--only {only!r} is in no case's name: these are {'; '.join(names)}")
+        raise Refused(f"--only {only!r} is in no case's name: these are {'; '.join(names)}")
     setup_gl()
     common = {"what": "sim", "suite": options.suite, "task_id": options.task_id, "draw": options.draw}
     common |= {"picture_size": options.picture_size, "decide_every": options.decide_every}

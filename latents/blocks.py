@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from files import Refused
 from readers.demos import Demos
 
 MARKS = "done.bin"
@@ -81,11 +82,11 @@ def cache_folder(data_path: Path, kind: str, identity: dict[str, Any]) -> Path:
 
 
 def compare(stored: dict[str, Any], wanted: dict[str, Any], again: str, what: str = "world cache") -> None:
-    """Raise ValueError, naming the field and both sides, at the first disagreement."""
+    """Raise Refused, naming the field and both sides, at the first disagreement."""
     for field, value in wanted.items():
         if stored.get(field) != value:
             has, wants = (f"{side}"[:80] for side in (stored.get(field), value))
-            raise ValueError(f"{what}, {field}: cache has {has}, run wants {wants}: {again}")
+            raise Refused(f"{what}, {field}: cache has {has}, run wants {wants}: {again}")
 
 
 def with_checks(demos: Demos, rank: int = 0, ranks: int = 1, cameras: Iterable[str] | None = None) -> Demos:
@@ -125,7 +126,7 @@ def unfinished(path: Path) -> bool:
 
 
 def lay_out(part: Path, layout: Layout, wanted: dict[str, Any]) -> None:
-    """Make an unfinished cache's files, or keep those that are there; ValueError where the disk is full.
+    """Make an unfinished cache's files, or keep those that are there; Refused where the disk is full.
 
     The sidecar comes first and the marks last: where there are marks, the rows that they speak of are there.
     """
@@ -155,7 +156,7 @@ def write_beside(path: Path, content: bytes, keep: bool = False) -> None:
 
 
 def check_space(part: Path, layout: Layout) -> None:
-    """Say how big the array will be; ValueError where the disk has too little left for what is missing."""
+    """Say how big the array will be; Refused where the disk has too little left for what is missing."""
     size, rows = layout.size, part / layout.file
     held = min(size, rows.stat().st_blocks * 512) if rows.is_file() else 0  # of a sparse file
     there = f", {held / 1e9:.3g} there" * bool(held)
@@ -163,7 +164,7 @@ def check_space(part: Path, layout: Layout) -> None:
     free = shutil.disk_usage(next(p for p in (part, *part.absolute().parents) if p.exists())).free
     if size - held > free:
         need = f"{layout.what} need {(size - held) / 1e9:.3g} GB more, the disk has {free / 1e9:.3g} GB left"
-        raise ValueError(f"{need}: {layout.elsewhere}")
+        raise Refused(f"{need}: {layout.elsewhere}")
 
 
 def write_blocks(

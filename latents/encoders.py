@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from files import read_json
+from files import Refused, read_json
 from readers.selection import camera_name
 from smolvla.checkpoint import find_folder
 from smolvla.layers import VisionTower, resize_with_pad
@@ -97,23 +97,21 @@ class WorldConfig:
 
     def __post_init__(self) -> None:
         if not self.world_camera or len(set(self.latent_cameras)) < len(self.world_camera):
-            raise ValueError(
-                f"--world-camera needs different cameras, got {self.world_camera}: name each once"
-            )
+            raise Refused(f"--world-camera needs different cameras, got {self.world_camera}: name each once")
         if self.world_resolution < 1:
-            raise ValueError(f"--world-resolution must be positive, got {self.world_resolution}: 32 is usual")
+            raise Refused(f"--world-resolution must be positive, got {self.world_resolution}: 32 is usual")
         if self.world_encoder == "pca" and not 1 <= self.world_dim <= self.latent_pixels:
             seen = f"{self.world_dim} with {self.latent_pixels} pixels in a shrunk picture"
-            raise ValueError(
+            raise Refused(
                 f"--world-dim is {seen}: choose 1..{self.latent_pixels}, or a larger --world-resolution"
             )
         if self.world_clip < 1 or (self.world_clip > 1 and self.world_encoder != "vjepa2"):
             sees = f"--world-clip {self.world_clip} with --world-encoder {self.world_encoder}"
-            raise ValueError(f"{sees}: only vjepa2 sees more than one frame; use 1")
+            raise Refused(f"{sees}: only vjepa2 sees more than one frame; use 1")
         if self.world_model is not None and self.world_encoder not in MODELS:
             own = "the policy's tower" if self.world_encoder == "siglip" else "fitted on the data"
             named = f"--world-model {self.world_model} with --world-encoder {self.world_encoder}"
-            raise ValueError(f"{named}, which is {own}: leave it out")
+            raise Refused(f"{named}, which is {own}: leave it out")
 
     @property
     def latent_cameras(self) -> tuple[str, ...]:
@@ -161,7 +159,7 @@ class WorldStats:
         spread = exact.std(0, unbiased=False)
         std = spread.square().mean().sqrt().reshape(1)
         if not std > 0:
-            raise ValueError("the world latents never change, all pictures are the same: record other ones")
+            raise Refused("the world latents never change, all pictures are the same: record other ones")
         return cls(exact.mean(0).float(), std.float(), (spread / std).float())
 
     @classmethod
@@ -175,7 +173,7 @@ class WorldStats:
         variance = sum(np.square(z[part] - mean).sum(0) for part in parts) / len(z)
         spread, least = np.sqrt(variance), FLOOR * np.sqrt(variance.mean())
         if not least > 0:
-            raise ValueError("the world latents never change, all pictures are the same: record other ones")
+            raise Refused("the world latents never change, all pictures are the same: record other ones")
         std = np.maximum(spread, least)
         return cls(*(torch.from_numpy(x.astype(np.float32)) for x in (mean, std, spread / std)))
 
@@ -201,7 +199,7 @@ def views(frames: Tensor | Mapping[str, Tensor], config: WorldConfig) -> list[Te
         assert picture.dtype == torch.uint8, f"pictures must be uint8 in 0..255, got {picture.dtype}"
         if picture.shape != pictures[0].shape or picture.shape[-2] != picture.shape[-1]:
             sizes = ", ".join(f"{p.shape[-2]} x {p.shape[-1]}" for p in pictures)
-            raise ValueError(f"--world-camera needs square pictures of one size, got {sizes}: name others")
+            raise Refused(f"--world-camera needs square pictures of one size, got {sizes}: name others")
         clip = tuple(picture.shape[1:-3])
         assert clip == ((config.world_clip,) if config.world_clip > 1 else ()), (
             f"--world-clip {config.world_clip} does not fit pictures {tuple(picture.shape)}"
@@ -213,9 +211,7 @@ def shrink(pictures: list[Tensor], resolution: int) -> Tensor:
     """Average pictures (n, 3, S, S) uint8 by area and lay cameras side by side: (n, P) float32 in 0..1."""
     size = pictures[0].shape[-1]
     if size < resolution:
-        raise ValueError(
-            f"--world-resolution {resolution} is more than the pictures' {size} pixels: lower it"
-        )
+        raise Refused(f"--world-resolution {resolution} is more than the pictures' {size} pixels: lower it")
     small = [F.interpolate(picture.float() / 255, size=resolution, mode="area") for picture in pictures]
     return torch.cat(small, dim=-1).flatten(1)  # V x (n, 3, R, R) -> (n, 3, R, V*R) -> (n, P)
 
@@ -234,7 +230,7 @@ class Encoder:
         """Return the cameras' pictures; ValueError for another size, which would shrink differently."""
         pictures = views(frames, self.config)
         if pictures[0].shape[-1] != self.size:
-            raise ValueError(
+            raise Refused(
                 f"the world encoder was fitted on {self.size}-pixel pictures, got {tuple(pictures[0].shape)}:"
                 f" render with --size {self.size}"
             )
@@ -353,7 +349,7 @@ class Learned(Encoder):
 def encoder_from_state(
     tensors: Mapping[str, Tensor], config: WorldConfig, policy: SmolVLA | None = None
 ) -> PCA | Learned:
-    """Rebuild the encoder that `state()` described; ValueError where tensors or weights are of another one.
+    """Rebuild the encoder that `state()` described; Refused where tensors or weights are of another one.
 
     Args: policy, whose tower `siglip` is.
     """
@@ -364,7 +360,7 @@ def encoder_from_state(
         stored = json.loads(bytes(tensors["learned.facts"].tolist()))
         for field in ("weights", "pooling"):
             if stored[field] != backbone.facts[field]:
-                raise ValueError(
+                raise Refused(
                     f"the world encoder's {field} differ: checkpoint has {stored[field]}, of"
                     f" {stored['model']}, {config.latent_model or 'the policy'} has {backbone.facts[field]}:"
                     " name the model that it was trained with by --world-model"
@@ -372,7 +368,7 @@ def encoder_from_state(
         return Learned(config, int(tensors["learned.size"]), backbone, stats)
     shape, wanted = tuple(tensors["pca.components"].shape), (config.world_dim, config.latent_pixels)
     if shape != wanted:
-        raise ValueError(
+        raise Refused(
             f"the stored world encoder has components {shape}, but --world-dim, --world-resolution and"
             f" --world-camera ask for {wanted}: use those that it was made with"
         )
@@ -383,7 +379,7 @@ def principal(pixels: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Return the mean (P,) and the first `dim` principal directions (dim, P) of rows (n, P), float32, by an
     exact eigen-decomposition in float64; an eigenvector's sign is free: its largest entry is positive."""
     if dim >= len(pixels):
-        raise ValueError(f"--world-dim {dim} needs more than {dim} frames, got {len(pixels)}: lower it")
+        raise Refused(f"--world-dim {dim} needs more than {dim} frames, got {len(pixels)}: lower it")
     exact = pixels.double()
     mean = exact.mean(0)
     exact -= mean
@@ -417,7 +413,7 @@ def resolved(config: WorldConfig, backbone: Backbone | None) -> Any:
     for flag, own in (("world_dim", width), ("world_resolution", backbone.side)):
         if getattr(config, flag) not in (own, getattr(plain, flag)):
             given = f"--{flag.replace('_', '-')} {getattr(config, flag)} with --world-encoder"
-            raise ValueError(f"{given} {config.world_encoder}, whose own is {own}: leave it out")
+            raise Refused(f"{given} {config.world_encoder}, whose own is {own}: leave it out")
     return dataclasses.replace(
         config,
         world_dim=width,
@@ -462,7 +458,7 @@ def folder_backbone(config: WorldConfig) -> Backbone:
     described = DEFAULTS[encoder] | read_json(folder / "config.json")
     if described.get("model_type") not in KINDS[encoder]:
         kind = described.get("model_type")
-        raise ValueError(f"--world-model {name} is a {kind!r} model, not {encoder}: name one that is")
+        raise Refused(f"--world-model {name} is a {kind!r} model, not {encoder}: name one that is")
     side, mean, std, mode = read_processing(folder, described)
     check_sizes(config, described, side)
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (mean, std))
@@ -503,18 +499,16 @@ def check_sizes(config: WorldConfig, described: dict[str, Any], side: int) -> No
     """Refuse what a model would cut off in silence: pixels beyond the last patch, a clip's newest frame."""
     patch, tubelet, m = described["patch_size"], described.get("tubelet_size", 1), config.world_clip
     if side % patch:
-        raise ValueError(f"{config.latent_model} has pictures of {side} by patches of {patch}: mend its side")
+        raise Refused(f"{config.latent_model} has pictures of {side} by patches of {patch}: mend its side")
     if m > 1 and m % tubelet:
-        raise ValueError(
-            f"--world-clip {m} is no multiple of {tubelet} frames, the model's step: use {m + 1}"
-        )
+        raise Refused(f"--world-clip {m} is no multiple of {tubelet} frames, the model's step: use {m + 1}")
 
 
 def folder_fingerprint(folder: Path, described: dict[str, Any], processing: list[Any]) -> str:
     """Name a model's weights, sizes and processing in 16 hex digits."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{folder} has no *.safetensors: save the model there with save_pretrained")
+        raise Refused(f"{folder} has no *.safetensors: save the model there with save_pretrained")
     kept = {key: value for key, value in described.items() if key not in VOLATILE}
     digest = hashlib.sha256(json.dumps([kept, processing], sort_keys=True).encode())
     for path in files:
@@ -530,7 +524,7 @@ def read_network(folder: Path, encoder: str) -> nn.Module:
         from transformers.utils import logging
     except ImportError as error:
         needs = f"--world-encoder {encoder} needs the package transformers ({error})"
-        raise ValueError(f"{needs}: pip install {TRANSFORMERS}") from error
+        raise Refused(f"{needs}: pip install {TRANSFORMERS}") from error
     logging.disable_progress_bar()
     try:
         with torch.random.fork_rng(devices=[]):  # it draws weights before it reads them
@@ -539,10 +533,10 @@ def read_network(folder: Path, encoder: str) -> nn.Module:
             )
     except (OSError, RuntimeError, SafetensorError) as error:
         cause = " ".join(str(error).split())[:300]
-        raise ValueError(f"--world-model {folder} cannot be read ({cause}): copy it again") from error
+        raise Refused(f"--world-model {folder} cannot be read ({cause}): copy it again") from error
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ValueError(
+        raise Refused(
             f"--world-model {folder} lacks {len(info['missing_keys'])} tensors ({names}): copy it again"
         )
     return network

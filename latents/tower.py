@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from files import Refused
 from latents import blocks
 from latents.blocks import (
     Layout,
@@ -122,15 +123,15 @@ class Features:
 
     @classmethod
     def open(cls, path: Path) -> Features:
-        """Map a cache; ValueError where it is missing, unfinished or damaged."""
+        """Map a cache; Refused where it is missing, unfinished or damaged."""
         rows, run = path / ROWS, "run the same command with --prepare"
         if unfinished(path):
-            raise ValueError(f"features {path} are not finished: {run}")
+            raise Refused(f"features {path} are not finished: {run}")
         stored = read_sidecar(path, run)
         size = rows.stat().st_size if rows.is_file() else 0
         if size != row_bytes(stored):
             has = f"{size:,} bytes instead of {row_bytes(stored):,}"
-            raise ValueError(f"features {path} are damaged ({ROWS} has {has}): delete {path} and {run}")
+            raise Refused(f"features {path} are damaged ({ROWS} has {has}): delete {path} and {run}")
         return cls(path, stored, np.memmap(rows, KINDS[stored["dtype"]], "r", shape=row_shape(stored)))
 
     @property
@@ -139,7 +140,7 @@ class Features:
         return {name: self.stored[name] for name in ("dtype", "tower", "fingerprint")}
 
     def check(self, wanted: dict[str, Any]) -> None:
-        """Raise ValueError, naming the field and both sides, where the cache was made from something else."""
+        """Raise Refused, naming the field and both sides, where the cache was made from something else."""
         again = "write others with --prepare and this run's data, --init, --seed and --dtype"
         compare(self.stored, wanted, f"{again}, or leave --features out", f"features {self.path}")
 
@@ -153,7 +154,7 @@ class Features:
         """Refuse a policy whose own tower would give other tokens, or will once it has been trained."""
         tower = [*policy.vision.parameters(), *policy.connector.parameters()]
         if any(p.requires_grad for p in tower):
-            raise ValueError("--features of a tower that trains: its tokens will change; use --freeze expert")
+            raise Refused("--features of a tower that trains: its tokens will change; use --freeze expert")
         self.check(tower_identity(policy, str(tower[0].dtype).removeprefix("torch.")))
 
     def batch(self, index: np.ndarray) -> dict[str, Tensor]:
@@ -163,13 +164,13 @@ class Features:
 
 
 def read_sidecar(folder: Path, again: str) -> dict[str, Any]:
-    """Read what a cache was made from; ValueError where it is missing or damaged."""
+    """Read what a cache was made from; Refused where it is missing or damaged."""
     try:
         stored = json.loads((folder / SIDECAR).read_text())
         row_bytes(stored), stored["checks"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"features {folder} are missing or damaged ({cause}): {again}") from error
+        raise Refused(f"features {folder} are missing or damaged ({cause}): {again}") from error
     return stored
 
 
@@ -210,7 +211,7 @@ def load_with(
 
 
 def open_part(part: Path, wanted: dict[str, Any]) -> None:
-    """Lay an unfinished cache out, or go on with one; ValueError where it is of something else."""
+    """Lay an unfinished cache out, or go on with one; Refused where it is of something else."""
     if (part / SIDECAR).is_file():
         again = f"delete {part} and run again"
         compare(read_sidecar(part, again), wanted, again, f"unfinished features {part}")
@@ -245,7 +246,7 @@ def freeze(policy: SmolVLA, demos: Demos, dtype: torch.dtype, device: torch.devi
     """Bring a policy to a device, frozen, in the stored type, with the kernels of training."""
     for camera in policy.config.cameras:
         if camera not in demos.images:
-            raise ValueError(
+            raise Refused(
                 f"the policy's camera {camera} is not in the data, there are {', '.join(demos.images)}:"
                 " rename one with --cameras"
             )

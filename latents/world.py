@@ -35,6 +35,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from files import Refused
 from latents import blocks
 from latents.blocks import Layout, agree, cache_folder, compare, part_of, with_checks
 from latents.encoders import (
@@ -63,11 +64,11 @@ CHUNK = 2**27  # numbers in double at a time
 
 
 def check_cameras(demos: Demos, config: WorldConfig) -> None:
-    """Raise ValueError where the data have no camera of that name."""
+    """Raise Refused where the data have no camera of that name."""
     for camera in config.latent_cameras:
         if camera not in demos.images:
             there = ", ".join(demos.images)
-            raise ValueError(
+            raise Refused(
                 f"--world-camera {camera} is not among the loaded cameras, {there}: load it as well,"
                 " or rename one with --cameras"
             )
@@ -171,10 +172,10 @@ def prepare(
     return open_cache(path, demos, config, backbone)
 
 
-def missing(path: Path, config: WorldConfig, backbone: Backbone) -> ValueError:
+def missing(path: Path, config: WorldConfig, backbone: Backbone) -> Refused:
     """Say how to write a learned encoder's cache, and how one that is there differs."""
     if part_of(path).exists():
-        return ValueError(f"world cache {path} is not finished: run the same command with --prepare")
+        return Refused(f"world cache {path} is not finished: run the same command with --prepare")
     identity, nearest = identity_of(config, backbone), None
     for other in sorted(path.parent.glob(f"{path.name.rsplit('_', 1)[0]}_*/{SIDECAR}")):
         try:
@@ -187,11 +188,11 @@ def missing(path: Path, config: WorldConfig, backbone: Backbone) -> ValueError:
     if nearest and nearest[0]:
         field = nearest[0][0]
         sides = f"{field}: cache has {nearest[2].get(field)}, run wants {identity[field]}"
-        return ValueError(
+        return Refused(
             f"world cache {nearest[1]}, {sides}: write another, the same command with --prepare, or ask "
             "for that one"
         )
-    return ValueError(f"there are no world latents at {path}: run the same command with --prepare first")
+    return Refused(f"there are no world latents at {path}: run the same command with --prepare first")
 
 
 def latents_for(data_path: Path, encoder: PCA | Learned, demos: Demos) -> Latents:
@@ -242,17 +243,17 @@ def standardised(encoder: PCA | Learned, rows: np.ndarray) -> Tensor:
 
 
 def open_cache(path: Path, demos: Demos, config: WorldConfig, backbone: Backbone | None = None) -> Latents:
-    """Read a cache; ValueError with both sides where any field of its sidecar isn't what this run needs."""
+    """Read a cache; Refused with both sides where any field of its sidecar isn't what this run needs."""
     again = f"delete {path} and run again"
     if blocks.unfinished(path):
-        raise ValueError(f"world cache {path} is not finished: run the same command with --prepare")
+        raise Refused(f"world cache {path} is not finished: run the same command with --prepare")
     try:
         stored = json.loads((path / SIDECAR).read_text())
         rows = np.load(path / ROWS, mmap_mode="r")
         tensors = load_file(path / ENCODER)
     except (OSError, ValueError, EOFError, SafetensorError) as error:
         cause = " ".join(str(error).split())
-        raise ValueError(f"world cache {path} is missing or damaged ({cause}): {again}") from error
+        raise Refused(f"world cache {path} is missing or damaged ({cause}): {again}") from error
     # the config's fields first: where they differ, the stored encoder can't be rebuilt to compare the rest
     compare(stored, identity_of(config, backbone), again)
     if backbone is None:
@@ -262,12 +263,12 @@ def open_cache(path: Path, demos: Demos, config: WorldConfig, backbone: Backbone
         encoder = Learned(config, int(tensors["learned.size"]), backbone, stats)
     compare(stored, made_from(demos, config, backbone) | stats_json(encoder.stats), again)
     if rows.shape != (len(demos), config.world_dim) or rows.dtype != np.float32:
-        raise ValueError(
+        raise Refused(
             f"world cache {path}: {ROWS} is {rows.shape} {rows.dtype}, not one row a frame: {again}"
         )
     for file, crc in checksums(path, rows).items():
         if stored.get("crc", {}).get(file, crc) != crc:  # earlier caches have none
-            raise ValueError(f"world cache {path} is damaged ({file} has other bytes than written): {again}")
+            raise Refused(f"world cache {path} is damaged ({file} has other bytes than written): {again}")
     return Latents(standardised(encoder, rows), encoder, config, rows)
 
 
@@ -331,7 +332,7 @@ def fill(
     def compute(frames: dict[str, Tensor]) -> np.ndarray:
         z = encoder.encode(frames)
         if not z.isfinite().all():
-            raise ValueError(
+            raise Refused(
                 f"--world-encoder {config.world_encoder} gave latents that are not finite: mend its model"
             )
         return z.numpy()
@@ -345,13 +346,13 @@ def fill(
 def open_part(
     part: Path, layout: Layout, demos: Demos, config: WorldConfig, backbone: Backbone | None
 ) -> None:
-    """Lay an unfinished cache out, or go on with one; ValueError where it is of something else."""
+    """Lay an unfinished cache out, or go on with one; Refused where it is of something else."""
     wanted, again = made_from(demos, config, backbone), f"delete {part} and run again"
     if (part / SIDECAR).is_file():
         try:
             stored = json.loads((part / SIDECAR).read_text())
         except (OSError, ValueError) as error:
-            raise ValueError(f"unfinished world cache {part} is damaged ({error}): {again}") from error
+            raise Refused(f"unfinished world cache {part} is damaged ({error}): {again}") from error
         compare(stored, wanted, again, f"unfinished world cache {part}")
     blocks.lay_out(part, layout, wanted)
     if backbone is None and not (part / ENCODER).is_file():
@@ -364,7 +365,7 @@ def read_pca(part: Path, config: WorldConfig) -> PCA:
     try:
         return encoder_from_state(load_file(part / ENCODER), config)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{part / ENCODER} is damaged ({error}): delete {part} and run again") from error
+        raise Refused(f"{part / ENCODER} is damaged ({error}): delete {part} and run again") from error
 
 
 def complete(part: Path, encoder: PCA | Learned) -> None:
@@ -394,7 +395,7 @@ def change_statistics(
     future, valid = demos.future(index, K, stride)  # (F, K)
     if not valid[:, -1].any():
         longest = int((demos.last - demos.first).max()) + 1
-        raise ValueError(
+        raise Refused(
             f"the last future frame lies {K * stride} steps ahead, but the longest episode has {longest}"
             " frames: lower the number of future frames or --world-stride"
         )

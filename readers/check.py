@@ -21,6 +21,7 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw
 
+from files import Refused
 from readers import lerobot_pictures, lerobot_v3, libero_hdf5
 from readers.demos import Demos, StoredPictures, boundaries, picture_bytes, statistics
 from readers.load import layout, load
@@ -118,7 +119,7 @@ class Findings:
         """Call a reader; what it refuses is noted, and None is returned."""
         try:
             return function(*given)
-        except ValueError as error:
+        except Refused as error:
             if str(error) not in self.errors:
                 self.errors.append(str(error))
             return None
@@ -215,14 +216,14 @@ def check_lerobot(root: Path, decode: bool, found: Findings) -> None:
 
 
 def check_times(path: Path, fps: float, step: np.ndarray) -> None:
-    """Raise ValueError where timestamps aren't the frame's number over the rate, as videos need."""
+    """Raise Refused where timestamps aren't the frame's number over the rate, as videos need."""
     column = lerobot_v3.read_table(path, ["timestamp"])["timestamp"]
     times = lerobot_v3.vectors(column, f"{path}: timestamp")[:, 0]
     wrong = np.flatnonzero(~(np.abs(times - step / fps) <= lerobot_pictures.TOLERANCE))
     if wrong.size:
         row = int(wrong[0])
         seen = f"{times[row]:.4f} s in row {row}, not {step[row] / fps:.4f} s"
-        raise ValueError(f"{path}: timestamp is {seen}, {wrong.size} rows in all: correct fps in info.json")
+        raise Refused(f"{path}: timestamp is {seen}, {wrong.size} rows in all: correct fps in info.json")
 
 
 def check_tasks(
@@ -299,7 +300,7 @@ def main() -> None:
         print(describe(demos))
         contact_sheet(demos).save(config.out)
         print(f"sample frames: {config.out}")
-    except (ValueError, OSError) as error:
+    except Refused as error:
         raise SystemExit(f"error: {error}") from error
 
 

@@ -27,6 +27,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
+from files import Refused
+
 TOLERANCE = 1e-4  # seconds between the time that is asked for and a frame's own, lerobot's default
 AHEAD = 8  # frames that are decoded and dropped rather than looked for again from a key frame
 OPEN_FILES = 8  # parquet files and videos that each process keeps open
@@ -41,10 +43,10 @@ def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing, but meta/ speaks of it: {COPY_AGAIN}") from error
+        raise Refused(f"{path} is missing, but meta/ speaks of it: {COPY_AGAIN}") from error
     except (pa.ArrowException, OSError, av.error.FFmpegError) as error:
         cause = " ".join(str(error).split())
-        raise ValueError(f"{path} is truncated or damaged ({cause}): {COPY_AGAIN}") from error
+        raise Refused(f"{path} is truncated or damaged ({cause}): {COPY_AGAIN}") from error
 
 
 def stamp(path: Path) -> tuple[str, int, int, int]:
@@ -166,20 +168,20 @@ def unpack(path: Path, column: str) -> int:
 def decode_image(content: bytes | None, where: str) -> np.ndarray:
     """Decode one picture file, (H, W, 3) uint8; ValueError for what isn't one, or not in RGB."""
     if not content:
-        raise ValueError(f"{where} holds no picture: {COPY_AGAIN}")
+        raise Refused(f"{where} holds no picture: {COPY_AGAIN}")
     try:
         with Image.open(io.BytesIO(content)) as image:
             if image.mode != "RGB":
-                raise ValueError(f"{where} is a picture in {image.mode}, not in RGB: convert the data set")
+                raise Refused(f"{where} is a picture in {image.mode}, not in RGB: convert the data set")
             return np.asarray(image)
     except (UnidentifiedImageError, OSError, SyntaxError) as error:  # what PIL raises for damage
         cause = " ".join(str(error).split())
-        raise ValueError(f"{where} is a damaged picture ({cause}): {COPY_AGAIN}") from error
+        raise Refused(f"{where} is a damaged picture ({cause}): {COPY_AGAIN}") from error
 
 
 def check_shape(seen: tuple[int, ...], wanted: tuple[int, ...] | None, where: str) -> None:
     if wanted is not None and seen != wanted:
-        raise ValueError(f"{where} is a picture of {seen}, the camera's others are {wanted}: {COPY_AGAIN}")
+        raise Refused(f"{where} is a picture of {seen}, the camera's others are {wanted}: {COPY_AGAIN}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -206,7 +208,7 @@ class Video:
         with readable(path):
             self.container = av.open(str(path))
             if not self.container.streams.video or self.container.streams.video[0].codec_context is None:
-                raise ValueError(f"{path} is truncated or damaged (it holds no video): {COPY_AGAIN}")
+                raise Refused(f"{path} is truncated or damaged (it holds no video): {COPY_AGAIN}")
             self.stream = self.container.streams.video[0]
             self.stream.codec_context.thread_count = 1  # several would hold frames back after every seek
             packets = [(p.pts, p.is_keyframe) for p in self.container.demux(self.stream) if p.pts is not None]
@@ -217,9 +219,9 @@ class Video:
         self.at: int | None = None  # the frame, in the order shown, that was decoded last
 
     def number(self, seconds: np.ndarray) -> np.ndarray:
-        """Return the frames nearest to these times; ValueError where one is further off than TOLERANCE."""
+        """Return the frames nearest to these times; Refused where one is further off than TOLERANCE."""
         if not len(self.pts):
-            raise ValueError(f"{self.path} has no frames: {COPY_AGAIN}")
+            raise Refused(f"{self.path} has no frames: {COPY_AGAIN}")
         times = self.pts * float(self.stream.time_base)
         after = np.searchsorted(times, seconds).clip(1, max(len(times) - 1, 1))
         after = after.clip(max=len(times) - 1)
@@ -228,7 +230,7 @@ class Video:
         far = np.abs(times[nearest] - seconds)
         if far.max(initial=0) > TOLERANCE:
             lost = int((far > TOLERANCE).argmax())
-            raise ValueError(
+            raise Refused(
                 f"{self.path} has no frame at {seconds[lost]:.4f} s, the nearest of {len(times):,} is at"
                 f" {times[nearest[lost]]:.4f} s: {COPY_AGAIN}"
             )
@@ -249,7 +251,7 @@ class Video:
             frame = next(self.decoder, None)
         self.at = None
         if frame is None or frame.pts != wanted:
-            raise ValueError(f"{self.path}: frame {number} can't be decoded: {COPY_AGAIN}")
+            raise Refused(f"{self.path}: frame {number} can't be decoded: {COPY_AGAIN}")
         self.at = number
         return frame
 

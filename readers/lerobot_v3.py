@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from files import Refused
 from readers.demos import Demos, StoredPictures, boundaries
 from readers.lerobot_pictures import COPY_AGAIN, ImagePlace, VideoPlace, read_images, read_video, readable
 from readers.selection import camera_key
@@ -45,15 +46,15 @@ def read_info(root: Path) -> dict[str, Any]:
         info["features"].items(), int(info["fps"]), info["data_path"]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{path} is missing or damaged ({cause}): {COPY_AGAIN}") from error
+        raise Refused(f"{path} is missing or damaged ({cause}): {COPY_AGAIN}") from error
     if str(version).startswith(("v2.", "v1.")):
-        raise ValueError(f"{root} is a LeRobot data set of version {version}, v3.0 is read here: {CONVERT}")
+        raise Refused(f"{root} is a LeRobot data set of version {version}, v3.0 is read here: {CONVERT}")
     if not str(version).startswith("v3."):
-        raise ValueError(
+        raise Refused(
             f"{root} is a LeRobot data set of version {version}, v3.0 is read here: use a copy in v3.0"
         )
     if info["fps"] <= 0:
-        raise ValueError(f"{path}: fps is {info['fps']}, it must be positive: {COPY_AGAIN}")
+        raise Refused(f"{path}: fps is {info['fps']}, it must be positive: {COPY_AGAIN}")
     return info
 
 
@@ -73,13 +74,13 @@ def read_tasks(root: Path) -> dict[int, str]:
     table = read_table(path)
     text = [name for name in table.column_names if name != "task_index"]
     if "task_index" not in table.column_names or len(text) != 1:
-        raise ValueError(
+        raise Refused(
             f"{path} should have task_index and one column of text, got {table.column_names}: {COPY_AGAIN}"
         )
     tasks = dict(zip(table["task_index"].to_pylist(), table[text[0]].to_pylist()))
     for number, instruction in tasks.items():
         if not isinstance(instruction, str) or not instruction.strip():
-            raise ValueError(
+            raise Refused(
                 f"{path}: task {number} has no instruction, got {instruction!r}: write one, a policy is blind"
                 " to its task without"
             )
@@ -125,11 +126,11 @@ class Episodes:
 
 
 def read_episodes(root: Path, info: dict[str, Any], cameras: Iterable[str]) -> Episodes:
-    """Read meta/episodes, the few columns that are needed of it; ValueError where it doesn't add up."""
+    """Read meta/episodes, the few columns that are needed of it; Refused where it doesn't add up."""
     folder = root / "meta" / "episodes"
     files = sorted(folder.glob("chunk-*/file-*.parquet"))
     if not files:
-        raise ValueError(f"no chunk-*/file-*.parquet in {folder}: {COPY_AGAIN}")
+        raise Refused(f"no chunk-*/file-*.parquet in {folder}: {COPY_AGAIN}")
     videos = [name for name in cameras if camera_features(info)[name] == "video"]
     columns = ["episode_index", "length", "data/chunk_index", "data/file_index", "dataset_from_index"]
     for name in videos:
@@ -159,26 +160,26 @@ def read_episodes(root: Path, info: dict[str, Any], cameras: Iterable[str]) -> E
 
 
 def check_episodes(folder: Path, info: dict[str, Any], found: dict[str, np.ndarray]) -> None:
-    """Raise ValueError where episodes are missing, empty, or other than their own counts say."""
+    """Raise Refused where episodes are missing, empty, or other than their own counts say."""
     numbers, lengths = found["episode_index"], found["length"]
     total = info.get("total_episodes", len(numbers))
     if not np.array_equal(numbers, np.arange(total)):
         odd = (
             sorted(set(range(total)) ^ set(numbers.tolist())) or numbers[:-1][np.diff(numbers) == 0].tolist()
         )
-        raise ValueError(
+        raise Refused(
             f"{folder}: episodes should be 0..{total - 1}, each once, but {odd[:5]} are missing, there twice"
             f" or too many: {COPY_AGAIN}"
         )
     if not len(numbers) or lengths.min() < 1:
-        raise ValueError(f"{folder}: {len(numbers)} episodes, the shortest of no frames: {COPY_AGAIN}")
+        raise Refused(f"{folder}: {len(numbers)} episodes, the shortest of no frames: {COPY_AGAIN}")
     starts = np.cumsum(lengths) - lengths
     if not np.array_equal(found["dataset_from_index"], starts):
         first = int(np.flatnonzero(found["dataset_from_index"] != starts)[0])
         seen = f"{found['dataset_from_index'][first]}, not {starts[first]} as the lengths before it say"
-        raise ValueError(f"{folder}: episode {first} begins at frame {seen}: {COPY_AGAIN}")
+        raise Refused(f"{folder}: episode {first} begins at frame {seen}: {COPY_AGAIN}")
     if info.get("total_frames", lengths.sum()) != lengths.sum():
-        raise ValueError(
+        raise Refused(
             f"{folder}: the episodes have {lengths.sum():,} frames, info.json says {info['total_frames']:,}:"
             f" {COPY_AGAIN}"
         )
@@ -197,11 +198,11 @@ def video_file(root: Path, info: dict[str, Any], camera: str, place: tuple) -> P
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Read a parquet file, or columns of it; ValueError where one isn't there."""
+    """Read a parquet file, or columns of it; Refused where one isn't there."""
     with readable(path), pq.ParquetFile(path) as file:
         there = file.schema_arrow.names
         if lost := [name for name in columns or () if name not in there]:
-            raise ValueError(f"{path} has no column {lost[0]}, there are {', '.join(there)}: {COPY_AGAIN}")
+            raise Refused(f"{path} has no column {lost[0]}, there are {', '.join(there)}: {COPY_AGAIN}")
         return file.read(columns=columns)
 
 
@@ -210,7 +211,7 @@ def vectors(column: pa.ChunkedArray, where: str) -> np.ndarray:
     array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
     kind = array.type
     if array.null_count:
-        raise ValueError(f"{where} has {array.null_count} empty rows: {COPY_AGAIN}")
+        raise Refused(f"{where} has {array.null_count} empty rows: {COPY_AGAIN}")
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
         return array.to_numpy(zero_copy_only=False)[:, None]  # (F,) -> (F, 1)
     flat = array.flatten()
@@ -220,7 +221,7 @@ def vectors(column: pa.ChunkedArray, where: str) -> np.ndarray:
         widths = np.unique(array.value_lengths().to_numpy(zero_copy_only=False))
     if len(widths) > 1 or not pa.types.is_primitive(flat.type) or flat.null_count:
         seen = f"lengths {widths[:4].tolist()} of {flat.type}, {flat.null_count} empty"
-        raise ValueError(f"{where} should hold vectors of one length, got {seen}: {COPY_AGAIN}")
+        raise Refused(f"{where} should hold vectors of one length, got {seen}: {COPY_AGAIN}")
     return flat.to_numpy(zero_copy_only=False).reshape(len(array), -1)
 
 
@@ -229,7 +230,7 @@ def read_file(path: Path, numbers: list[int], episodes: Episodes) -> dict[str, n
     table = read_table(path, [STATE, ACTION, *COUNTERS])
     wanted = int(episodes.length[numbers].sum())
     if len(table) != wanted:
-        raise ValueError(
+        raise Refused(
             f"{path} has {len(table):,} rows, its episodes {numbers[0]}..{numbers[-1]} have {wanted:,}:"
             f" {COPY_AGAIN}"
         )
@@ -259,17 +260,17 @@ def wrong_rows(
 
 
 def read_rows(root: Path, info: dict[str, Any], episodes: Episodes) -> dict[str, np.ndarray]:
-    """Read states, actions and counters of all data files; ValueError where rows aren't what meta/ says."""
+    """Read states, actions and counters of all data files; Refused where rows aren't what meta/ says."""
     parts: dict[str, list[np.ndarray]] = {name: [] for name in (STATE, ACTION, *COUNTERS)}
     for path, numbers in episodes.data_files(root, info).items():
         rows = read_file(path, numbers, episodes)
         for problem in wrong_rows(path, numbers, episodes, rows):
-            raise ValueError(f"{problem}; `python data.py check {root}` lists all that is wrong")
+            raise Refused(f"{problem}; `python data.py check {root}` lists all that is wrong")
         for name, part in parts.items():
             part.append(rows[name])
             if part[0].shape[1] != part[-1].shape[1]:
                 widths = f"{part[-1].shape[1]} wide, {part[0].shape[1]} in the files before"
-                raise ValueError(f"{path}: {name} is {widths}: {COPY_AGAIN}")
+                raise Refused(f"{path}: {name} is {widths}: {COPY_AGAIN}")
     return {name: np.concatenate(part) for name, part in parts.items()}
 
 
@@ -280,7 +281,7 @@ def read_rows(root: Path, info: dict[str, Any], episodes: Episodes) -> dict[str,
 def read(root: Path, cameras: list[str] | None = None) -> Demos:
     """Read a data set; pictures stay where they are. Cameras: names as in the data, None for all.
 
-    Raises ValueError, in one line, for what is missing, damaged, inconsistent or of another version.
+    Raises Refused, in one line, for what is missing, damaged, inconsistent or of another version.
     """
     info = read_info(root)
     kinds = camera_features(info)
@@ -328,13 +329,13 @@ def stored_pictures(
 def episode_tasks(
     root: Path, numbers: np.ndarray, tasks: dict[int, str], first: np.ndarray, last: np.ndarray
 ) -> np.ndarray:
-    """Return each episode's place among the tasks (E,); ValueError where it has none, or more than one."""
+    """Return each episode's place among the tasks (E,); Refused where it has none, or more than one."""
     for a, b in zip(first, last):
         found = np.unique(numbers[a : b + 1])
         if len(found) > 1 or int(found[0]) not in tasks:
             at = int(np.searchsorted(first, a))
             why = "changes its instruction on the way" if len(found) > 1 else "has no instruction"
-            raise ValueError(
+            raise Refused(
                 f"{root}: episode {at} {why}, task_index {found.tolist()}, tasks.parquet has"
                 f" {sorted(tasks)[:9]}: give each episode one instruction"
             )

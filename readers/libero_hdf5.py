@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
+from files import Refused
 from readers.demos import Demos, StoredPictures, boundaries
 from readers.selection import camera_key
 
@@ -66,7 +67,7 @@ class Place(NamedTuple):
 def read(path: Path, cameras: list[str] | None = None) -> Demos:
     """Read a folder of task files, or one file; pictures stay where they are. Cameras: None for all.
 
-    Raises ValueError, in one line, for what is missing, damaged or inconsistent.
+    Raises Refused, in one line, for what is missing, damaged or inconsistent.
     """
     cameras = list(CAMERAS) if cameras is None else [camera_key(name, CAMERAS) for name in cameras]
     files = [read_header(file, cameras) for file in task_files(path)]
@@ -111,21 +112,19 @@ def read_pictures(place: Place, steps: np.ndarray) -> np.ndarray:
 def task_files(path: Path) -> list[Path]:
     """Return the data set's HDF5 files by name; other layouts would branch off here."""
     if not path.exists():
-        raise ValueError(
-            f"no such data folder or file: {path}; record some with `python -m simulator record`"
-        )
+        raise Refused(f"no such data folder or file: {path}; record some with `python -m simulator record`")
     if path.is_file():
         return [path]
     for parts in sorted([path] if path.suffix == ".parts" else path.glob("*.parts")):
         stem = parts.with_suffix("")  # a recording collects its episodes in NAME.parts, then writes NAME.hdf5
         finals = (stem, stem.with_name(stem.name + ".hdf5"), stem.with_name(stem.name + "_demo.hdf5"))
         if not any(final.is_file() for final in finals):
-            raise ValueError(
+            raise Refused(
                 f"interrupted recording, {parts} has no final file: run `python -m simulator record` again"
             )
     files = sorted(path.glob("*.hdf5"))
     if not files:
-        raise ValueError(f"no *.hdf5 file in {path}: record some there with `python -m simulator record`")
+        raise Refused(f"no *.hdf5 file in {path}: record some there with `python -m simulator record`")
     return files
 
 
@@ -137,39 +136,39 @@ def opened(path: Path) -> Iterator[h5py.File]:
             yield file
     except (OSError, KeyError, RuntimeError) as error:  # what h5py raises, depending on where the damage lies
         cause = " ".join(str(error).split())
-        raise ValueError(f"{path} is truncated or damaged ({cause}): delete it and {RECORD_AGAIN}") from error
+        raise Refused(f"{path} is truncated or damaged ({cause}): delete it and {RECORD_AGAIN}") from error
 
 
 def read_header(path: Path, cameras: list[str]) -> TaskFile:
     """Read a file's attributes and the shapes of its episodes, and refuse what can't be used."""
     with opened(path) as file:
         if "data" not in file:
-            raise ValueError(f"{path} has no group 'data', so it isn't in LIBERO's layout: {RECORD_AGAIN}")
+            raise Refused(f"{path} has no group 'data', so it isn't in LIBERO's layout: {RECORD_AGAIN}")
         data = file["data"]
         pairing = plain(data.attrs.get("pairing"))
         if pairing not in (PAIRING, None):
-            raise ValueError(
+            raise Refused(
                 f"{path}: pairing is {pairing!r}, neither {PAIRING!r} nor left out as in LIBERO's public"
                 f" files: {RECORD_AGAIN}"
             )
         skipped = int(pairing is None)
         convention = plain(data.attrs.get("macros_image_convention", "opengl"))
         if convention != "opengl":
-            raise ValueError(
+            raise Refused(
                 f"{path}: macros_image_convention is {convention!r}, not 'opengl': its pictures are not"
                 f" upside down, as these files' are; {RECORD_AGAIN}"
             )
         demos = sorted((n for n in data if n.startswith("demo_")), key=lambda n: int(n.removeprefix("demo_")))
         declared = plain(data.attrs.get("num_demos"))
         if declared != len(demos) or not demos:
-            raise ValueError(f"{path}: num_demos is {declared}, episodes there {len(demos)}: {RECORD_AGAIN}")
+            raise Refused(f"{path}: num_demos is {declared}, episodes there {len(demos)}: {RECORD_AGAIN}")
         # frame k of an episode is obs[k] in either kind of file; actions start at `skipped`
         shapes = [episode_shape(data[name], f"{path}: {name}", cameras) for name in demos]
         sizes = {camera: {shape[1][camera] for shape in shapes} for camera in cameras}
         if mixed := {camera: sorted(size) for camera, size in sizes.items() if len(size) > 1}:
-            raise ValueError(f"{path} mixes image sizes {mixed}: {RECORD_AGAIN}")
+            raise Refused(f"{path} mixes image sizes {mixed}: {RECORD_AGAIN}")
         if (shortest := min(length for length, _ in shapes)) <= skipped:
-            raise ValueError(
+            raise Refused(
                 f"{path} has an episode of {shortest} step, whose only action no observation precedes: delete"
                 " that episode"
             )
@@ -194,11 +193,11 @@ def read_instruction(data: h5py.Group, path: Path) -> str:
     try:
         instruction = json.loads(text).get("language_instruction", "")
     except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"{path}: problem_info is no JSON object, got {text!r}: {RECORD_AGAIN}") from error
+        raise Refused(f"{path}: problem_info is no JSON object, got {text!r}: {RECORD_AGAIN}") from error
     if isinstance(instruction, list):  # some public files keep its letters apart
         instruction = "".join(map(str, instruction))
     if not isinstance(instruction, str) or not instruction.strip(' "'):
-        raise ValueError(f"{path}: problem_info has no language_instruction, got {text!r}: {RECORD_AGAIN}")
+        raise Refused(f"{path}: problem_info has no language_instruction, got {text!r}: {RECORD_AGAIN}")
     return instruction.strip(' "')
 
 
@@ -235,20 +234,18 @@ def episode_shape(demo: h5py.Group, where: str, cameras: list[str]) -> tuple[int
     for name, shape in expected.items():
         if name not in demo or demo[name].shape != shape or not length:
             seen = demo[name].shape if name in demo else "nothing"
-            raise ValueError(f"{where}: {name} should be {shape} by num_samples, got {seen}: {RECORD_AGAIN}")
+            raise Refused(f"{where}: {name} should be {shape} by num_samples, got {seen}: {RECORD_AGAIN}")
     sizes = {}
     for camera in cameras:
         name = f"obs/{CAMERAS[camera]}"
         if name not in demo:
             there = ", ".join(sorted(n for n in demo["obs"] if n.endswith("_rgb"))) or "none"
-            raise ValueError(f"{where}: no camera {CAMERAS[camera]}, there are {there}: {RECORD_AGAIN}")
+            raise Refused(f"{where}: no camera {CAMERAS[camera]}, there are {there}: {RECORD_AGAIN}")
         images = demo[name]
         size = images.shape[1] if images.ndim == 4 else 0
         if images.shape != (length, size, size, 3) or images.dtype != np.uint8:
             seen = f"{images.shape} {images.dtype}"
-            raise ValueError(
-                f"{where}: {name} should be ({length}, S, S, 3) uint8, got {seen}: {RECORD_AGAIN}"
-            )
+            raise Refused(f"{where}: {name} should be ({length}, S, S, 3) uint8, got {seen}: {RECORD_AGAIN}")
         sizes[camera] = size
     return length, sizes
 
@@ -257,7 +254,7 @@ def common_sizes(files: list[TaskFile]) -> dict[str, int]:
     """Return the picture size of each camera, which all files must share."""
     for file in files[1:]:
         if file.sizes != files[0].sizes:
-            raise ValueError(
+            raise Refused(
                 f"image sizes differ: {files[0].path.name} has {files[0].sizes}, {file.path.name} has"
                 f" {file.sizes}: record all task files with one --size"
             )
@@ -272,4 +269,4 @@ def read_episode(demo: h5py.Group, where: str, demos: Demos, rows: slice, skippe
     for name, values in (("actions", demos.action[rows]), ("state", demos.state[rows])):
         if not np.isfinite(values).all():
             step = int(np.argwhere(~np.isfinite(values))[0, 0])
-            raise ValueError(f"{where}: {name} has a non-finite value at step {step}: {RECORD_AGAIN}")
+            raise Refused(f"{where}: {name} has a non-finite value at step {step}: {RECORD_AGAIN}")

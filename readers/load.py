@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+from files import Refused
 from readers.demos import Demos, StoredPictures, available_memory, picture_bytes
 from readers.selection import DataConfig, camera_key, choose_cameras, choose_episodes, find_data
 
@@ -30,7 +31,7 @@ def load(
 
     Args: cameras, by the names that they get, of those that `options` chooses; default: all of these.
     in_memory: whether pictures are decoded now; None: as `options` says, with a line where they are not.
-    Raises ValueError, in one line, for what is missing, damaged, inconsistent or too big for this machine.
+    Raises Refused, in one line, for what is missing, damaged, inconsistent or too big for this machine.
     """
     options = options or DataConfig()
     path = find_data(path, options.data_revision)
@@ -72,7 +73,7 @@ def check_memory(demos: Demos) -> None:
     need = picture_bytes(demos)
     free = available_memory()
     if free is not None and need > free:
-        raise ValueError(
+        raise Refused(
             f"{len(demos):,} frames from {len(demos.images)} cameras need {need / 2**30:.3g} GiB of memory,"
             f" but {free / 2**30:.3g} GiB are free: use fewer episodes, or --pictures files"
         )

@@ -19,6 +19,7 @@ from multiprocessing import get_context
 
 import numpy as np
 
+from files import Refused
 from readers.demos import Demos, StoredPictures
 from simulator.pool import light_start
 
@@ -41,7 +42,7 @@ class Prefetched(StoredPictures):
         try:
             return np.concatenate([part.result() for part in parts])
         except BrokenProcessPool as error:
-            raise ValueError(
+            raise Refused(
                 f"a process that decodes pictures died ({error}): maybe out of memory, lower --workers"
             ) from error
 

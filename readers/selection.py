@@ -16,6 +16,8 @@ from typing import Literal
 
 import numpy as np
 
+from files import Refused
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -45,7 +47,7 @@ class DataConfig:
         parse_numbers(self.episodes, "--episodes")
         names = [name for name, _ in map(split_camera, self.cameras)]
         if len(set(names)) < len(names):
-            raise ValueError(f"--cameras {' '.join(self.cameras)} gives two cameras one name: name each once")
+            raise Refused(f"--cameras {' '.join(self.cameras)} gives two cameras one name: name each once")
 
     @property
     def part(self) -> list:
@@ -70,13 +72,13 @@ class DataConfig:
 def find_data(name: Path | str, revision: str | None = None) -> Path:
     """Return a data set's folder or file; what isn't there but has a hub id's form is fetched from the hub.
 
-    Raises ValueError where it is neither, and where the hub gives nothing.
+    Raises Refused where it is neither, and where the hub gives nothing.
     """
     path, parts = Path(name), Path(name).parts
     if path.exists():
         return path
     if path.is_absolute() or len(parts) != 2 or parts[0].startswith((".", "~")) or Path(parts[0]).exists():
-        raise ValueError(
+        raise Refused(
             f"no such data folder or file: {name}; record some with `python -m simulator record`, or give the"
             " hub id of a LeRobot v3 data set"
         )
@@ -86,7 +88,7 @@ def find_data(name: Path | str, revision: str | None = None) -> Path:
         found = snapshot_download("/".join(parts), repo_type="dataset", revision=revision)
     except (OSError, ValueError) as error:  # huggingface_hub's errors are one or the other
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
+        raise Refused(
             f"{name} is no folder here and can't be fetched as a data set from the hub ({reason}): give a"
             " folder, or record demonstrations with `python -m simulator record`"
         ) from error
@@ -105,19 +107,19 @@ def camera_name(name: str) -> str:
 
 
 def camera_key(name: str, there: Iterable[str], where: str = "the data set") -> str:
-    """Return a camera's name in the data, given in full or in short; ValueError where there is none."""
+    """Return a camera's name in the data, given in full or in short; Refused where there is none."""
     for key in (name, camera_name(name)):
         if key in there:
             return key
     known = " or ".join(key.removeprefix("observation.images.") for key in there) or "none, it has no camera"
-    raise ValueError(f"unknown camera {name!r} in {where}: use {known}")
+    raise Refused(f"unknown camera {name!r} in {where}: use {known}")
 
 
 def split_camera(choice: str) -> tuple[str, str]:
     """Return the full name that a camera gets, and its name in the data."""
     new, _, old = choice.partition("=")
     if not new or choice.endswith("="):
-        raise ValueError(f"--cameras {choice!r}: write a camera's name, or NAME=NAME_IN_THE_DATA")
+        raise Refused(f"--cameras {choice!r}: write a camera's name, or NAME=NAME_IN_THE_DATA")
     return camera_name(new), old or new
 
 
@@ -136,25 +138,25 @@ def choose_cameras(options: Iterable[str], wanted: Iterable[str] | None) -> dict
 
 
 def parse_numbers(text: str, flag: str) -> list[int]:
-    """Return the numbers of '0,3,5-7'; none of an empty text. Raises ValueError for anything else."""
+    """Return the numbers of '0,3,5-7'; none of an empty text. Raises Refused for anything else."""
     numbers: list[int] = []
     for piece in filter(None, text.split(",")):
         first, dash, last = piece.strip().partition("-")
         if not first.isdecimal() or (dash and (not last.isdecimal() or int(last) < int(first))):
-            raise ValueError(f"{flag} {text!r} is no list of numbers: write it like 0,3,5-7")
+            raise Refused(f"{flag} {text!r} is no list of numbers: write it like 0,3,5-7")
         numbers.extend(range(int(first), int(last or first) + 1))
     return numbers
 
 
 def choose_episodes(tasks: list[str], task: np.ndarray, options: DataConfig, path: Path) -> np.ndarray:
-    """Return the episodes that all of --episodes, --tasks and --suite name; ValueError where none is left.
+    """Return the episodes that all of --episodes, --tasks and --suite name; Refused where none is left.
 
     Args: tasks, all instructions; task (E,), each episode's place among them.
     """
     keep = np.ones(len(task), bool)
     if numbers := parse_numbers(options.episodes, "--episodes"):
         if max(numbers) >= len(keep):
-            raise ValueError(
+            raise Refused(
                 f"--episodes names {max(numbers)}, {path} has {len(keep)}: choose from 0..{len(keep) - 1}"
             )
         keep &= np.isin(np.arange(len(keep)), numbers)
@@ -165,7 +167,7 @@ def choose_episodes(tasks: list[str], task: np.ndarray, options: DataConfig, pat
         keep &= np.isin(task, [i for i, text in enumerate(tasks) if plain_text(text) in wanted])
     if not keep.any():
         asked = f"--episodes {options.episodes or 'all'}, --tasks {' '.join(options.tasks) or 'all'}"
-        raise ValueError(
+        raise Refused(
             f"{path} has no episode of {asked}, --suite {options.suite or 'all'}: `python data.py"
             " inspect` prints what it has"
         )
@@ -179,7 +181,7 @@ def find_task(tasks: list[str], wanted: str) -> int:
     for number, task in enumerate(tasks):
         if plain_text(task) == plain_text(wanted):
             return number
-    raise ValueError(
+    raise Refused(
         f"--tasks {wanted!r} is none of the {len(tasks)} tasks (0..{len(tasks) - 1}, or an instruction):"
         " `python data.py inspect` prints them"
     )
@@ -191,10 +193,10 @@ def plain_text(instruction: str) -> str:
 
 
 def suite_instructions(suite: str) -> set[str]:
-    """Return the instructions of a LIBERO suite; ValueError where LIBERO isn't installed."""
+    """Return the instructions of a LIBERO suite; Refused where LIBERO isn't installed."""
     from simulator.env import task_instructions  # which imports LIBERO when it is called
 
     try:
         return set(map(plain_text, task_instructions(suite)))
-    except ModuleNotFoundError as error:
-        raise ValueError(f"--suite {suite}: {error}, or name the tasks with --tasks") from error
+    except Refused as error:
+        raise Refused(f"--suite {suite}: {error}, or name the tasks with --tasks") from error

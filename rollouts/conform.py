@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from files import Refused
 from readers.selection import plain_text
 from rollouts.facts import STATE_DIM, Facts, describe_checkpoint, describe_data, describe_environment, unpack
 
@@ -399,17 +400,17 @@ def table(lines: Sequence[Line]) -> str:
 
 
 def check(lines: Sequence[Line], accept: Collection[str] = (), named: Collection[str] = ()) -> None:
-    """Raise ValueError, in one line, for differences that are not accepted.
+    """Raise Refused, in one line, for differences that are not accepted.
 
     Args: accept, the items of --accept; named, items that a flag of the command line chose (n_action_steps).
     """
     if strange := [name for name in accept if name not in ITEMS]:
-        raise ValueError(f"--accept {' '.join(strange)} is no item: choose from {', '.join(ITEMS)}")
+        raise Refused(f"--accept {' '.join(strange)} is no item: choose from {', '.join(ITEMS)}")
     stop = [x for x in lines if x.verdict == "differs" and x.item not in {*accept, *named}]
     if stop:
         found = "; ".join(f"{x.item} ({values(x)}): {x.why}" for x in stop)
         items = " ".join([*accept, *(x.item for x in stop)])
-        raise ValueError(f"not as in training: {found}; mend it, or go on with --accept {items}")
+        raise Refused(f"not as in training: {found}; mend it, or go on with --accept {items}")
 
 
 def values(line: Line) -> str:

@@ -14,7 +14,7 @@ import json
 import time
 from pathlib import Path
 
-from files import replace_text
+from files import Refused, replace_text
 from rollouts.plan import Plan
 from rollouts.rollout import Episode
 from simulator.pool import Observation
@@ -33,7 +33,7 @@ def parts(path: Path) -> list[Path]:
 def read_lines(path: Path) -> list[dict]:
     """Read a file's episodes; none where there is none. A last line that a kill cut off is left out.
 
-    Raises ValueError, naming file and line, for anything else that is no episode.
+    Raises Refused, naming file and line, for anything else that is no episode.
     """
     if not path.is_file():
         return []
@@ -44,7 +44,7 @@ def read_lines(path: Path) -> list[dict]:
             lines.append(json.loads(text))
             key_of(lines[-1])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number} is no episode ({error!r}): mend or remove the line") from error
+            raise Refused(f"{path}:{number} is no episode ({error!r}): mend or remove the line") from error
     return lines
 
 

@@ -216,7 +216,7 @@ def describe_environment(
 ) -> Facts:
     """Say what a rollout will meet: the simulator's constants, and what a first observation shows.
 
-    Raises ValueError where LIBERO, which knows the suite's instructions, isn't installed.
+    Raises Refused where LIBERO, which knows the suite's instructions, isn't installed.
     """
     frames = {} if observation is None else {c: f for (at, c), f in observation.frames.items() if at == 0}
     first = {} if observation is None else {"first": [float(x) for x in observation.state]}

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import tyro
 
 from arm import Arm
-from files import read_json, write_json
+from files import Refused, read_json, write_json
 from simulator.env import (
     NUM_INIT_STATES,
     NUM_TASKS,
@@ -91,9 +91,9 @@ class ProtocolConfig:
         for flag in ("episodes_per_task", "n_action_steps", "policy_batch"):
             value = getattr(self, flag)
             if value is not None and value < 1:
-                raise ValueError(f"--{flag.replace('_', '-')} {value} must be at least 1")
+                raise Refused(f"--{flag.replace('_', '-')} {value} must be at least 1")
         if self.max_steps not in STEP_LIMITS and not self.max_steps.isdecimal():
-            raise ValueError(
+            raise Refused(
                 f"--max-steps {self.max_steps} is no limit: give a number, or {' or '.join(STEP_LIMITS)}"
             )
         for suite in self.suites:
@@ -117,9 +117,7 @@ def newest_run(root: Path) -> Path:
     """Find the run folder under `root` whose checkpoint was written last."""
     links = sorted(root.glob("**/last"), key=lambda p: p.stat().st_mtime)
     if not links:
-        raise ValueError(
-            f"no run under {root}/: train one with `python train.py`, or name a checkpoint folder"
-        )
+        raise Refused(f"no run under {root}/: train one with `python train.py`, or name a checkpoint folder")
     return links[-1].parent
 
 
@@ -136,7 +134,7 @@ class Target:
 def find_target(config: ProtocolConfig) -> Target:
     """Find a run's last checkpoint, a run's named one, a bare checkpoint folder, or a hub id's files.
 
-    Raises ValueError where there is none.
+    Raises Refused where there is none.
     """
     given = config.checkpoint or str(newest_run(Path("runs")))
     path = Path(given)
@@ -144,7 +142,7 @@ def find_target(config: ProtocolConfig) -> Target:
     if path.is_dir() and not (path / "model.safetensors").is_file():
         path = path / "last"
         if not path.is_dir():
-            raise ValueError(
+            raise Refused(
                 f"{given} is neither a run folder (with `last`) nor a checkpoint folder "
                 "(with model.safetensors)"
             )
@@ -158,7 +156,7 @@ def find_target(config: ProtocolConfig) -> Target:
 def open_out(target: Target, arm: Arm) -> None:
     """Make a folder of its own for results, where it is asked for or the checkpoint is of no run of ours.
 
-    Its config.json says of what, so that a report can read it. Raises ValueError where it holds another's.
+    Its config.json says of what, so that a report can read it. Raises Refused where it holds another's.
     """
     if target.run and target.out.resolve() == target.folder.parent:
         return
@@ -171,7 +169,7 @@ def open_out(target: Target, arm: Arm) -> None:
     source, path = str(target.folder.parent if target.run else target.folder), target.out / "config.json"
     there = read_json(path).get("results_of", "a training run") if path.is_file() else source
     if there != source:
-        raise ValueError(f"{target.out} holds results of {there}, not of {source}: choose another --out")
+        raise Refused(f"{target.out} holds results of {there}, not of {source}: choose another --out")
     target.out.mkdir(parents=True, exist_ok=True)
     write_json(path, record | {"results_of": source})
 
@@ -200,12 +198,12 @@ class Plan:
 def make_plans(config: ProtocolConfig, run: dict, arm: Arm) -> list[Plan]:
     """Fill what the command line leaves open from the run's training data, a plan a suite.
 
-    Raises ValueError where neither says a suite, or there are not enough init states.
+    Raises Refused where neither says a suite, or there are not enough init states.
     """
     data = [d for d in run.get("data_provenance") or [] if d.get("suite")]
     suites = config.suites or tuple(dict.fromkeys(d["suite"] for d in data))
     if not suites:
-        raise ValueError(
+        raise Refused(
             "--suite is needed: the checkpoint does not say what it was trained on; choose from "
             + ", ".join(s.removeprefix("libero_") for s in SUITES)
         )
@@ -236,13 +234,13 @@ def make_plan(config: ProtocolConfig, suite: str, mine: dict[int, dict], arm: Ar
 
 
 def chosen_starts(config: ProtocolConfig, task: int, used: set[int]) -> list[int]:
-    """The init states of a task, of which demonstrations `used` some; ValueError where there are too few."""
+    """The init states of a task, of which demonstrations `used` some; Refused where there are too few."""
     if config.init_states is not None:
         ids = parse_ids(config.init_states, "--init-states", NUM_INIT_STATES)
     else:
         ids = [i for i in range(NUM_INIT_STATES) if i not in used]
     if len(ids) < (config.episodes_per_task or 1):
-        raise ValueError(
+        raise Refused(
             f"--episodes-per-task {config.episodes_per_task}: task {task} has only {len(ids)} left "
             f"({len(used)} are the demonstrations'); ask for fewer, or name --init-states"
         )

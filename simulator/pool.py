@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from files import Refused
 from simulator.env import (
     CAMERAS,
     LiberoEnv,
@@ -68,11 +69,11 @@ class EnvPool:
 
     def __init__(self, num_envs: int, config: SimConfig, hang_after: float = 300.0) -> None:
         if num_envs < 1:
-            raise ValueError(
+            raise Refused(
                 f"number of environments must be at least 1, got {num_envs}: pass --num-envs 1 or more"
             )
         if not hang_after > 0:
-            raise ValueError(f"--hang-after must be more than 0 seconds, got {hang_after}")
+            raise Refused(f"--hang-after must be more than 0 seconds, got {hang_after}")
         self.num_envs, self.config, self.hang_after = num_envs, config, hang_after
         self._workers: list[tuple[Any, Any] | None] = [None] * num_envs  # (process, connection)
         self._episodes = [(-1, -1)] * num_envs  # (task id, init state)
@@ -84,7 +85,7 @@ class EnvPool:
     ) -> None:
         """Begin an episode in environment i; its observation holds a frame (0, camera) for each of `cameras`.
 
-        Restarts a crashed process. Raises ValueError for an unknown task, init state or camera.
+        Restarts a crashed process. Raises Refused for an unknown task, init state or camera.
         """
         check_task(self.config.suite, task_id)
         check_init_state(init_state)

@@ -34,6 +34,7 @@ import h5py
 import numpy as np
 import tyro
 
+from files import Refused
 from simulator import env as sim
 from simulator.expert import Expert, check_solvable
 from simulator.pool import light_start, quiet_worker
@@ -89,9 +90,9 @@ class DemoConfig:
         sim.parse_ids(self.init_states, "--init-states", sim.NUM_INIT_STATES)
         if self.demos_per_task < 1 or self.workers < 1:
             seen = f"{self.demos_per_task} and {self.workers}"
-            raise ValueError(f"--demos-per-task and --workers must be at least 1, got {seen}: raise them")
+            raise Refused(f"--demos-per-task and --workers must be at least 1, got {seen}: raise them")
         if not 0 <= self.noise <= 1:
-            raise ValueError(f"--noise must lie in 0..1 (actions span -1..1), got {self.noise}: try 0.1")
+            raise Refused(f"--noise must lie in 0..1 (actions span -1..1), got {self.noise}: try 0.1")
 
     def sim_config(self) -> sim.SimConfig:
         """Return the simulator's part."""
@@ -298,7 +299,7 @@ class Stored:
 
 
 def open_checked(path: Path, settings: dict[str, Any]) -> h5py.File:
-    """Open demonstrations for reading. Raises ValueError if their settings differ, OSError if broken."""
+    """Open demonstrations for reading. Raises Refused if their settings differ, OSError if broken."""
     file = h5py.File(path, "r")
     try:
         check_settings(json.loads(file.attrs["settings"]), settings, path)
@@ -309,13 +310,13 @@ def open_checked(path: Path, settings: dict[str, Any]) -> h5py.File:
 
 
 def check_settings(stored: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
-    """Raise ValueError naming the first setting in which a file differs from this run."""
+    """Raise Refused naming the first setting in which a file differs from this run."""
     stored = {"texture_colorspace": "as_installed"} | stored  # of files from before one could choose
     for name, value in wanted.items():
         if stored.get(name) != value:
             flag = "--" + name.replace("_", "-")
             seen = f"{flag} {_compact(stored.get(name))}, this run asks for {_compact(value)}"
-            raise ValueError(f"{path} was recorded with {seen}: keep that setting or choose another --out")
+            raise Refused(f"{path} was recorded with {seen}: keep that setting or choose another --out")
 
 
 def _compact(value: Any) -> str:
@@ -325,7 +326,7 @@ def _compact(value: Any) -> str:
 
 
 def read_final(path: Path, settings: dict[str, Any]) -> Stored:
-    """Return what a finished file holds. Raises ValueError for other settings or a broken file."""
+    """Return what a finished file holds. Raises Refused for other settings or a broken file."""
     if not path.exists():
         return Stored(set(), set(), {})
     try:
@@ -335,7 +336,7 @@ def read_final(path: Path, settings: dict[str, Any]) -> Stored:
             }
             return Stored(set(steps), set(range(int(file["data"].attrs["attempts"]))), steps)
     except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is broken ({error}): delete it and run again") from error
+        raise Refused(f"{path} is broken ({error}): delete it and run again") from error
 
 
 def read_parts(folder: Path, settings: dict[str, Any]) -> Stored:
@@ -412,14 +413,14 @@ def part_path(folder: Path, attempt: int) -> Path:
 
 
 def check_space(folder: Path, missing: int, size: int) -> None:
-    """Raise ValueError if the disk can't hold the missing demonstrations, twice while they are merged."""
+    """Raise Refused if the disk can't hold the missing demonstrations, twice while they are merged."""
     parts = [path.stat().st_size for path in folder.glob("attempt_*.hdf5")]
     upper = TYPICAL_STEPS * 2 * 3 * size**2 + MODEL_BYTES
     each = sum(parts) / len(parts) if parts else upper
     need, free = 2 * missing * each + sum(parts), shutil.disk_usage(folder).free
     if need > free:
         have = f"{free / 1e9:.2f} GB are free in {folder.parent}, about {need / 1e9:.2f} GB are needed"
-        raise ValueError(
+        raise Refused(
             f"the disk is too full: {have}: free some, choose another --out or lower --demos-per-task"
         )
 
@@ -460,7 +461,7 @@ def _work(
 def record_task(config: DemoConfig, pool: ProcessPoolExecutor, task_id: int, name: str) -> str:
     """Record one task's missing demonstrations; return its summary line.
 
-    Raises ValueError if the expert fails.
+    Raises Refused if the expert fails.
     """
     path, folder = config.out / f"{name}_demo.hdf5", config.out / f"{name}_demo.parts"
     settings, wanted = config.settings(task_id), config.demos_per_task
@@ -491,9 +492,7 @@ def record_task(config: DemoConfig, pool: ProcessPoolExecutor, task_id: int, nam
         _progress(task_id, stored, outcome, wanted, pace)
     if len(stored.successes) < wanted:
         got = f"{len(stored.successes)} of {wanted} demonstrations after {len(stored.tried)} attempts"
-        raise ValueError(
-            f"{config.suite} task {task_id}: {got}: lower --noise, --displace or --demos-per-task"
-        )
+        raise Refused(f"{config.suite} task {task_id}: {got}: lower --noise, --displace or --demos-per-task")
     kept = sorted(stored.successes)[:wanted]
     assemble(path, folder, kept, settings)
     done = Stored(set(kept), set(range(kept[-1] + 1)), {a: stored.steps[a] for a in kept})
@@ -550,7 +549,7 @@ def _follow_parent() -> None:
 
 
 def run(config: DemoConfig) -> None:
-    """Record or score all tasks. Raises ValueError or OSError with one line for the user."""
+    """Record or score all tasks. Raises Refused or OSError with one line for the user."""
     context = multiprocessing.get_context("spawn")
     tasks = sim.parse_ids(config.task_ids, "--task-ids")
     names = sim.task_names(config.suite)
@@ -583,7 +582,7 @@ def main(args: list[str] | None = None) -> None:
         )
     except BrokenProcessPool:
         sys.exit("error: a worker process died (killed, maybe out of memory): lower --workers and run again")
-    except (ValueError, ModuleNotFoundError, RuntimeError) as error:
+    except Refused as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped: run the same command again to go on")

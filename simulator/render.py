@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from files import Refused
+
 FAST_CELLS = 20  # vertex clustering of `draw="fast"`: cells along a mesh's longest side
 FAST_MIN_FACES = 300  # smaller meshes stay as they are
 APT_LINE = "apt-get install libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libopengl0"
@@ -30,7 +32,7 @@ APT_LINE = "apt-get install libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libopeng
 def setup_gl() -> str:
     """Choose a headless GL backend before MuJoCo is imported and return its name.
 
-    MUJOCO_GL set by the user stays. Raises RuntimeError with the line that installs a backend for want of
+    MUJOCO_GL set by the user stays. Raises Refused with the line that installs a backend for want of
     one.
     """
     chosen = os.environ.get("MUJOCO_GL") or _available_gl()
@@ -41,14 +43,14 @@ def setup_gl() -> str:
 
 
 def check_gl(backend: str) -> None:
-    """Raise RuntimeError, with the line that installs it, where a backend's library is missing here."""
+    """Raise Refused, with the line that installs it, where a backend's library is missing here."""
     missing = ""
     if backend == "egl" and _egl_devices() == 0:
         missing = APT_LINE
     elif backend == "osmesa" and not _has_osmesa():
         missing = "apt-get install libosmesa6"
     if missing:
-        raise RuntimeError(f"MUJOCO_GL={backend}, but its library is not there: run `{missing}`")
+        raise Refused(f"MUJOCO_GL={backend}, but its library is not there: run `{missing}`")
 
 
 def free_egl_device() -> None:
@@ -62,14 +64,12 @@ def free_egl_device() -> None:
 
 def _available_gl() -> str:
     if "mujoco" in sys.modules:
-        raise RuntimeError(
-            "mujoco was imported before a GL backend was chosen: set MUJOCO_GL=egl or import sim first"
-        )
+        raise Refused("mujoco was imported before a GL backend was chosen: set MUJOCO_GL=egl")
     if _egl_devices() > 0:
         return "egl"
     if _has_osmesa():
         return "osmesa"
-    raise RuntimeError(f"no headless GL library was found (tried EGL, OSMesa): run `{APT_LINE}`")
+    raise Refused(f"no headless GL library was found (tried EGL, OSMesa): run `{APT_LINE}`")
 
 
 def _has_osmesa() -> bool:

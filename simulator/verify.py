@@ -27,6 +27,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
+from files import Refused
 from simulator.env import CAMERAS, MUJOCO_VERSION, LiberoEnv, SimConfig, versions
 from simulator.pool import in_fresh_process
 from simulator.render import APT_LINE, check_gl, setup_gl
@@ -194,14 +195,14 @@ def replay(folder: Path, texture_colorspace: str = "as_installed", tolerance: fl
 def read_run(folder: Path) -> dict[str, np.ndarray]:
     """Read a recording's actions and states; empty where it is a picture alone.
 
-    Raises ValueError where it is neither.
+    Raises Refused where it is neither.
     """
     names = ("actions", "state", "sim_state", "is_success")
     if (folder / "run.npz").exists():
         with np.load(folder / "run.npz") as arrays:
             return {name: arrays[name] for name in names}
     if not any((folder / f"step00_{name}.png").exists() for name in ("image", "image2")):
-        raise ValueError("neither run.npz nor step00_image.png is there")
+        raise Refused("neither run.npz nor step00_image.png is there")
     return {}
 
 
@@ -224,12 +225,12 @@ def largest(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def find_recordings(folders: Sequence[Path]) -> list[Path]:
-    """List the recordings that these folders are or hold. Raises ValueError where one holds none."""
+    """List the recordings that these folders are or hold. Raises Refused where one holds none."""
     cases = []
     for folder in folders:
         found = sorted(path.parent for path in [*folder.glob("meta.json"), *folder.glob("*/meta.json")])
         if not found:
-            raise ValueError(
+            raise Refused(
                 f"{folder} holds no recorded episodes: pass a folder that has meta.json and run.npz, "
                 "or whose subfolders do"
             )
@@ -242,7 +243,7 @@ def verify(
 ) -> bool:
     """Replay all recordings, print a line each and what their differences mean; return if all agree.
 
-    Raises ValueError if there are none or one is broken, RuntimeError where this MuJoCo cannot simulate or
+    Raises Refused if there are none or one is broken, and where this MuJoCo cannot simulate or
     nothing can draw.
     """
     cases = find_recordings(folders)
@@ -264,12 +265,12 @@ def replay_apart(case: Path, tolerance: float, texture_colorspace: str) -> Repla
     try:
         return in_fresh_process(one, case)
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{case} is no complete recording: {error}: copy it anew") from error
+        raise Refused(f"{case} is no complete recording: {error}: copy it anew") from error
     except (TypeError, AttributeError) as error:
         installed = versions()
         if installed["mujoco"] == MUJOCO_VERSION and installed["robosuite"] == "1.4.0":
             raise
-        raise RuntimeError(
+        raise Refused(
             f"MuJoCo {installed['mujoco']} does not run under robosuite {installed['robosuite']} "
             f"({str(error).splitlines()[0].rstrip(':')}): {PIN}"
         ) from error
@@ -399,6 +400,6 @@ def main(args: list[str] | None = None) -> None:
     command = tyro.cli(Command, args=args, description=__doc__)
     try:
         agree = verify(command.folders, command.picture_tolerance, command.texture_colorspace)
-    except (ValueError, RuntimeError, ModuleNotFoundError) as error:
+    except Refused as error:
         sys.exit(f"error: {error}")
     sys.exit(0 if agree else 1)

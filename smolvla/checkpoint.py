@@ -25,7 +25,7 @@ import torch.nn as nn
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from files import read_json, read_tensors, save_tensors, to_json
+from files import Refused, read_json, read_tensors, save_tensors, to_json
 from smolvla.config import SmolVLAConfig
 from smolvla.language import Language, fresh_language, language_config, language_sizes, read_language
 from smolvla.processor import (
@@ -92,19 +92,19 @@ def find_folder(
 ) -> Path:
     """Find a folder: beside `relative_to`, as a path, or else as a hub id, owner/name or owner/name@revision.
 
-    Raises ValueError when it is neither a folder nor of a hub id's form, and when the hub gives nothing.
+    Raises Refused when it is neither a folder nor of a hub id's form, and when the hub gives nothing.
     """
     for path in ([relative_to / name] if relative_to else []) + [Path(name)]:
         if path.is_dir():
             return path
     repo, _, pinned = name.partition("@")
     if repo.startswith((".", "/", "~")) or repo.count("/") != 1:
-        raise ValueError(f"no folder {name!r}: give a checkpoint folder, or a hub id of the form owner/name")
+        raise Refused(f"no folder {name!r}: give a checkpoint folder, or a hub id of the form owner/name")
     try:
         found = snapshot_download(repo, revision=pinned or revision, allow_patterns=list(patterns))
     except (OSError, ValueError) as error:  # huggingface_hub's errors are one or the other
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
+        raise Refused(
             f"{name} is no folder here and cannot be fetched from the hub ({reason}): give a folder"
         ) from error
     return Path(found)
@@ -137,20 +137,20 @@ def plain_key(key: str) -> str:
 def policy_config(raw: dict, language: Language) -> SmolVLAConfig:
     """Join a checkpoint's config.json and its language model's into the sizes of a policy.
 
-    Fields that nobody knows are ignored. Raises ValueError for what no policy can have, and for what this
+    Fields that nobody knows are ignored. Raises Refused for what no policy can have, and for what this
     project does not do (another policy, Aloha adaptation, pictures as they come).
     """
     raw = LEROBOT_DEFAULTS | raw
     if raw["type"] != "smolvla":
-        raise ValueError(f"config.json is of a policy of type {raw['type']!r}: only smolvla is read here")
+        raise Refused(f"config.json is of a policy of type {raw['type']!r}: only smolvla is read here")
     if raw["adapt_to_pi_aloha"] or raw["use_delta_joint_actions_aloha"]:
-        raise ValueError(
+        raise Refused(
             "config.json asks for adapt_to_pi_aloha, another robot's conventions: not supported here"
         )
     inputs, outputs = raw["input_features"], raw["output_features"]
     for name, features in ((STATE, inputs), (ACTION, outputs)):
         if name not in features:
-            raise ValueError(f"config.json has no feature {name} among {', '.join(features) or 'none'}")
+            raise Refused(f"config.json has no feature {name} among {', '.join(features) or 'none'}")
     cameras = [name for name, feature in inputs.items() if feature["type"] == "VISUAL"]
     empty = [f"observation.images.empty_camera_{i}" for i in range(raw["empty_cameras"])]
     sizes = language_sizes(language.config, raw)
@@ -196,7 +196,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     for key, value in read_tensors(path).items():
         plain = plain_key(key)
         if plain in tensors:
-            raise ValueError(f"{path} has two tensors for {plain}, one of them {key}: keep one")
+            raise Refused(f"{path} has two tensors for {plain}, one of them {key}: keep one")
         (statistics if "normalize_" in plain else tensors)[plain] = value
     return tensors, statistics
 
@@ -221,7 +221,7 @@ def place(
 ) -> None:
     """Put tensors under lerobot's names into a policy laid out on the meta device.
 
-    Raises ValueError that lists every missing, unexpected and misshapen tensor; with `allow_missing` only the
+    Raises Refused that lists every missing, unexpected and misshapen tensor; with `allow_missing` only the
     last are errors, what is missing is drawn afresh and what is unexpected is left out.
     """
     wanted = {lerobot_key(name): (name, p) for name, p in policy.state_dict().items()}
@@ -237,7 +237,7 @@ def place(
         problems += [f"unexpected {key}" for key in tensors if key not in wanted]
     if problems:
         hint = "" if allow_missing else " (--allow-missing goes on without what is missing or unexpected)"
-        raise ValueError(f"{source} does not fit its config.json: {'; '.join(problems)}{hint}")
+        raise Refused(f"{source} does not fit its config.json: {'; '.join(problems)}{hint}")
     draw(policy, set(missing.values()))
     state = {name: torch.zeros(p.shape) for name, p in wanted.values() if name in UNUSED}
     state |= {wanted[key][0]: tensors[key] for key in shapes}
@@ -295,10 +295,10 @@ def load_processor(
     try:
         stats, stats_after = (choose_statistics(x, stats_of) for x in (found, found_after or found))
         return Processor(config, raw, language, stats, before, after, stats_after, allow_missing)
-    except ValueError as error:
+    except Refused as error:
         named = ", ".join(sorted(name for name in found if name))
         hint = f"; there are those of {named}: choose with --stats-of" if named and stats_of is None else ""
-        raise ValueError(f"{folder}: {error}{hint}") from error
+        raise Refused(f"{folder}: {error}{hint}") from error
 
 
 # ---- starting -----------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from files import Refused
+
 
 @dataclass(frozen=True)
 class SmolVLAConfig:
@@ -59,7 +61,7 @@ class SmolVLAConfig:
     self_attn_every_n_layers: int = 2
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what no policy can have; each names the sizes and what would do."""
+        """Raise Refused for what no policy can have; each names the sizes and what would do."""
         for part, whole, share in (
             ("layers", self.layers, "expert_layers"),
             ("width", self.vision_width, "vision_heads"),
@@ -72,25 +74,23 @@ class SmolVLAConfig:
             by = share if isinstance(share, int) else getattr(self, share)
             if by < 1 or whole < 1 or whole % by:
                 named = share if isinstance(share, int) else f"{share} {by}"
-                raise ValueError(f"{part} {whole} must be a positive multiple of {named}")
+                raise Refused(f"{part} {whole} must be a positive multiple of {named}")
         for name in ("state", "action"):
             width, room = getattr(self, f"{name}_dim"), getattr(self, f"max_{name}_dim")
             if width > room:
-                raise ValueError(
+                raise Refused(
                     f"{name} is {width} wide and the model takes {room}: start from a checkpoint whose "
                     f"max_{name}_dim is at least {width}, or leave dimensions out"
                 )
         if not 0 < self.n_action_steps <= self.chunk_size:
-            raise ValueError(
-                f"n_action_steps {self.n_action_steps} must lie in 1..{self.chunk_size}, the chunk"
-            )
+            raise Refused(f"n_action_steps {self.n_action_steps} must lie in 1..{self.chunk_size}, the chunk")
         if self.num_steps < 1:
-            raise ValueError(f"num_steps {self.num_steps} must be at least 1 Euler step")
+            raise Refused(f"num_steps {self.num_steps} must be at least 1 Euler step")
         if not self.cameras:
-            raise ValueError("a policy needs a camera: config.json's input_features name none of type VISUAL")
+            raise Refused("a policy needs a camera: config.json's input_features name none of type VISUAL")
         experts = range(self.expert_layers)
         if [self.is_self_layer(i) for i in experts] != [self.is_self_layer(i * self.stride) for i in experts]:
-            raise ValueError(
+            raise Refused(
                 f"self_attn_every_n_layers {self.self_attn_every_n_layers} with {self.expert_layers} expert "
                 f"layers over {self.layers} text layers: lerobot builds expert layers by their own number "
                 "and runs them by the text layer's, and the two differ; 0 (cross attention only) works"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from files import read_json, to_json
+from files import Refused, read_json, to_json
 from smolvla.config import SmolVLAConfig
 
 SPECIAL_TOKENS = {
@@ -66,12 +66,12 @@ class Language:
 
     @property
     def image_special_ids(self) -> tuple[int, int]:
-        """The tokens around pictures, before each both and after it the first; ValueError without them."""
+        """The tokens around pictures, before each both and after it the first; Refused without them."""
         names = ("fake_image_token", "global_image_token")
         texts = [self.token(name) or SPECIAL_TOKENS[name] for name in names]
         ids = [self.tokenizer.token_to_id(text) for text in texts]
         if None in ids:
-            raise ValueError(
+            raise Refused(
                 f"the tokenizer of {self.source} lacks {' or '.join(texts)}: config.json asks for "
                 "add_image_special_tokens, which needs both"
             )
@@ -82,19 +82,19 @@ def read_language(folder: Path) -> Language:
     """Read a language model's folder: config.json, tokenizer.json and what else it says in text files."""
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
-            raise ValueError(
+            raise Refused(
                 f"{folder / name} is missing: the folder of the language model needs it (--vlm DIR names one)"
             )
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if is_text(path)}
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises bare Exception on a broken file
-        raise ValueError(f"{folder / 'tokenizer.json'} cannot be read ({error}): copy it again") from error
+        raise Refused(f"{folder / 'tokenizer.json'} cannot be read ({error}): copy it again") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     config = read_json(folder / "config.json")
     if not {"text_config", "vision_config"} <= config.keys():
-        raise ValueError(
+        raise Refused(
             f"{folder / 'config.json'} has no text_config and vision_config: it is not a language model's "
             "with vision, such as SmolVLM2's"
         )
@@ -151,10 +151,10 @@ def language_sizes(vlm: dict, raw: dict) -> dict:
     text, vision = TEXT_DEFAULTS | vlm["text_config"], VISION_DEFAULTS | vlm["vision_config"]
     for part, known in ((text, "silu"), (vision, "gelu_pytorch_tanh")):
         if part["hidden_act"] != known:
-            raise ValueError(f"the language model has activation {part['hidden_act']}: SmolVLA's is {known}")
+            raise Refused(f"the language model has activation {part['hidden_act']}: SmolVLA's is {known}")
     size = raw["resize_imgs_with_padding"]
     if not size or size[0] != size[1]:
-        raise ValueError(f"resize_imgs_with_padding {size}: pictures must be brought to one square size")
+        raise Refused(f"resize_imgs_with_padding {size}: pictures must be brought to one square size")
     layers, heads = text["num_hidden_layers"], text["num_attention_heads"]
     return {
         "vision_width": vision["hidden_size"],

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from files import read_tensors, save_tensors, to_json
+from files import Refused, read_tensors, save_tensors, to_json
 from smolvla.config import SmolVLAConfig
 from smolvla.language import Language
 
@@ -77,11 +77,11 @@ def read_statistics(folder: Path, description: dict, features: list[str]) -> dic
 def choose_statistics(found: dict[str, Statistics], dataset: str | None) -> Statistics:
     """Take the statistics of no data set in particular, or of the one that was asked for.
 
-    Raises ValueError when that one is not there.
+    Raises Refused when that one is not there.
     """
     if dataset is not None and dataset not in found:
         named = ", ".join(sorted(name for name in found if name)) or "none by name"
-        raise ValueError(f"--stats-of {dataset} is not in the checkpoint; it has statistics of {named}")
+        raise Refused(f"--stats-of {dataset} is not in the checkpoint; it has statistics of {named}")
     return found.get(dataset or "", {})
 
 
@@ -125,11 +125,11 @@ def find_step(description: dict, name: str) -> dict:
 
 
 def check_steps(description: dict) -> None:
-    """Raise ValueError when a description asks for steps that nothing here does."""
+    """Raise Refused when a description asks for steps that nothing here does."""
     names = [step.get("registry_name") or step.get("class", "?") for step in description["steps"]]
     unknown = [name for name in names if name not in KNOWN_STEPS]
     if unknown:
-        raise ValueError(
+        raise Refused(
             f"{description.get('name')}.json asks for steps that are not done here: {', '.join(unknown)}"
         )
 
@@ -141,7 +141,7 @@ def check_steps(description: dict) -> None:
 class Processor:
     """Raw observations -> policy inputs, and normalised actions -> the robot's.
 
-    Raises ValueError for statistics that are missing or of another width (`allow_missing`: features without
+    Raises Refused for statistics that are missing or of another width (`allow_missing`: features without
     statistics pass unchanged, as lerobot lets them in silence) and for steps that nothing here does.
     """
 
@@ -163,19 +163,19 @@ class Processor:
         for description in (self.before, self.after):
             check_steps(description)
         if self.norm_map.get("VISUAL", "IDENTITY") != "IDENTITY":
-            raise ValueError(
+            raise Refused(
                 f"normalization_mapping {self.norm_map['VISUAL']} of pictures: only IDENTITY is done here"
             )
         missing = self.missing()
         if missing and not self.allow_missing:
-            raise ValueError(
+            raise Refused(
                 f"statistics are missing: {'; '.join(missing)} (--allow-missing takes values as they are)"
             )
         for feature, stats in self.tables:
             width = self.config.action_dim if feature == ACTION else self.config.state_dim
             sizes = {len(stats[feature][name]) for name in self.used(feature, stats)} - {width}
             if sizes:
-                raise ValueError(
+                raise Refused(
                     f"statistics of {feature} are {sizes.pop()} wide, config.json says {width}: "
                     "one of them is of another robot or data set"
                 )
@@ -200,7 +200,7 @@ class Processor:
             return "IDENTITY"
         mode = self.norm_map.get("ACTION" if feature == ACTION else "STATE", "IDENTITY")
         if mode not in NEEDED:
-            raise ValueError(
+            raise Refused(
                 f"normalization_mapping {mode!r} of {feature} is unknown: {', '.join(NEEDED)} are known"
             )
         return mode
@@ -248,7 +248,7 @@ class Processor:
         longest = settings.get("max_length", self.config.tokenizer_max_length)
         for task in tasks:
             if not task or not task.strip():
-                raise ValueError(
+                raise Refused(
                     f"an instruction is empty ({task!r}): a policy without one cannot know its task"
                 )
             if task not in self._ids:
@@ -277,7 +277,7 @@ class Processor:
         (latents/tower.py), which pass as they are; "observation.state" (B, S), "task" (list of str), and for
         training "action" (B, C, A) and "action_is_pad" (B, C); "<camera>_padding_mask" (B,) where given.
         Images and states may have an axis of observations after the first: the last one counts.
-        Raises ValueError for cameras that the checkpoint does not know and for other widths than its own.
+        Raises Refused for cameras that the checkpoint does not know and for other widths than its own.
         """
         batch = self.rename(batch)
         state = self.last(batch[STATE], 2).float()
@@ -304,7 +304,7 @@ class Processor:
         ]
         absent = len(known) - len(present)
         if not present or (strange and absent > self.config.empty_cameras):
-            raise ValueError(
+            raise Refused(
                 f"the checkpoint's cameras are {', '.join(known)}; the batch has "
                 f"{', '.join(present + strange) or 'none'}: rename the batch's"
             )
@@ -324,7 +324,7 @@ class Processor:
     @staticmethod
     def check_width(feature: str, x: Tensor, width: int) -> None:
         if x.shape[-1] != width:
-            raise ValueError(
+            raise Refused(
                 f"{feature} is {x.shape[-1]} wide, the checkpoint's is {width}: it is of another robot, "
                 "or the data set's features need renaming"
             )

@@ -22,6 +22,7 @@ import torch
 
 from arm import Arm
 from data import HELD_OUT, Source
+from files import Refused
 from model import sample_means
 from prophet import MODES
 from readers.demos import Demos
@@ -55,7 +56,7 @@ def measurable(arm: Arm) -> list[str]:
     for mode in (*MODES, "best1", "mean1", "dup", *(f"drop:{i}" for i in range(count))):
         try:
             arm.needs(mode, rollout=False)
-        except ValueError:
+        except Refused:
             continue
         found.append(mode)
     return found if arm.config.sites else ["off"]

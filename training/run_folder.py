@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 
 from arm import Arm, save_arm
-from files import append_json, read_json, replace_text, save_tensors, to_disk, to_json, write_json
+from files import Refused, append_json, read_json, replace_text, save_tensors, to_disk, to_json, write_json
 from model import SmolVLA
 from smolvla.processor import Processor
 from training.optimise import Average
@@ -59,7 +59,7 @@ def writing(out: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides it
         reason = (str(cause).splitlines() or [type(cause).__name__])[0]
-        raise ValueError(
+        raise Refused(
             f"--out {out} cannot be written ({reason}): make room or choose another folder; in the same one, "
             "the same command goes on from the last checkpoint"
         ) from error
@@ -72,7 +72,7 @@ def open_run(out: Path, record: Mapping, defaults: Mapping, free: Collection[str
     """Create the run folder, or check that an existing one is of this configuration, but for what is `free`.
 
     Args: record, configuration and facts; defaults, of fields that an earlier version may not have written.
-    Raises ValueError, naming the field and both values, where it is another run's. Facts that an older
+    Raises Refused, naming the field and both values, where it is another run's. Facts that an older
     version did not record are not compared.
     """
     path = out / "config.json"
@@ -81,7 +81,7 @@ def open_run(out: Path, record: Mapping, defaults: Mapping, free: Collection[str
         there = defaults | read_json(path)
         for name in record:
             if name in there and name not in free and there[name] != record[name]:
-                raise ValueError(
+                raise Refused(
                     f"{out} holds another run: {name} is {there[name]!r}, not {record[name]!r}; "
                     "choose another --out"
                 )
@@ -244,12 +244,12 @@ def prune(out: Path, progress: Progress, stays: Callable[[int], bool]) -> None:
 
 
 def check_space(out: Path, arm: Arm, averaged: bool = False) -> None:
-    """Raise ValueError where the disk cannot take a checkpoint: weights, and what is kept of what trains."""
+    """Raise Refused where the disk cannot take a checkpoint: weights, and what is kept of what trains."""
     extra = 3 if averaged else 2  # two moments, and the weights beside their average
     need = sum(p.numel() * (1 + extra if p.requires_grad else 1) for p in arm.parameters()) * 4 + 10_000_000
     free = shutil.disk_usage(out).free
     if free < need:
-        raise ValueError(
+        raise Refused(
             f"--out {out}: a checkpoint needs {need / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB left; "
             "free some and run the same command: it goes on from the last checkpoint"
         )
@@ -273,7 +273,7 @@ def newest_whole(out: Path) -> tuple[Path | None, list[str]]:
     """Find the checkpoint to go on from: the one that `last` points at, or the nearest before that is whole.
 
     Returns it, None for a run without any, and a line about each one that was skipped.
-    Raises ValueError where there are checkpoints and none is whole.
+    Raises Refused where there are checkpoints and none is whole.
     """
     found, skipped, why = checkpoints(out), [], "`last` points nowhere"
     pointed = (out / "last").is_symlink()
@@ -285,7 +285,7 @@ def newest_whole(out: Path) -> tuple[Path | None, list[str]]:
             return folder, skipped
         skipped.append(f"warning: {folder} is damaged, the checkpoint before it is taken: {why}")
     if pointed or found:
-        raise ValueError(f"--out {out} has no whole checkpoint ({why}): choose another --out to start anew")
+        raise Refused(f"--out {out} has no whole checkpoint ({why}): choose another --out to start anew")
     return None, []
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from arm import Arm, ArmConfig, Summary, load_arm, stored_config
 from data import saved_partners
+from files import Refused
 from latents import tower, world
 from latents.encoders import open_backbone, resolved
 from latents.tower import Features, load_with
@@ -84,14 +85,14 @@ class StartConfig(ArmConfig, DataConfig):
         super().__post_init__()
         DataConfig.__post_init__(self)
         if self.features is not None and self.freeze != "expert":
-            raise ValueError(
+            raise Refused(
                 f"--features with --freeze {self.freeze}: what makes the tokens would train, and theirs grow "
                 "stale; use --freeze expert, or leave --features out"
             )
         if self.features is not None and self.blind:
-            raise ValueError("--features with --blind: the mean picture needs the pictures; leave one out")
+            raise Refused("--features with --blind: the mean picture needs the pictures; leave one out")
         if self.sites and self.world_encoder == "siglip" and self.freeze == "none":
-            raise ValueError(
+            raise Refused(
                 "--world-encoder siglip with --freeze none: the tower would train, and its latents grow "
                 "stale; use --freeze vision"
             )
@@ -175,16 +176,16 @@ def build_arm(
 
 
 def continue_arm(config: StartConfig, stored: ArmConfig) -> tuple[Arm, Processor]:
-    """Go on from an arm's checkpoint, memory modules included; ValueError where it is built another way."""
+    """Go on from an arm's checkpoint, memory modules included; Refused where it is built another way."""
     for field in dataclasses.fields(ArmConfig):
         there, asked = getattr(stored, field.name), getattr(config, field.name)
         if field.name not in ArmConfig.free_to_change and there != asked:
-            raise ValueError(
+            raise Refused(
                 f"--init {config.init} was trained with {field.name} {there!r}, not {asked!r}: ask for the "
                 "same, or start from a checkpoint without memory"
             )
     if stored.has_prophet != config.has_prophet:
-        raise ValueError(
+        raise Refused(
             f"--init {config.init} was trained with --memory {stored.memory}, --memory {config.memory} "
             f"{'needs a prophet that it lacks' if config.has_prophet else 'would drop its prophet'}"
         )

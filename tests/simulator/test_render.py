@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from files import Refused
 from simulator import render
 
 
@@ -23,7 +24,7 @@ def test_a_missing_gl_library_names_the_line_that_installs_it(monkeypatch):
     monkeypatch.delitem(sys.modules, "mujoco", raising=False)
     monkeypatch.setattr(render, "_egl_devices", lambda: 0)
     monkeypatch.setattr(render.ctypes, "CDLL", lambda _: (_ for _ in ()).throw(OSError("no library")))
-    with pytest.raises(RuntimeError, match="apt-get install libegl1"):
+    with pytest.raises(Refused, match="apt-get install libegl1"):
         render.setup_gl()
 
 
@@ -31,7 +32,7 @@ def test_a_missing_gl_library_names_the_line_that_installs_it(monkeypatch):
 def test_a_chosen_backend_without_its_library_names_the_line_that_installs_it(monkeypatch, backend, package):
     monkeypatch.setattr(render, "_egl_devices", lambda: 0)
     monkeypatch.setattr(render.ctypes, "CDLL", lambda _: (_ for _ in ()).throw(OSError("no library")))
-    with pytest.raises(RuntimeError, match=f"MUJOCO_GL={backend}.*apt-get install {package}"):
+    with pytest.raises(Refused, match=f"MUJOCO_GL={backend}.*apt-get install {package}"):
         render.check_gl(backend)
     monkeypatch.setattr(render, "_egl_devices", lambda: 1)
     monkeypatch.setattr(render.ctypes, "CDLL", lambda _: object())

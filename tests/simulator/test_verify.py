@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from files import Refused
 from simulator import env as sim
 from simulator import pool, verify
 
@@ -146,7 +147,7 @@ def test_a_mujoco_that_cannot_simulate_is_one_line_with_the_pin(installed, monke
 
     monkeypatch.setattr(verify, "in_fresh_process", fail)
     installed("3.8.1")
-    with pytest.raises(RuntimeError, match=r"MuJoCo 3.8.1 does not run .*mujoco==3.3.2") as caught:
+    with pytest.raises(Refused, match=r"MuJoCo 3.8.1 does not run .*mujoco==3.3.2") as caught:
         verify.replay_apart(RENDER, 0.5, "as_installed")
     assert "\n" not in str(caught.value)
     installed("3.3.2")
