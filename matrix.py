@@ -3,8 +3,8 @@
 A cell is one arm, budget and seed: a run folder that train.py fills and eval.py rolls out. The folder says
 how far it is, and `finished.txt` in it which commands ended well. Cells share data and caches, which are
 prepared first, and nothing else: each may be called again, by a person or a scheduler, and of two processes
-at one cell the second leaves it. Arms, presets and budgets come from the environment, where run_matrix.sh puts
-them. Python is all that is needed here, so that --dry-run and --list work on a fresh clone.
+at one cell the second leaves it. Arms, presets and budgets come from the environment, where run_matrix.sh
+puts them. Python is all that is needed here, so that --dry-run and --list work on a fresh clone.
 
     ./run_matrix.sh smoke --dry-run     # commands and time left
     ./run_matrix.sh smoke               # prepares, trains, rolls out, reports
