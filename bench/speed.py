@@ -76,7 +76,7 @@ BANKS = {
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Measure speed and memory on random weights; `python -m bench control` asks whether effects are found."""
+    """Measure speed and memory on random weights; `python -m bench control` asks if effects are found."""
 
     what: Annotated[Literal["step", "chunk", "load", "loop", "data", "world", "sim"], tyro.conf.Positional]
     """An optimiser step; a chunk's latency; import and load; training around its steps, and a save; random
