@@ -382,7 +382,7 @@ def film(rollout: Rollout, work: Work, rate: float) -> None:
 if __name__ == "__main__":
     rank0 = os.environ.get("RANK", "0") == "0"
     try:
-        main(tyro.cli(EvalConfig, console_outputs=rank0))
+        main(tyro.cli(EvalConfig, description=__doc__, console_outputs=rank0))
     except Refused as error:
         sys.exit(f"error: {error}")
     finally:

@@ -583,6 +583,6 @@ def main(config: DescribeConfig) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(DescribeConfig))
+        main(tyro.cli(DescribeConfig, description=__doc__))
     except Refused as error:
         sys.exit(f"error: {error}")

@@ -530,7 +530,7 @@ def validate(source: Source, episodes: np.ndarray, rank: int, ranks: int) -> dic
 if __name__ == "__main__":
     rank0 = os.environ.get("RANK", "0") == "0"
     try:
-        main(tyro.cli(TrainConfig, console_outputs=rank0))
+        main(tyro.cli(TrainConfig, description=__doc__, console_outputs=rank0))
     except Refused as error:
         sys.exit(f"error: {error}")
     finally:

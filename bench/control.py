@@ -31,7 +31,6 @@ chunk, A = q numbers in a block.
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -419,8 +418,10 @@ def draw_choice(axis: plt.Axes, shares: dict[str, float], count: int) -> None:
 # ---- main ---------------------------------------------------------------------------------------------
 
 
-def main(config: ControlConfig) -> int:
+def main(args: list[str]) -> int:
     """Train every arm, print the table, draw the figure; give the exit code."""
+    torch.set_num_threads(1)  # at these sizes more threads only wait for one another
+    config = tyro.cli(ControlConfig, prog="python -m bench control", args=args, description=__doc__)
     start, seed = time.perf_counter(), config.seed
     steps, many, few = config.sizes
     samples, held = draw(seed, TRAIN, many), draw(seed, HELD_OUT, few)
@@ -474,11 +475,3 @@ def main(config: ControlConfig) -> int:
     save(figure, config.out / "control")
     print(f"{config.out / 'control.png'}, {time.perf_counter() - start:.0f} s")
     return code
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)  # at these sizes more threads only wait for one another
-    try:
-        sys.exit(main(tyro.cli(ControlConfig)))
-    except Refused as error:
-        sys.exit(f"error: {error}")

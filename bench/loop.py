@@ -5,9 +5,9 @@ backward passes and the optimiser's step are timed; what the clock shows beyond 
 clipping, counting, logging. The last save is repeated, in turns with writing as many bytes plainly, both to
 the disk.
 
-    python -m bench train --size tiny --only loop
+    python -m bench loop --size tiny
 
-Called by bench/__main__.py.
+Called by bench/speed.py.
 """
 
 from __future__ import annotations

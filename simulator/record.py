@@ -571,7 +571,7 @@ def run(config: DemoConfig) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line."""
-    config = tyro.cli(DemoConfig, args=args, description=__doc__)
+    config = tyro.cli(DemoConfig, prog="python -m simulator record", args=args, description=__doc__)
     try:
         run(config)
     except OSError as error:

@@ -397,7 +397,7 @@ def explain_picture(difference: str, found: Replay) -> str:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line."""
-    command = tyro.cli(Command, args=args, description=__doc__)
+    command = tyro.cli(Command, prog="python -m simulator verify", args=args, description=__doc__)
     try:
         agree = verify(command.folders, command.picture_tolerance, command.texture_colorspace)
     except Refused as error:

@@ -10,7 +10,7 @@
 
 `keep_memory` stops the allocator from giving large tensors back to the system and asking for them again.
 
-    python -m bench model --size base               # what it brings on this machine, beside the plain path
+    python -m bench chunk --size base               # what it brings on this machine, beside the plain path
     pytest tests/test_cpu.py
 
 Shapes: B batch, H heads, L queries, S keys, d head width.

@@ -1,11 +1,11 @@
 """lerobot's own speed on a checkpoint, for the ratios in the README; needs lerobot 0.6.1, and is no test.
 
-    python -m bench model --checkpoint /tmp/random       # leaves a random checkpoint of full size there
+    python -m bench load --checkpoint /tmp/random        # leaves a random checkpoint of full size there
     python tests/lerobot_speed.py /tmp/random            # in an environment that has lerobot
 
 One JSON line a case: a chunk at batch 1, and a training step as lerobot-train takes it (autocast over float32
 weights, AdamW, clipped gradients), in float32 and bfloat16; import and load before. Data are random, two
-pictures of 512 x 512 and an instruction of 16 tokens, as in bench/__main__.py.
+pictures of 512 x 512 and an instruction of 16 tokens, as in bench/speed.py.
 """
 
 from __future__ import annotations

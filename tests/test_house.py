@@ -136,7 +136,7 @@ def test_a_folders_door_says_what_lives_there_and_hands_on_names_alone(room):
 
 
 def test_only_what_a_person_gave_is_told_in_one_line():
-    """Refused says so; a ValueError of our own keeps its traceback. fusion.py and prophet.py need torch alone."""
+    """Own errors keep their traceback; what fusion.py and prophet.py raise, arm.py passes on."""
     apart = ("fusion.py", "prophet.py", "report/")
     found = [path for path in code() if not str(path.relative_to(ROOT)).startswith(apart)]
     assert [module(path) for path in found if "raise ValueError(" in path.read_text()] == []

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import __main__ as bench
 from bench import loop
+from bench import speed as bench
 from smolvla.config import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,12 +70,15 @@ def test_a_step_trains_and_a_chunk_gives_its_parts():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("what", "only", "cases"), [("model", "", 3), ("bank", "4 hypotheses", 2)])
-def test_every_case_is_a_json_line_and_a_row(tmp_path, what, only, cases):
+@pytest.mark.parametrize(
+    ("what", "arms", "only", "cases"),
+    [("chunk", "none", "", 2), ("load", "none", "", 1), ("step", "bank", "4 hypotheses", 1)],
+)
+def test_every_case_is_a_json_line_and_a_row(tmp_path, what, arms, only, cases):
     flags = ["--size", "tiny", "--dtype", "float32", "--repeats", "1", "--rounds", "1", "--threads", "1"]
     out = tmp_path / "bench.jsonl"
     done = subprocess.run(
-        [sys.executable, "-m", "bench", what, "--only", only, *flags, "--out", out],
+        [sys.executable, "-m", "bench", what, "--arms", arms, "--only", only, *flags, "--out", out],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -90,25 +93,25 @@ def test_every_case_is_a_json_line_and_a_row(tmp_path, what, only, cases):
             assert row["times_faster_than_plain"] == pytest.approx(first["seconds"] / row["seconds"])
             assert row["share_of_peak"] == pytest.approx(row["flops"] / row["seconds"] / row["peak_flops"])
             assert 0 < row["share_of_peak"] < 1.5 and row["memory_gb"] > 0.1
-    if what == "model":
+    if what == "load":
         assert rows[-1]["seconds"] == pytest.approx(rows[-1]["import"] + rows[-1]["load"])
 
 
 def test_cases_can_be_chosen_by_name():
-    groups = bench.plan(bench.BenchConfig("fusion", only="prefix_", dtype=("float32",)))
+    groups = bench.plan(bench.BenchConfig("step", "sites", only="prefix_", dtype=("float32",)))
     assert [[(c.name, c.kind) for c in group] for group in groups] == [
-        [(name, kind) for name in bench.SITES if name.startswith("prefix_")] for kind in ("step", "chunk")
+        [(name, kind) for name in bench.SITES if name.startswith("prefix_")] for kind in ("step",)
     ]
     with pytest.raises(
         ValueError, match="--only 'nothing' is in no case's name: these are none, plain, none"
     ):
-        bench.plan(bench.BenchConfig("fusion", only="nothing"))
+        bench.plan(bench.BenchConfig("step", "sites", only="nothing"))
 
 
 def test_readers_are_measured_alone_and_with_a_process(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "LEAST", 0.05)
     out = tmp_path / "bench.jsonl"
-    bench.main(bench.BenchConfig("data", workers=(0, 1), rounds=1, out=out))
+    bench.measure_all(bench.BenchConfig("data", workers=(0, 1), rounds=1, out=out))
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["workers"], row["cameras"]) for row in rows] == [(w, "64x64 64x64") for w in (0, 1)] * 2
     assert [row["frames"] for row in rows] == [131, 131, 139, 139]
@@ -135,7 +138,7 @@ def test_world_encoders_and_their_caches_are_measured(tmp_path):
 
 def test_a_batch_of_nothing_is_refused():
     with pytest.raises(ValueError, match="--batch-size 0 must be at least 1"):
-        bench.BenchConfig("model", batch_size=0)
+        bench.BenchConfig("chunk", batch_size=0)
 
 
 def test_the_loop_around_steps_and_a_save_are_measured_in_a_real_run():

@@ -183,7 +183,7 @@ def test_a_failed_check_makes_the_exit_code_1_and_one_that_is_only_shown_does_no
 
 
 def test_a_quick_run_trains_too_little_and_says_so(tmp_path, capsys):
-    assert control.main(ControlConfig(out=tmp_path, quick=True)) == 1
+    assert control.main(["--out", str(tmp_path), "--quick"]) == 1
     assert "FAILED" in capsys.readouterr().out
     assert (tmp_path / "control.png").stat().st_size > 10_000
 
@@ -195,7 +195,7 @@ def test_no_steps_are_refused():
 
 @pytest.mark.slow
 def test_the_instrument_passes_its_own_control(tmp_path):
-    command = [sys.executable, "-m", "bench.control", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "bench", "control", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "control.png").is_file()

@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from arm import Arm
-from bench import __main__ as bench
+from bench import speed as bench
 from training.flops import PEAKS, flops_per_sample, utilisation
 
 
