@@ -4,7 +4,7 @@ A cell is one arm, budget and seed: a run folder that train.py fills and eval.py
 how far it is, and `finished.txt` in it which commands ended well. Cells share data and caches, which are
 prepared first, and nothing else: each may be called again, by a person or a scheduler, and of two processes
 at one cell the second leaves it. Arms, presets and budgets come from the environment, where run_matrix.sh
-puts them. Python is all that is needed here, so that --dry-run and --list work on a fresh clone.
+puts puts them. Python is all that is needed here, so that --dry-run and --list work on a fresh clone.
 
     ./run_matrix.sh smoke --dry-run     # commands and time left
     ./run_matrix.sh smoke               # prepares, trains, rolls out, reports
@@ -34,6 +34,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+from files import Refused
+
 WHOLE, TASK = "[1-9][0-9]{0,14}", "[0-9]{1,4}(-[0-9]{1,4})?"
 NUMBERS = {  # variable: what each of its words must look like, an example; a list where that has several
     "TOTAL_SAMPLES": (WHOLE, "'64000 192000'"),
@@ -52,6 +54,10 @@ STARTED = time.monotonic()
 
 class Busy(Exception):
     """Another process is at it."""
+
+
+class Failed(Exception):
+    """A command did not come to its end."""
 
 
 # ---- what is asked for ---------------------------------------------------------------------------------
@@ -80,22 +86,22 @@ class Cell(NamedTuple):
 
 
 def read_arms(table: str, more_modes: list[str]) -> dict[str, Arm]:
-    """Read the table's lines, and add modes to arms whose own is pred; ValueError where one cannot be."""
+    """Read the table's lines, and add modes to arms whose own is pred; Refused where one cannot be."""
     arms = {}
     for line in filter(str.strip, table.splitlines()):
         fields = [shlex.split(field) for field in line.split("|")]
         if len(fields) != 4 or len(fields[0]) != 1 or not fields[2]:
-            raise ValueError(f"the table's line {line!r} is not: name | flags | memory modes | compared with")
+            raise Refused(f"the table's line {line!r} is not: name | flags | memory modes | compared with")
         [name], flags, modes, controls = fields
         arms[name] = Arm(name, flags, modes + (more_modes if modes[0] == "pred" else []), controls)
     for arm in arms.values():
         for control in set(arm.controls) - set(arms):
-            raise ValueError(f"arm {control!r}, which {arm.name} is compared with, is not in the table")
+            raise Refused(f"arm {control!r}, which {arm.name} is compared with, is not in the table")
     return arms
 
 
 class Job:
-    """What the environment asks for; a ValueError names the variable, its value and what it can be."""
+    """What the environment asks for; Refused names the variable, its value and what it can be."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
         self.env, self.data, self.init, self.out = env, env["DATA"], env["INIT"], Path(env["OUT"])
@@ -105,7 +111,7 @@ class Job:
         self.suites = [f"libero_{suite.removeprefix('libero_')}" for suite in env["SUITES"].split()]
         if not self.suites:
             example = "SUITES='libero_object libero_goal'"
-            raise ValueError(f"DATA={self.data} is given: say what to roll out as well, as in {example}")
+            raise Refused(f"DATA={self.data} is given: say what to roll out as well, as in {example}")
         ends = [part.partition("-")[::2] for part in env["TASKS"].replace(",", " ").split()]
         self.tasks = [str(task) for a, b in ends for task in range(int(a), int(b or a) + 1)]
 
@@ -126,7 +132,7 @@ class Job:
         early = [int(at) for at in env.get("EVAL_AT", "").split()]
         for at in early:
             if at % self.batch:
-                raise ValueError(f"EVAL_AT '{at}' is no multiple of the batch size, {self.batch}")
+                raise Refused(f"EVAL_AT '{at}' is no multiple of the batch size, {self.batch}")
         self.cells = self.read_cells(early)
         every = math.gcd(*early) or env["SAVE_EVERY"]  # the largest step that meets them all
         self.train_flags += ["--save-every", str(every)] if every else []
@@ -142,14 +148,14 @@ class Job:
         pattern, example = NUMBERS[name]
         words = self.env.get(name, "").split()
         if not all(re.fullmatch(pattern, word) for word in words) or (len(words) > 1 and " " not in example):
-            raise ValueError(f"{name} {self.env[name]!r} cannot be: give numbers, as in {name}={example}")
+            raise Refused(f"{name} {self.env[name]!r} cannot be: give numbers, as in {name}={example}")
 
     def flags(self, name: str) -> list[str]:
         """Split a variable into flags as a shell does, quotes and all."""
         try:
             return shlex.split(self.env.get(name, ""))
         except ValueError as error:  # a quote without its partner
-            raise ValueError(f"{name} {self.env[name]!r} cannot be split into flags: {error}") from error
+            raise Refused(f"{name} {self.env[name]!r} cannot be split into flags: {error}") from error
 
     def read_cells(self, early: list[int]) -> list[Cell]:
         env = self.env
@@ -157,7 +163,7 @@ class Job:
         names = dict.fromkeys(table if env["ARMS"] == "all" else env["ARMS"].split())
         for name in names:
             if name not in table:
-                raise ValueError(f"arm {name!r} is not in the table: choose among {' '.join(table)}, or all")
+                raise Refused(f"arm {name!r} is not in the table: choose among {' '.join(table)}, or all")
         budgets, seeds = (dict.fromkeys(map(int, env[name].split())) for name in ("TOTAL_SAMPLES", "SEEDS"))
         return [
             Cell(table[name], budget, seed, [at for at in early if at < budget])
@@ -168,16 +174,16 @@ class Job:
 
 
 def choose(job: Job, action: str, only: str) -> list[Cell]:
-    """Return the cells that the command line asks for; ValueError where it asks for what there is not."""
+    """Return the cells that the command line asks for; Refused where it asks for what there is not."""
     if action not in ACTIONS or (only and action != "--cell"):
         choices = "--dry-run, --list, --prepare, --cell NAME or --report, or nothing for all"
-        raise ValueError(f"{f'{action} {only}'.strip()!r} is unknown: choose {choices}")
+        raise Refused(f"{f'{action} {only}'.strip()!r} is unknown: choose {choices}")
     lists = f"'./run_matrix.sh {job.env['preset']} --list' prints"
     if action == "--cell" and not only:
-        raise ValueError(f"--cell needs a name or number: {lists} them, a line each")
+        raise Refused(f"--cell needs a name or number: {lists} them, a line each")
     found = [cell for number, cell in enumerate(job.cells, 1) if only in ("", cell.name, str(number))]
     if not found:
-        raise ValueError(f"cell {only!r} is not in the list: {lists} it")
+        raise Refused(f"cell {only!r} is not in the list: {lists} it")
     return found
 
 
@@ -211,7 +217,7 @@ def preparation(job: Job) -> list[str]:
 
 
 def steps(job: Job, cell: Cell, dry: bool = False) -> Iterator[tuple[list[str], Callable[[], bool]]]:
-    """Yield a cell's commands, each with what tells whether it is done; ValueError for a missing checkpoint.
+    """Yield a cell's commands, each with what tells whether it is done; Refused for a missing checkpoint.
 
     dry: nothing is looked at; checkpoints have the names that training gives them.
     """
@@ -227,7 +233,7 @@ def steps(job: Job, cell: Cell, dry: bool = False) -> Iterator[tuple[list[str], 
             found = [state.parent for state in states if parse(text(state)).get("samples") == at]
             found += [folder / f"step_{at // job.batch:06d}"] if dry else []
         if not found:
-            raise ValueError(f"{folder} has no checkpoint of {at} samples: choose another OUT")
+            raise Refused(f"{folder} has no checkpoint of {at} samples: choose another OUT")
         roll_out = ["python", "eval.py", str(found[0]), "--memory", *cell.arm.modes, *job.eval_flags]
         yield roll_out, (folder / "episodes.jsonl").exists
 
@@ -342,7 +348,7 @@ class Crew:
         log: TextIO | None = None,
         tell: Callable[[], None] = lambda: None,
     ) -> None:
-        """Run a command to its end, calling `tell` now and then; ValueError says how one that fails ended.
+        """Run a command to its end, calling `tell` now and then; Failed says how one that fails ended.
 
         It has a session of its own, so that Ctrl-C is ours to hand on. held: a lock that it holds as well, so
         that it stays taken where this program alone is killed.
@@ -354,7 +360,7 @@ class Crew:
         more |= {"pass_fds": [held.fileno()]} if held else {}
         with self.guard:
             if self.stopping:
-                raise ValueError("stopped")
+                raise Failed("stopped")
             process = subprocess.Popen(command, **more)
             self.processes.add(process)
         if held:
@@ -368,7 +374,7 @@ class Crew:
         if code := process.returncode:
             lines = text(Path(log.name)).strip().splitlines() if log else []
             ended = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
-            raise ValueError(f"{ended}: {clean(lines[-1] if lines else shlex.join(command))}")
+            raise Failed(f"{ended}: {clean(lines[-1] if lines else shlex.join(command))}")
 
     def stop(self) -> None:
         """Ask all commands to end, wait for what they save, then kill what is left of them."""
@@ -437,7 +443,7 @@ def carry_out(todo: dict[str, Callable[[str], None]], places: list[str], crew: C
                     future.result()
                 except Busy as error:
                     say(f"skipped: {name}: {error}")
-                except (ValueError, OSError) as error:
+                except (Failed, Refused, OSError) as error:
                     say(f"FAILED: {name}: {error}")
                     failed.append(name)
         if crew.signals and not crew.stopping:
@@ -456,7 +462,7 @@ def prepare(job: Job, crew: Crew, device: str) -> None:
 
 
 def run_cell(job: Job, cell: Cell, crew: Crew, alone: bool, device: str) -> None:
-    """Train and roll out, on the console where it runs alone; Busy or ValueError where that cannot be."""
+    """Train and roll out, on the console where it runs alone; Busy or Failed where that cannot be."""
     folder, told = job.out / cell.name, None
 
     def tell() -> None:  # where a tenth more is done
@@ -476,7 +482,7 @@ def run_cell(job: Job, cell: Cell, crew: Crew, alone: bool, device: str) -> None
                 continue
             crew.run(command, device, held, log, tell)
             if not is_done():  # a training that SIGTERM stops ends well, too
-                raise ValueError(f"stopped before its end; the same command goes on: {line}")
+                raise Failed(f"stopped before its end; the same command goes on: {line}")
             with finished.open("a") as file:
                 file.write(line + "\n")
     say(f"done: {cell.name}" + ("" if alone else f"; {all_left(job, live=True)}"))
@@ -515,7 +521,7 @@ def main(arguments: list[str], env: Mapping[str, str]) -> int:
     try:
         job = Job(env)
         cells = choose(job, action, only)
-    except ValueError as error:
+    except Refused as error:
         print(f"run_matrix.sh: {error}", file=sys.stderr)
         return 2
     if "--check" in arguments:

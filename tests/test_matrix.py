@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 
 import matrix as program
+from files import Refused
 from report import stats
 
 ROOT = Path(__file__).parent.parent
@@ -371,7 +372,7 @@ def test_the_table_compares_what_the_report_does(tmp_path):
     ],
 )
 def test_a_line_of_the_table_that_cannot_be_is_named(line, words):
-    with pytest.raises(ValueError, match=re.escape(words)):
+    with pytest.raises(Refused, match=re.escape(words)):
         program.read_arms(line, [])
 
 
