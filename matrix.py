@@ -317,7 +317,7 @@ def all_left(job: Job, live: bool = False) -> str:
     hours = sum(left or 0 for left in minutes) / 60
     words = f"{len(minutes)} of {len(job.cells)} cells left, {at_once} at a time"
     words += f", {unknown} of them not measured yet" if unknown else ""
-    return words + (f": {hours:.1f} h of work, {hours / at_once:.1f} h" if hours else "")
+    return words + (f": {hours:.2f} h of work, {hours / at_once:.2f} h" if hours else "")
 
 
 # ---- processes -----------------------------------------------------------------------------------------
@@ -387,7 +387,7 @@ class Crew:
         while any(p.poll() is None for p in processes) and len(self.signals) < 2 and time.monotonic() < end:
             time.sleep(0.1)
         for process in processes:
-            with suppress(ProcessLookupError):
+            with suppress(OSError):  # all have ended
                 os.killpg(process.pid, signal.SIGKILL)  # their workers, too
 
 
@@ -411,7 +411,7 @@ def lock(path: Path, waits: Crew | None = None) -> Iterator[TextIO]:
 
 
 def take(file: TextIO) -> bool:
-    """Lock a file, if nobody else has."""
+    """Lock a file; False where another has it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -457,8 +457,9 @@ def carry_out(todo: dict[str, Callable[[str], None]], places: list[str], crew: C
 def prepare(job: Job, crew: Crew, device: str) -> None:
     """Make what cells share: data and caches. Where all is there, the programs only look."""
     with lock(Path(job.data), crew) if job.recorded else nullcontext() as held:
-        for command in (*recordings(job), preparation(job)):
-            crew.run(command, device, held)
+        for command in recordings(job):
+            crew.run(command, "", held)
+        crew.run(preparation(job), device, held)
 
 
 def run_cell(job: Job, cell: Cell, crew: Crew, alone: bool, device: str) -> None:
