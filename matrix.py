@@ -105,8 +105,11 @@ class Job:
 
     def __init__(self, env: Mapping[str, str]) -> None:
         self.env, self.data, self.init, self.out = env, env["DATA"], env["INIT"], Path(env["OUT"])
-        for name in NUMBERS:
-            self.check_numbers(name)
+        for name, (pattern, example) in NUMBERS.items():
+            words = env.get(name, "").split()
+            fit = all(re.fullmatch(pattern, word) for word in words)
+            if not fit or (len(words) > 1 and " " not in example):
+                raise Refused(f"{name} {env[name]!r} cannot be: give numbers, as in {name}={example}")
         self.recorded, tiny = bool(env["RECORDED"]), self.init == "tiny"
         self.suites = [f"libero_{suite.removeprefix('libero_')}" for suite in env["SUITES"].split()]
         if not self.suites:
@@ -143,12 +146,6 @@ class Job:
         self.eval_flags += ["--task-ids", *self.tasks] if not self.recorded else []
         self.eval_flags += self.flags("EVAL_FLAGS")
         self.report = ["python", "-m", "report", str(self.out)]
-
-    def check_numbers(self, name: str) -> None:
-        pattern, example = NUMBERS[name]
-        words = self.env.get(name, "").split()
-        if not all(re.fullmatch(pattern, word) for word in words) or (len(words) > 1 and " " not in example):
-            raise Refused(f"{name} {self.env[name]!r} cannot be: give numbers, as in {name}={example}")
 
     def flags(self, name: str) -> list[str]:
         """Split a variable into flags as a shell does, quotes and all."""
@@ -193,7 +190,7 @@ def choose(job: Job, action: str, only: str) -> list[Cell]:
 def recordings(job: Job) -> list[list[str]]:
     """Return the commands that record demonstrations, a suite each, into one folder; none for given data."""
     env, record = job.env, ["python", "-m", "simulator", "record"]
-    flags = ["--task-ids", ",".join(job.tasks), "--demos-per-task", env.get("DEMOS", "")]
+    flags = ["--task-ids", ",".join(env["TASKS"].split()), "--demos-per-task", env.get("DEMOS", "")]
     flags += ["--init-states", "0-9"]  # rollouts start from the others
     flags += ["--displace", env.get("DISPLACE", ""), "--noise", env.get("NOISE", ""), "--size", "128"]
     flags += ["--draw", "fast", "--reset", "soft", "--workers", str(job.jobs), "--out", job.data]
@@ -397,9 +394,16 @@ def lock(path: Path, waits: Crew | None = None) -> Iterator[TextIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.lock", "a+", errors="replace") as file:
         told = ""
-        while not take(file):
-            file.seek(0)
-            holder = f"{clean(file.read(300)) or 'another process'} is at it"
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                file.seek(0)
+                holder = f"{clean(file.read(300)) or 'another process'} is at it"
+            except OSError as error:  # a file system without locks
+                say(f"warning: {file.name} cannot be locked ({error}): see that no two processes use it")
+                break
             if waits is None or waits.stopping:
                 raise Busy(holder)
             if holder != told:
@@ -408,17 +412,6 @@ def lock(path: Path, waits: Crew | None = None) -> Iterator[TextIO]:
             time.sleep(0.5)
         sign(file, os.getpid(), "run_matrix.sh")
         yield file
-
-
-def take(file: TextIO) -> bool:
-    """Lock a file; False where another has it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:  # a file system without locks
-        say(f"warning: {file.name} cannot be locked ({error}): see that no two processes use it")
-    return True
 
 
 def sign(file: TextIO, process: int, command: str) -> None:

@@ -22,6 +22,7 @@
 #                              frozen tower's tokens (FEATURES= does without)
 #   DATA_FLAGS TRAIN_FLAGS EVAL_FLAGS   more flags, as a shell would split them: both of train.py, and of eval.py
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" && exit ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")"
 set -a # matrix.py finds all that follows in its environment
 

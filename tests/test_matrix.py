@@ -357,6 +357,13 @@ def test_a_dry_run_and_a_list_need_no_package(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_help_is_the_scripts_own_first_lines_and_the_script_stays_short():
+    done = script("--help")
+    assert done.returncode == 0 and done.stdout.startswith("The main job: demonstrations, arms trained on")
+    assert "./run_matrix.sh smoke " in done.stdout and "EVAL_FLAGS" in done.stdout.splitlines()[-1]
+    assert len((ROOT / "run_matrix.sh").read_text().splitlines()) <= 90
+
+
 def test_the_table_compares_what_the_report_does(tmp_path):
     table = program.read_arms(settings(tmp_path, "full")["ARM_TABLE"], [])
     pairs = [(arm.name, control) for arm in table.values() for control in arm.controls]
