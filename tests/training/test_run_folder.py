@@ -404,7 +404,9 @@ def test_a_fact_that_an_older_version_did_not_record_is_not_compared(tmp_path):
     assert json.loads((config.out / "config.json").read_text())["flops_per_sample"] == 7
     with pytest.raises(ValueError, match="holds another run: data_fingerprint is 'a', not 'b'"):
         tiny.open_run(config, facts | {"data_fingerprint": "b"})
-    tiny.open_run(dataclasses.replace(config, keep_every=100_000, compared_with=("E0",)), facts)
+    tiny.open_run(
+        dataclasses.replace(config, keep_every=100_000, max_bad_steps=3, compared_with=("E0",)), facts
+    )
 
 
 def test_progress_is_what_state_json_holds(straight):
