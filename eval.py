@@ -20,7 +20,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,15 +28,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import tyro
 
 from arm import Arm, load_arm
 from data import Source
 from files import Refused, append_json, read_json, write_json
 from latents.world import latents_for
 from prophet import ROLLOUT_MODES
-from ranks import start_ranks, wait_for_ranks
+from ranks import run_program, start_ranks, wait_for_ranks
 from readers.load import load
 from readers.selection import DataConfig
 from rollouts.conform import check, compare, describe_checkpoint, describe_data, describe_environment, table
@@ -380,11 +377,4 @@ def film(rollout: Rollout, work: Work, rate: float) -> None:
 
 
 if __name__ == "__main__":
-    rank0 = os.environ.get("RANK", "0") == "0"
-    try:
-        main(tyro.cli(EvalConfig, description=__doc__, console_outputs=rank0))
-    except Refused as error:
-        sys.exit(f"error: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    run_program(main, EvalConfig, __doc__, Refused)

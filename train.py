@@ -16,7 +16,6 @@ width.
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 import time
 from contextlib import nullcontext
@@ -25,8 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import tyro
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,7 +31,7 @@ from arm import Arm, load_arm
 from data import Source, held_out
 from files import Refused, read_json, read_tensors
 from model import masked_mean
-from ranks import Stop, Together, start_ranks, sum_over_ranks
+from ranks import Stop, Together, run_program, start_ranks, sum_over_ranks
 from readers.demos import Demos, chosen_statistics
 from readers.load import in_files
 from readers.prefetch import Loader
@@ -70,7 +67,7 @@ from training.run_folder import (
     save,
     writing,
 )
-from training.start import StartConfig, build_arm, make_caches, open_data
+from training.start import StartConfig, build_arm, check_trunk, make_caches, open_data
 
 STEPS_AHEAD = 2  # steps whose pictures are decoded while another one runs
 
@@ -79,8 +76,8 @@ STEPS_AHEAD = 2  # steps whose pictures are decoded while another one runs
 class TrainConfig(StartConfig, OptimiseConfig):
     """Train one arm."""
 
-    out: Path = Path("runs/run")
-    """Run folder; one that exists is resumed, if its configuration agrees."""
+    out: Path | None = None
+    """Run folder; one that exists is resumed, if it agrees. Default: runs/ARM-nBUDGET-sSEED."""
 
     arm: str = ""
     """Name of the arm in reports; default: made from --fusion and --memory."""
@@ -92,8 +89,8 @@ class TrainConfig(StartConfig, OptimiseConfig):
     """Only make, or check, what this training reads beside the data, world latents and the --features: for
     sweeps, whose runs share them, or before a GPU is paid for."""
 
-    flow_draws: int = 1
-    """Draws of noise and time a sample; they share one pass of the prefix."""
+    flow_draws: int | None = None
+    """Draws of noise and time a sample; they share one pass of the prefix. Default: the recipe's."""
 
     val_every: int = 0
     """Samples between two measurements on held-out episodes (held_out.py); 0: never, none are held out."""
@@ -104,8 +101,12 @@ class TrainConfig(StartConfig, OptimiseConfig):
     log_every: int = 20
     """Optimiser steps between two log lines."""
 
-    save_every: int = 50_000
-    """Samples between two checkpoints; the last one is always written."""
+    save_every: int | None = None
+    """Samples between two checkpoints; the last one is always written. Default: the recipe's of --init."""
+
+    save_minutes: float = 10.0
+    """Minutes after which a checkpoint is written in between, for the first time after one; the next replaces
+    it."""
 
     keep_every: int = 0
     """Samples between two checkpoints that stay, a multiple of --save-every; of the others the newest two do.
@@ -125,6 +126,7 @@ class TrainConfig(StartConfig, OptimiseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.settle({"out": Path("runs", f"{self.arm_name}-n{self.total_samples}-s{self.seed}")})
         least_one = ("total_samples", "batch_size", "accumulate", "flow_draws", "log_every", "save_every")
         for flag in (*least_one, "max_bad_steps"):
             if getattr(self, flag) < 1:
@@ -148,14 +150,14 @@ class TrainConfig(StartConfig, OptimiseConfig):
         """Fields and facts that may change when a run is resumed."""
         return (
             "out", "data", "pictures", "workers", "features", "prepare", "log_every", "save_every",
-            "keep_every", "max_bad_steps", "compile", "threads", "accumulate", "world_model", "data_facts",
-            "flops_per_sample", "weights_fingerprint", "compared_with",
+            "save_minutes", "keep_every", "max_bad_steps", "compile", "threads", "accumulate", "world_model",
+            "data_facts", "flops_per_sample", "weights_fingerprint", "compared_with",
         )  # fmt: skip
 
     def stays(self, step: int) -> bool:
-        """Whether a step's checkpoint stays for good."""
+        """Whether a step's checkpoint stays for good: not one that was written between two planned ones."""
         samples = step * self.batch_size
-        return not self.keep_every or passes(self.keep_every, samples - self.batch_size, samples)
+        return passes(self.keep_every or self.save_every, samples - self.batch_size, samples)
 
 
 # ---- main ---------------------------------------------------------------------------------------------
@@ -175,6 +177,7 @@ def main(config: TrainConfig) -> None:
         return
 
     # data
+    check_trunk(config)
     last = agree_on_checkpoint(config, rank, together)
     config, demos, features, latents = open_data(config, last, rank, ranks, say)
     out_episodes = held_out(demos, config.val_share) if config.val_every else np.empty(0, np.int64)
@@ -251,7 +254,7 @@ def main(config: TrainConfig) -> None:
         source.loader.close()
     if progress.samples < config.total_samples:
         done = f"{progress.samples:,} of {config.total_samples:,} samples"
-        say(f"stopped by SIGTERM at {done}: the same command goes on from there")
+        say(f"stopped at {done}: the same command goes on from there")
     else:
         say(f"done: {config.out / 'last'}")
 
@@ -304,7 +307,7 @@ def spend(
     rank: int,
     together: Together,
 ) -> None:
-    """Spend the budget: steps, log lines, measurements and checkpoints, until its end or SIGTERM.
+    """Spend the budget: steps, log lines, measurements and checkpoints, until its end, SIGTERM or Ctrl-C.
 
     Raises Refused after --max-bad-steps steps in a row without a finite gradient.
     """
@@ -312,6 +315,7 @@ def spend(
     usage, watch = Usage(config.num_hypotheses, source.device), CollapseWatch()
     bad = BadSteps(source.device, progress.bad_steps, progress.bad_in_a_row)
     clock, since = time.perf_counter(), progress.samples
+    saved, wait = time.monotonic(), min(1.0, config.save_minutes)  # a first checkpoint comes early
     with Stop() as stop:
         while progress.samples < config.total_samples:
             before = progress.samples
@@ -327,8 +331,8 @@ def spend(
                 usage.add(out["winner"])
             if average is not None:
                 average.update(count)
-            stopping = together.any(stop.asked)
-            saves = finished or stopping or passes(config.save_every, before, done)
+            stopping, due = together.any(stop.asked, time.monotonic() > saved + 60 * wait)
+            saves = finished or stopping or due or passes(config.save_every, before, done)
             if logged or saves:
                 check_bad(config, bad, progress, rank)
             if logged:
@@ -346,6 +350,8 @@ def spend(
                     log_validation(config.out, {"samples": done, "step": step} | found)
             if rank == 0 and saves:
                 save(config.out, arm, source.processor, optimizer, progress, average, config.stays)
+            if saves:
+                saved, wait = time.monotonic(), config.save_minutes
             if stopping:
                 return
 
@@ -467,17 +473,20 @@ def banner(
     most = "" if micro * ranks * config.accumulate == config.batch_size else "at most "
     tokens = f", tokens from {config.features}" if config.features else ""
     fresh = config.init in PRESETS and start == config.init
+    floors = f"{config.state_std_floor:g} (state) and {config.action_std_floor:g} (action)"
     lines = [
         f"arm {facts['arm']}, seed {config.seed}, git {commit}; run folder {config.out}",
         f"device {env['device']} ({device.type}), {ranks} rank(s), {env['threads']} threads; {versions}",
         f"parameters {live:,} trainable of {total:,} (freeze {config.freeze}), in {facts['dtype']}; {flops}",
         f"effective batch {config.batch_size} = micro {most}{micro} x accumulation {config.accumulate} "
         f"x ranks {ranks}; {config.flow_draws} flow draw(s) a sample",
-        f"budget {config.total_samples:,} samples; a checkpoint every {config.save_every:,}",
+        f"budget {config.total_samples:,} samples at a peak rate of {config.lr:g}; a checkpoint every "
+        f"{config.save_every:,} and {config.save_minutes:g} min",
         f"data {config.data}: {len(demos.first)} episodes, {len(demos):,} frames, fingerprint "
         f"{demos.fingerprint}{tokens}; statistics: "
         + (chosen_statistics(demos)[1] if fresh else "from the checkpoint"),
-        f"checkpoint {start}, fingerprint {facts['weights_fingerprint']}",
+        f"checkpoint {start}, fingerprint {facts['weights_fingerprint']}"
+        + (f"; deviations of at least {floors}" if fresh else ""),
     ]
     if config.sites:
         ahead, chunk = config.future * config.world_stride, arm.policy.config.n_action_steps
@@ -528,11 +537,4 @@ def validate(source: Source, episodes: np.ndarray, rank: int, ranks: int) -> dic
 
 
 if __name__ == "__main__":
-    rank0 = os.environ.get("RANK", "0") == "0"
-    try:
-        main(tyro.cli(TrainConfig, description=__doc__, console_outputs=rank0))
-    except Refused as error:
-        sys.exit(f"error: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    run_program(main, TrainConfig, __doc__, Refused)

@@ -11,7 +11,7 @@ Shapes: T history, K future, S side of a picture.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,12 +28,13 @@ from latents.encoders import open_backbone, resolved
 from latents.tower import Features, load_with
 from latents.world import Latents, cache_path, change_statistics, prepare
 from model import SmolVLA, load_policy, start_from_vlm
+from prophet import MemoryMode
 from ranks import wait_for_ranks
 from readers.demos import Demos, chosen_statistics
 from readers.load import load, remember_checks
 from readers.selection import DataConfig, find_data
 from smolvla.checkpoint import fresh_processor
-from smolvla.config import PRESETS
+from smolvla.config import PRESETS, PRETRAINED, RECIPES
 from smolvla.processor import Processor
 
 
@@ -60,14 +61,22 @@ class StartConfig(ArmConfig, DataConfig):
     allow_missing: bool = False
     """Go on when tensors or statistics of a checkpoint are missing, or tensors unexpected."""
 
-    freeze: Literal["expert", "vision", "none"] = "expert"
-    """What stays frozen: all but the expert (lerobot's default), only the vision tower, or nothing."""
+    memory: MemoryMode | None = None
+    """Memory that the policy is trained with; default: pred, off with --fusion none."""
 
-    state_std_floor: float = 0.0
+    freeze: Literal["expert", "vision", "none"] | None = None
+    """What stays frozen: all but the expert (lerobot's default), only the vision tower, or nothing (default
+    of --init tiny)."""
+
+    world_stride: int | None = None
+    """Control steps (1/20 s) between two world latents; default: the recipe's of --init."""
+
+    state_std_floor: float | None = None
     """Smallest deviation that a fresh policy's states are divided by, metres or radians. A dimension that the
-    demonstrations hardly use would otherwise be blown up: far outside of unit scale in a rollout."""
+    demonstrations hardly use would otherwise be blown up: far outside of unit scale in a rollout. Default:
+    the recipe's."""
 
-    action_std_floor: float = 0.0
+    action_std_floor: float | None = None
     """The same for actions (full scale is 1): noise in an unused dimension would be a target too."""
 
     seed: int = 0
@@ -82,6 +91,13 @@ class StartConfig(ArmConfig, DataConfig):
     held in float32 in any case, what is frozen in this type."""
 
     def __post_init__(self) -> None:
+        self.settle(RECIPES.get(self.init, PRETRAINED))
+        if self.memory not in (None, "off") and not self.sites:
+            raise Refused(
+                f"--memory {self.memory} with --fusion none: there is no site for it; name one, as in "
+                "--fusion late, or leave --memory out"
+            )
+        self.settle({"memory": "pred" if self.sites else "off"})
         super().__post_init__()
         DataConfig.__post_init__(self)
         if self.features is not None and self.freeze != "expert":
@@ -96,6 +112,12 @@ class StartConfig(ArmConfig, DataConfig):
                 "--world-encoder siglip with --freeze none: the tower would train, and its latents grow "
                 "stale; use --freeze vision"
             )
+
+    def settle(self, defaults: Mapping[str, object]) -> None:
+        """Give fields that were left open these values."""
+        for name, value in defaults.items():
+            if getattr(self, name, value) is None:
+                object.__setattr__(self, name, value)
 
     def precision(self, device: torch.device) -> torch.dtype:
         """The type to compute in on a device."""
@@ -155,6 +177,15 @@ def open_data(
 # ---- the arm ------------------------------------------------------------------------------------------
 
 
+def check_trunk(config: StartConfig) -> None:
+    """Raise Refused for a head that would learn on a trunk that is random and stays so."""
+    if config.init in PRESETS and config.freeze == "expert" and config.vlm is None:
+        raise Refused(
+            f"--init {config.init} --freeze expert: all but the expert stays random; leave --freeze out, "
+            "or start from a checkpoint or a --vlm"
+        )
+
+
 def build_arm(
     config: StartConfig, demos: Demos, latents: Latents | None, frames: np.ndarray
 ) -> tuple[Arm, Processor]:
@@ -210,6 +241,11 @@ def build_policy(config: StartConfig, demos: Demos) -> tuple[SmolVLA, Processor]
     """A fresh preset with statistics and tokenizer from the data, or on a language model; or a checkpoint."""
     torch.manual_seed(config.seed)
     if config.init not in PRESETS:
+        if "/" not in config.init and not Path(config.init).is_dir():
+            known = ", ".join(PRESETS)
+            raise Refused(
+                f"--init {config.init} is no preset ({known}), no folder and no hub id (owner/name): name one"
+            )
         return load_policy(config.init, config.revision, config.vlm, config.stats_of, config.allow_missing)
     widths = {"state_dim": demos.state.shape[1], "action_dim": demos.action.shape[1]}
     preset = dataclasses.replace(PRESETS[config.init], cameras=tuple(demos.images), **widths)
