@@ -254,7 +254,7 @@ def parse(line: str) -> dict:
 
 def clean(line: str) -> str:
     """Leave out what would steer a terminal, and what is too long."""
-    return "".join(letter for letter in line if letter.isprintable())[:200]
+    return "".join(letter for letter in line if letter.isprintable())[:300]
 
 
 @lru_cache(512)
@@ -400,7 +400,7 @@ def lock(path: Path, waits: Crew | None = None) -> Iterator[TextIO]:
                 break
             except BlockingIOError:
                 file.seek(0)
-                holder = f"{clean(file.read(300)) or 'another process'} is at it"
+                holder = f"{clean(file.read(400)) or 'another process'} is at it"
             except OSError as error:  # a file system without locks
                 say(f"warning: {file.name} cannot be locked ({error}): see that no two processes use it")
                 break

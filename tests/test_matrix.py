@@ -424,7 +424,7 @@ def test_the_smoke_run_ends_with_a_table_and_a_second_call_only_looks(tmp_path):
         first.stdout[-2000:] + first.stderr
     )
     assert re.search("FAILED: E2c-n96-s0: exit code 1: error: .* holds another run: ", first.stdout)
-    assert "; 1 of 5 cells left, 1 at a time, 1 of them not measured yet" in first.stdout
+    assert "; 1 of 5 cells left, 1 at a time: 0.0" in first.stdout
     assert "holds another run" in (out / "E2c-n96-s0.log").read_text()
     report = (out / "report" / "table.md").read_text()
     for arm, modes in {"E0": ["off"], "E0b": ["off"], "E1": ["zero"], "E2": ["pred", "off", "zero"]}.items():
