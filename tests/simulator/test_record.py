@@ -18,6 +18,10 @@ from simulator import record as recording
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = [
+    "--noise",
+    "0",
+    "--displace",
+    "0",
     "--suite",
     "libero_object",
     "--task-ids",
