@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import os
 import time
 from contextlib import ExitStack
@@ -39,7 +38,7 @@ from readers.load import load
 from readers.selection import DataConfig
 from rollouts.conform import check, compare, describe_checkpoint, describe_data, describe_environment, table
 from rollouts.conform import record as conformance
-from rollouts.episodes import gather, key_of, own_file, read_all, result
+from rollouts.episodes import gather, key_of, own_file, read_all, result, summary
 from rollouts.film import episode_name, film_name, save_film
 from rollouts.imagine import save_strips, strips_of_episode
 from rollouts.plan import Plan, ProtocolConfig, Target, find_target, make_plans, open_out
@@ -167,13 +166,15 @@ def main(config: EvalConfig) -> None:
         check_simulator()
     # Ranks wait for one another only before the first episode and after a suite's last: for hours, maybe.
     rank, ranks, device = start_ranks("gloo", timedelta(days=30))
-    target = find_target(config)
+    target = find_target(config, sited=bool(set(config.memory) - {"off"}))
     arm, processor = open_arm(config, target, device)
     if config.offline is not None:
         evaluate_offline(config, arm, processor, target)
         return
     plans = make_plans(config, target.run, arm)
     modes = config.memory or (arm.config.mode,)
+    if config.checkpoint is None:  # named modes are seen beside the run's own
+        modes = tuple(dict.fromkeys((arm.config.mode, *modes)))
     for mode in modes:
         arm.needs(mode)
 
@@ -210,6 +211,8 @@ def main(config: EvalConfig) -> None:
     wait_for_ranks()
     if rank == 0:
         gather(work.path)
+        lines = read_all(work.path).values()
+        print(summary(line for line in lines if line["checkpoint"] == target.name))
 
 
 def evaluate_offline(config: EvalConfig, arm: Arm, processor: Processor, target: Target) -> None:
@@ -275,7 +278,7 @@ def introduce(target: Target, plans: list[Plan], modes: tuple[str, ...]) -> None
     """Print what is about to run."""
     print(f"checkpoint {target.folder}, memory {' '.join(modes)} of {' '.join(ROLLOUT_MODES)}")
     for plan in plans:
-        print(f"protocol {json.dumps(plan.record())}")
+        print(f"protocol {plan}")
         overlap = sum(start in plan.seen for start in plan.starts)
         if overlap:
             print(f"warning: demonstrations started from {overlap} of the {len(plan.starts)} init states")

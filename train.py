@@ -67,7 +67,15 @@ from training.run_folder import (
     save,
     writing,
 )
-from training.start import StartConfig, build_arm, check_trunk, make_caches, open_data
+from training.start import (
+    DEMO,
+    StartConfig,
+    build_arm,
+    check_trunk,
+    make_caches,
+    open_data,
+    record_demo,
+)
 
 STEPS_AHEAD = 2  # steps whose pictures are decoded while another one runs
 
@@ -171,6 +179,8 @@ def main(config: TrainConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
 
+    if config.data == DEMO:
+        record_demo(rank, together)
     if config.prepare:
         for line in make_caches(config, rank, ranks, device):
             say(line)

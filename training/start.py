@@ -29,7 +29,7 @@ from latents.tower import Features, load_with
 from latents.world import Latents, cache_path, change_statistics, prepare
 from model import SmolVLA, load_policy, start_from_vlm
 from prophet import MemoryMode
-from ranks import wait_for_ranks
+from ranks import Together, wait_for_ranks
 from readers.demos import Demos, chosen_statistics
 from readers.load import load, remember_checks
 from readers.selection import DataConfig, find_data
@@ -37,13 +37,16 @@ from smolvla.checkpoint import fresh_processor
 from smolvla.config import PRESETS, PRETRAINED, RECIPES
 from smolvla.processor import Processor
 
+DEMO = Path("data/demo")
+
 
 @dataclass(frozen=True)
 class StartConfig(ArmConfig, DataConfig):
     """Where a run starts: data, the arm, and the weights, statistics and seed that it is built on."""
 
-    data: Path = Path("data/demo")
-    """Demonstrations: a folder or file in LIBERO's HDF5 layout, a LeRobot v3 folder, or one's hub id."""
+    data: Path = DEMO
+    """Demonstrations: a folder or file in LIBERO's HDF5 layout, a LeRobot v3 folder, or one's hub id. The
+    default, where it is not there, is recorded first."""
 
     init: str = "tiny"
     """Where the policy starts: a preset's name (fresh weights), a checkpoint folder, or a hub id."""
@@ -126,6 +129,18 @@ class StartConfig(ArmConfig, DataConfig):
 
 
 # ---- data and what is kept beside them ----------------------------------------------------------------
+
+
+def record_demo(rank: int, together: Together) -> None:
+    """Record the demo's demonstrations, on the first rank, where there are none."""
+    if together.gather(DEMO.is_dir())[0]:
+        return
+    if rank == 0:
+        from simulator import record  # imports HDF5
+
+        print(f"{DEMO} is not there: recording the demo's demonstrations first", flush=True)
+        record.run(record.DemoConfig(out=DEMO))
+    together.gather(None)
 
 
 def make_caches(config: StartConfig, rank: int, ranks: int, device: torch.device) -> list[str]:
