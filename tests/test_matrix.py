@@ -89,11 +89,16 @@ def test_a_dry_run_lists_every_cell_and_runs_nothing(matrix, tmp_path):
 
 def test_the_demos_arms_train_with_the_flags_that_its_recorded_results_had(matrix):
     [line] = trainings(matrix("demo", "--dry-run", ARMS="E2"))
-    assert line.split("--seed 0 ")[1] == (
-        "--init tiny --freeze none --batch-size 16 --flow-draws 4 --lr 1e-3 --world-stride 4 --threads 1 "
-        "--state-std-floor 0.01 --action-std-floor 0.05 --log-every 80 --save-every 16000 "
-        "--fusion late --memory pred"
-    )  # fmt: skip
+    flags = line.split("--seed 0 ")[1]
+    assert flags == (
+        "--init tiny --world-stride 4 --threads 1 --log-every 80 --save-every 16000 --fusion late --memory pred"
+    )
+    config = tyro.cli(TrainConfig, args=flags.split())
+    recorded = {
+        "freeze": "none", "batch_size": 16, "flow_draws": 4, "lr": 1e-3, "world_stride": 4,
+        "state_std_floor": 0.01, "action_std_floor": 0.05,
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in recorded} == recorded
 
 
 def test_checkpoints_on_the_way_are_rolled_out_where_training_saves_them(matrix):
