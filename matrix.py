@@ -143,7 +143,7 @@ class Job:
         self.eval_flags = ["--episodes-per-task", env["EPISODES"], "--num-envs", str(self.envs)]
         self.eval_flags += [*self.flags("PRESET_EVAL_FLAGS"), *threads]
         self.eval_flags += ["--suite", *self.suites] if not self.recorded or len(self.suites) > 1 else []
-        self.eval_flags += ["--task-ids", *self.tasks] if not self.recorded else []
+        self.eval_flags += ["--task-ids", ",".join(self.tasks)] if not self.recorded else []
         self.eval_flags += self.flags("EVAL_FLAGS")
         self.report = ["python", "-m", "report", str(self.out)]
 
