@@ -443,7 +443,9 @@ def optimizer_step(
             (loss * ranks * weight).backward()  # DDP averages over ranks; times `ranks` makes it the sum
         logs += weight * torch.stack(sums)
     norms = gradient_norms(source.arm) if logged else {}  # before they are clipped
-    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.clip)
+    norm = torch.nn.utils.clip_grad_norm_(
+        [p for p in model.parameters() if p.requires_grad], config.grad_clip
+    )
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * lr_factor(config, first)
     # Gradients are the sum over ranks by now, so all ranks see the same norm and skip the same steps. The
