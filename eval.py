@@ -50,6 +50,19 @@ from smolvla import kernels
 from smolvla.processor import Processor
 from training import held_out
 
+# Options that --help begins with.
+OFTEN = (
+    "checkpoint",
+    "memory",
+    "suite",
+    "task_ids",
+    "episodes_per_task",
+    "num_envs",
+    "video",
+    "check",
+    "out",
+)
+
 
 @dataclass(frozen=True)
 class EvalConfig(ProtocolConfig):
@@ -380,4 +393,4 @@ def film(rollout: Rollout, work: Work, rate: float) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main, EvalConfig, __doc__, Refused)
+    run_program(main, EvalConfig, __doc__, Refused, OFTEN)

@@ -77,6 +77,8 @@ from training.start import (
     record_demo,
 )
 
+# Options that --help begins with.
+OFTEN = ("data", "init", "fusion", "memory", "total_samples", "batch_size", "lr", "seed", "out", "arm")
 STEPS_AHEAD = 2  # steps whose pictures are decoded while another one runs
 
 
@@ -549,4 +551,4 @@ def validate(source: Source, episodes: np.ndarray, rank: int, ranks: int) -> dic
 
 
 if __name__ == "__main__":
-    run_program(main, TrainConfig, __doc__, Refused)
+    run_program(main, TrainConfig, __doc__, Refused, OFTEN)
