@@ -38,8 +38,8 @@ STATE_PARTS = {"ee_pos": 3, "ee_ori": 3, "gripper_states": 2}
 ACTION_DIM = 7
 PAIRING = "observation_before_action"
 PROVENANCE = (
-    "suite", "task_id", "displace", "noise", "size", "draw", "texture_colorspace", "reset", "env_seed",
-    "versions",
+    "suite", "task_id", "displace", "either", "noise", "size", "draw", "texture_colorspace", "reset",
+    "env_seed", "versions",
 )  # fmt: skip
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 RECORD_AGAIN = "record it again with `python -m simulator record`, or download it again"
