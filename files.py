@@ -35,6 +35,17 @@ def plain_name(name: object, where: object) -> str:
     return name
 
 
+def inside(root: Path, path: Path) -> Path:
+    """Return a path that a stranger's data set names or holds, if it stays in its folder `root`, links too.
+
+    The hub's own folders are links to blobs/ beside snapshots/. Raises Refused.
+    """
+    real, home = path.resolve(), root.resolve()
+    if not any(real.is_relative_to(place) for place in (home, home.parent.parent / "blobs")):
+        raise Refused(f"{path} leads out of {root}, to {real}: copy what is meant into the folder")
+    return path
+
+
 def number_from_environment(name: str, default: int) -> int:
     """Return what the environment sets of a recipe (TOTAL_SAMPLES, DEMOS, EPISODES), if it is one number."""
     value = os.environ.get(name, "")

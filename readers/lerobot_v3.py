@@ -12,6 +12,7 @@ Source: the format as lerobot 0.6.1 writes and reads it (github.com/huggingface/
 """
 
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from files import Refused
+from files import Refused, inside
 from readers.demos import Demos, StoredPictures, boundaries
 from readers.lerobot_pictures import COPY_AGAIN, ImagePlace, VideoPlace, read_images, read_video, readable
 from readers.selection import camera_key
@@ -30,6 +31,7 @@ from readers.selection import camera_key
 STATE, ACTION = "observation.state", "action"
 COUNTERS = ("index", "episode_index", "frame_index", "task_index")
 CONVERT = "convert a copy with lerobot's convert_dataset_v21_to_v30"
+FIELD = re.compile(r"\{(chunk_index|file_index|video_key)(:0?\dd?)?\}")  # of the names of files in info.json
 CONTROL_RATE = "fps is the label of the data set; LIBERO's control rate is 20 Hz"
 
 
@@ -53,9 +55,21 @@ def read_info(root: Path) -> dict[str, Any]:
         raise Refused(
             f"{root} is a LeRobot data set of version {version}, v3.0 is read here: use a copy in v3.0"
         )
+    for name in ("data_path", "video_path"):
+        check_pattern(info.get(name), f"{path}: {name}")
     if info["fps"] <= 0:
         raise Refused(f"{path}: fps is {info['fps']}, it must be positive: {COPY_AGAIN}")
     return info
+
+
+def check_pattern(pattern: object, where: str) -> None:
+    """Refuse a pattern of files' names that asks for anything but the numbers of LeRobot's own ones."""
+    if pattern is None:  # a data set without videos
+        return
+    bad = not isinstance(pattern, str) or not FIELD.sub("0", pattern).isprintable()
+    if bad or set(FIELD.sub("", pattern)) & set("{}\\:") or ".." in pattern or pattern.startswith("/"):
+        like = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+        raise Refused(f"{where} is {pattern!r}, not like {like}: {COPY_AGAIN}")
 
 
 def camera_features(info: dict[str, Any]) -> dict[str, str]:
@@ -186,11 +200,12 @@ def check_episodes(folder: Path, info: dict[str, Any], found: dict[str, np.ndarr
 
 
 def data_file(root: Path, info: dict[str, Any], place: tuple[int, int]) -> Path:
-    return root / info["data_path"].format(chunk_index=place[0], file_index=place[1])
+    return inside(root, root / info["data_path"].format(chunk_index=place[0], file_index=place[1]))
 
 
 def video_file(root: Path, info: dict[str, Any], camera: str, place: tuple) -> Path:
-    return root / info["video_path"].format(video_key=camera, chunk_index=place[0], file_index=place[1])
+    name = info["video_path"].format(video_key=camera, chunk_index=place[0], file_index=place[1])
+    return inside(root, root / name)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from files import Refused
+from files import Refused, inside
 from readers.demos import Demos, StoredPictures, boundaries
 from readers.selection import camera_key
 
@@ -128,7 +128,7 @@ def task_files(path: Path) -> list[Path]:
     files = sorted(path.glob("*.hdf5"))
     if not files:
         raise Refused(f"no *.hdf5 file in {path}: record some there with `python -m simulator record`")
-    return files
+    return [inside(path, file) for file in files]
 
 
 @contextmanager
@@ -155,6 +155,7 @@ def read_header(path: Path, cameras: list[str]) -> TaskFile:
     with opened(path) as file:
         if "data" not in file:
             raise Refused(f"{path} has no group 'data', so it isn't in LIBERO's layout: {RECORD_AGAIN}")
+        check_own(file, str(path))
         data = file["data"]
         pairing = plain(data.attrs.get("pairing"))
         if pairing not in (PAIRING, None):
@@ -196,6 +197,17 @@ def read_header(path: Path, cameras: list[str]) -> TaskFile:
             provenance=read_provenance(data, demos, path) | ({"pairing": PUBLIC} if skipped else {}),
             skipped=skipped,
         )
+
+
+def check_own(group: h5py.Group, where: str) -> None:
+    """Refuse links and pieces of other files: a stranger's file could show any file of this machine."""
+    for name in group:
+        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            raise Refused(f"{where}: {name} is a link, not data of the file's own: {RECORD_AGAIN}")
+        if isinstance(found := group[name], h5py.Group):
+            check_own(found, f"{where}: {name}")
+        elif isinstance(found, h5py.Dataset) and (found.external or found.is_virtual):
+            raise Refused(f"{where}: {name} is stored in another file: {RECORD_AGAIN}")
 
 
 def read_instruction(data: h5py.Group, path: Path) -> str:

@@ -94,6 +94,8 @@ def find_folder(
 
     Raises Refused when it is neither a folder nor of a hub id's form, and when the hub gives nothing.
     """
+    if not isinstance(name, str) or not name.isprintable():
+        raise Refused(f"{name!r} is no name: give a checkpoint folder, or a hub id of the form owner/name")
     for path in ([relative_to / name] if relative_to else []) + [Path(name)]:
         if path.is_dir():
             return path

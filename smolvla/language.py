@@ -27,6 +27,11 @@ SPECIAL_TOKENS = {
     "image_token": "<image>",
     "end_of_utterance_token": "<end_of_utterance>",
 }
+TEXT_FILES = {
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
+    "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.json", "chat_template.jinja",
+    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
+}  # fmt: skip
 # What transformers takes where a language model's config.json is silent; SmolVLM2's is, on the tower's depth.
 VISION_DEFAULTS = {
     "hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 16,
@@ -102,8 +107,8 @@ def read_language(folder: Path) -> Language:
 
 
 def is_text(path: Path) -> bool:
-    """Whether a file of a language model's folder belongs to its config or tokenizer, not to its weights."""
-    return path.suffix in (".json", ".txt", ".jinja") and not path.name.endswith(".index.json")
+    """Whether a file of a language model's folder is its config's or tokenizer's: no other is handed on."""
+    return path.name in TEXT_FILES
 
 
 def fresh_language(config: dict, instructions: list[str]) -> Language:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,8 @@ from safetensors.torch import load_file
 
 from files import Refused, plain_name
 from model import load_policy
+from readers import lerobot_v3, libero_hdf5
+from readers.lerobot_v3 import check_pattern
 from simulator.env import load_init_states
 from smolvla.checkpoint import save_policy
 
@@ -98,3 +102,42 @@ def test_init_states_are_arrays_and_run_nothing(init_states, tmp_path):
     with pytest.raises(Refused, match="holds more than an array"):
         load_init_states(suite, 0)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["../outside/x", "/etc/x", "{0}", "{nope}", "{chunk_index:09999999999d}", "{chunk_index.real}", 5],
+)
+def test_a_pattern_of_file_names_asks_for_nothing_but_its_numbers(pattern):
+    with pytest.raises(Refused, match=r"info\.json: data_path is"):
+        check_pattern(pattern, "info.json: data_path")
+    check_pattern("videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4", "x")
+
+
+def test_a_data_set_whose_file_is_a_link_out_of_it_is_refused(tmp_path):
+    shutil.copytree(Path(__file__).parent / "lerobot_v3/L_image/dataset", tmp_path / "set")
+    [file, *_] = (tmp_path / "set").rglob("data/**/*.parquet")
+    file.rename(tmp_path / "outside.parquet")
+    file.symlink_to(tmp_path / "outside.parquet")
+    with pytest.raises(Refused, match="leads out of"):
+        lerobot_v3.read(tmp_path / "set")
+
+
+@pytest.mark.parametrize("kind", ["soft", "external", "elsewhere"])
+def test_an_hdf5_file_shows_nothing_of_other_files(kind, tmp_path):
+    (tmp_path / "secret").write_bytes(bytes(64))
+    with h5py.File(tmp_path / "x_demo.hdf5", "w") as file:
+        obs = file.create_group("data/demo_0/obs")
+        if kind == "elsewhere":
+            obs.create_dataset("agentview_rgb", (64,), np.uint8, external=[(tmp_path / "secret", 0, 64)])
+        else:
+            link = h5py.SoftLink("/data") if kind == "soft" else h5py.ExternalLink("other.hdf5", "/x")
+            obs["agentview_rgb"] = link
+    with pytest.raises(Refused, match=r"is a link|stored in another file"):
+        libero_hdf5.read(tmp_path)
+
+
+def test_of_a_language_models_folder_only_its_own_files_are_handed_on(folder):
+    (folder.parent / "vlm" / "secrets.json").write_text("{}")
+    _, processor = load_policy(folder)
+    assert "tokenizer.json" in processor.language.files and "secrets.json" not in processor.language.files
