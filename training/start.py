@@ -11,6 +11,7 @@ Shapes: T history, K future, S side of a picture.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +22,16 @@ import torch
 from torch import Tensor
 
 from arm import Arm, ArmConfig, Summary, load_arm, stored_config
-from data import saved_partners
+from data import held_out, saved_partners
 from files import Refused
 from latents import tower, world
+from latents.blocks import with_checks
 from latents.encoders import open_backbone, resolved
 from latents.tower import Features, load_with
-from latents.world import Latents, cache_path, change_statistics, prepare
+from latents.world import Latents, cache_path, change_statistics, future_statistics, prepare
 from model import SmolVLA, load_policy, start_from_vlm
 from prophet import MemoryMode
-from ranks import Together, wait_for_ranks
+from ranks import Together
 from readers.demos import Demos, chosen_statistics
 from readers.load import load, remember_checks
 from readers.selection import DataConfig, find_data
@@ -85,6 +87,12 @@ class StartConfig(ArmConfig, DataConfig):
     seed: int = 0
     """Seed of weights, data order and noise."""
 
+    val_every: int = 0
+    """Samples between two measurements on held-out episodes (held_out.py); 0: never, none are held out."""
+
+    val_share: float = 0.1
+    """Share of the episodes that are held out, where --val-every is set."""
+
     features: Path | None = None
     """Folder of the frozen tower's tokens for this --data, --init and --seed, as --prepare writes them: they
     stand in for the pictures, and none is decoded. Not with --blind, whose mean picture needs them."""
@@ -101,6 +109,11 @@ class StartConfig(ArmConfig, DataConfig):
                 "--fusion late, or leave --memory out"
             )
         self.settle({"memory": "pred" if self.sites else "off"})
+        if self.memory == "off" and self.sites:
+            raise Refused(
+                f"--memory off with --fusion {' '.join(self.sites)}: the site would never be used; train "
+                "--fusion none, or --memory zero for its capacity alone"
+            )
         super().__post_init__()
         DataConfig.__post_init__(self)
         if self.features is not None and self.freeze != "expert":
@@ -121,6 +134,11 @@ class StartConfig(ArmConfig, DataConfig):
         for name, value in defaults.items():
             if getattr(self, name, value) is None:
                 object.__setattr__(self, name, value)
+
+    def without(self, demos: Demos) -> StartConfig:
+        """The same, with the episodes named that are held out: nothing is fitted on them."""
+        out = held_out(demos, self.val_share).tolist() if self.val_every else ()
+        return dataclasses.replace(self, held_out=tuple(out))
 
     def precision(self, device: torch.device) -> torch.dtype:
         """The type to compute in on a device."""
@@ -147,6 +165,7 @@ def make_caches(config: StartConfig, rank: int, ranks: int, device: torch.device
     """Make what this training reads beside the data, or check it, all ranks together; a line for each."""
     folder, lines = find_data(config.data, config.data_revision), []
     demos = load(folder, in_memory=False, options=config)
+    config = config.without(demos)
     if config.sites:
         backbone = open_backbone(config, own_policy(config, demos))
         if backbone is not None:
@@ -170,6 +189,8 @@ def open_data(
     """
     folder = find_data(config.data, config.data_revision)
     home = config.cache_home(folder)
+    if config.val_every:
+        config = config.without(load(folder, in_memory=False, options=config))
     writes = config.sites and config.world_encoder == "pca" and not cache_path(home, config).exists()
     if config.features is not None and writes:
         say("there are no world latents yet: pictures are read once, to make them")
@@ -179,12 +200,8 @@ def open_data(
         start = {} if last is None else {"init": str(last), "stats_of": None}
         backbone = open_backbone(config, own_policy(dataclasses.replace(config, **start), demos))
         config = resolved(config, backbone)
-    if rank:
-        wait_for_ranks()  # the first rank checks the pictures, the others find that it did
     if features is None:
-        demos = remember_checks(demos, home)
-    if rank == 0:
-        wait_for_ranks()
+        demos = remember_checks(demos, home, lambda data: with_checks(data, rank, ranks), writes=rank == 0)
     latents = prepare(home, demos, config, backbone, rank, ranks) if config.sites else None
     return config, demos, features, latents
 
@@ -214,10 +231,12 @@ def build_arm(
         images = {name: mean_image(demos, name) for name in policy.config.cameras}
     summary, encoder = Summary.none(config), None
     if latents is not None:
-        scale, mean = change_statistics(demos, latents.z, config.future, config.world_stride, config.delta)
+        ahead = demos, latents.z, config.future, config.world_stride
+        scale, mean = change_statistics(*ahead, config.delta, frames)
         partners = saved_partners(demos, latents.z, config.history, config.world_stride, frames)
-        summary, encoder = Summary(scale, mean, partners), latents.encoder
-    torch.manual_seed(config.seed + 1)
+        summary = Summary(scale, mean, *partners, *future_statistics(*ahead, frames))
+        encoder = latents.encoder
+    torch.manual_seed(keyed_seed(config.seed, "memory"))
     return Arm(arm_config(config), policy, encoder, summary, images), processor
 
 
@@ -241,6 +260,11 @@ def continue_arm(config: StartConfig, stored: ArmConfig) -> tuple[Arm, Processor
     return arm, processor
 
 
+def keyed_seed(seed: int, purpose: str) -> int:
+    """A seed for one purpose of a run: no purpose of one seed meets another seed's."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:4], "big")
+
+
 def start_policy(config: StartConfig, demos: Demos) -> tuple[SmolVLA, Processor]:
     """Build the policy that a run starts from; its draws leave the caller's generator alone."""
     with torch.random.fork_rng(devices=[]):
@@ -254,7 +278,7 @@ def own_policy(config: StartConfig, demos: Demos) -> SmolVLA | None:
 
 def build_policy(config: StartConfig, demos: Demos) -> tuple[SmolVLA, Processor]:
     """A fresh preset with statistics and tokenizer from the data, or on a language model; or a checkpoint."""
-    torch.manual_seed(config.seed)
+    torch.manual_seed(keyed_seed(config.seed, "policy"))
     if config.init not in PRESETS:
         if "/" not in config.init and not Path(config.init).is_dir():
             known = ", ".join(PRESETS)
@@ -265,7 +289,8 @@ def build_policy(config: StartConfig, demos: Demos) -> tuple[SmolVLA, Processor]
     widths = {"state_dim": demos.state.shape[1], "action_dim": demos.action.shape[1]}
     preset = dataclasses.replace(PRESETS[config.init], cameras=tuple(demos.images), **widths)
     size = next(iter(demos.images.values())).shape[1]
-    stats, _ = chosen_statistics(demos)
+    trained_on = np.setdiff1d(np.arange(len(demos.first)), config.held_out)
+    stats, _ = chosen_statistics(demos.only(trained_on) if config.held_out else demos)
     floors = {"observation.state": config.state_std_floor, "action": config.action_std_floor}
     for feature, floor in floors.items():
         stats[feature]["std"] = stats[feature]["std"].clamp(min=floor)
