@@ -47,6 +47,7 @@ from report.tables import (
 )
 
 SUBCOMMANDS = ("power", "watch")  # each a module beside this one, with main(argv)
+TOLD = ("Success", "Paired comparisons", "What these tables can say", "Expected signals")  # at the terminal
 IMAGINED, FILMED = 2, 4  # pictures and videos shown of an arm
 
 
@@ -77,13 +78,13 @@ ELSEWHERE_SAYS = (
 def seeds_say(arms: dict[str, list[RunFolder]]) -> str:
     if max(len(runs) for runs in arms.values()) < LEAST_SEEDS:
         return (
-            f"Fewer than {LEAST_SEEDS} training seeds an arm: no verdict on arms, only the tables. Wilson intervals "
-            "cover the choice of episodes, not the variation between training seeds, which may be as large."
+            f"Fewer than {LEAST_SEEDS} training seeds an arm: no verdict on arms, only the tables. Wilson "
+            "intervals cover the choice of episodes, not what training seeds vary by, which may be as much."
         )
     counted = ", ".join(f"{arm} {len(runs)}" for arm, runs in arms.items())
     return (
-        f"Training seeds: {counted}. Verdicts on arms are t tests over seeds and speak about new seeds; Wilson "
-        "intervals pool the episodes of these seeds and speak about these alone."
+        f"Training seeds: {counted}. Verdicts on arms are t tests over seeds and speak about new seeds; "
+        "Wilson intervals pool the episodes of these seeds and speak about these alone."
     )
 
 
@@ -92,14 +93,12 @@ def what_it_says(panel: list[RunFolder], contrasts: list[Contrast], looked: int)
     arms = by_arm(panel)
     says = [ELSEWHERE_SAYS if panel[0].elsewhere else seeds_say(arms)]
     if looked > 1:
-        says.append(
-            f"Looked at {looked} times: each look is a chance of a false verdict, and p counts one alone."
-        )
+        says.append(f"Looked at {looked} times; each may give a false verdict, and p counts one alone.")
     says += [f"**{f.arm}: {f.what}: {f.answer}.** {f.number}." for f in sentences(panel, contrasts)]
     if any(run.unmet(mode) for run in panel for mode in ("off", "zero")):
         says.append(
-            "An arm's fall from its own memory to `off` or `zero` shows that policy and memory grew used to each "
-            "other, not that memory helps, unless `off` was met in training (`--memory-dropout`)."
+            "An arm's fall from its own memory to `off` or `zero` shows that policy and memory grew used to "
+            "each other, not that memory helps, unless training met it (`off`: `--memory-dropout`)."
         )
     blind = [c for c in contrasts if (c.a, c.b) == ("E0", "E0b")]
     says += [
@@ -163,8 +162,8 @@ LEAD = (
 CAPTIONS = {
     "success": "Success and its 95 % Wilson interval, seeds and suites pooled. Filled: the arm's own memory "
     "mode; open: an intervention at rollout. Small dots: single seeds. Right: solved/ran.",
-    "dose": "Success under the own memory mode with its gates' strength times S (`eval.py --gate-scale`); band: "
-    "95 % Wilson interval, seeds pooled. 1 is the policy as trained.",
+    "dose": "Success with the gates' strength times S at rollout (`eval.py --gate-scale`), 1 being the policy as "
+    "trained; band: 95 % Wilson interval, seeds pooled.",
     "suites": "Success by suite under each arm's own memory mode; 95 % Wilson intervals; small dots: seeds.",
     "growth": "Success at every evaluated checkpoint, own memory mode, seeds and suites pooled; band: 95 % "
     "Wilson interval.",
@@ -251,7 +250,8 @@ def panels_of(runs: list[RunFolder]) -> dict[str, list[RunFolder]]:
 
 def for_terminal(sections: list[Section]) -> str:
     """Return a panel's title, and what its first parts say: success, comparisons, sentences, signals."""
-    title, *parts = sections[:5]
+    title, *parts = sections
+    parts = [part for part in parts if part.title in TOLD]
     told = [b for part in parts for b in part.blocks if isinstance(b, Table | Text | Bullets)]
     return "\n\n".join([title.title, *map(terminal_block, told)]) + "\n"
 

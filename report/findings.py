@@ -1,7 +1,7 @@
-"""What a panel's runs say: sentences about each memory arm, expected signals, and where the spread comes from.
+"""What a panel's runs say: sentences about memory arms, expected signals, where the spread comes from.
 
-A sentence is about success and stands on contrasts that were named beforehand (stats.py): it is shown only where
-each of them is. A signal is what the experiment would show if it went as hoped, with its number and an answer.
+A sentence is about success and stands on contrasts that were named beforehand (stats.py): it is shown only
+where each of them is. A signal is what the experiment would show if it went as hoped: a number, an answer.
 
     python -m report runs/demo          # -> runs/demo/report/: under "What these tables can say" and after it
     pytest tests/report/test_findings.py
@@ -79,7 +79,7 @@ def sentences(panel: list[RunFolder], contrasts: list[Contrast]) -> list[Finding
             needed = [c for c in of_arm if c.role in roles]
             absent = [SAYS[role] for role in roles if role not in {c.role for c in needed}]
             above = f"{what}, above {', '.join(SAYS[role] for role in roles)}"
-            details = [str(c) for c in needed] + [f"no comparison with {role}" for role in absent]
+            details = [str(c) for c in needed] + [f"not compared with {', '.join(absent)}"] * bool(absent)
             found.append(Finding(arm, above, "; ".join(details), sentence_answer(needed, absent)))
     return found
 
@@ -164,7 +164,7 @@ def opening_signal(arms: dict[str, list[RunFolder]]) -> Finding:
 
 
 def spike_signal(arm: str, runs: list[RunFolder], flat: dict[int, RunFolder]) -> Iterator[Finding]:
-    """Compare attention over hypotheses with B4dup's, whose hypotheses are alike: a maximum is never below 0."""
+    """Compare attention over hypotheses with B4dup's, which are alike: a maximum is never below 0."""
     keys = [key for key in logged_keys(runs) if key.endswith("/spike")]
     for key in keys[:1]:
         ends, starts = ([edge(run, key, last) for run in runs] for last in (True, False))
@@ -207,7 +207,7 @@ def signals(panel: list[RunFolder], contrasts: list[Contrast]) -> list[Finding]:
         found.append(opening_signal(arms))
     for pair in [("E2", "E0"), *((bank, "E2") for bank in BANKS)]:
         rows = [c for c in contrasts if (c.a, c.b) == pair]
-        found += [Finding(c.a, f"above {c.b}", estimate(c), answered([c])) for c in rows]
+        found += [Finding(c.a, f"above {c.b}", f"{estimate(c)} points", answered([c])) for c in rows]
     for arm in treated:
         for mode in ("zero", "random"):
             if rows := [c for c in contrasts if c.arm == arm and c.role == mode and c.within]:
@@ -226,7 +226,7 @@ def signals(panel: list[RunFolder], contrasts: list[Contrast]) -> list[Finding]:
 def estimate(contrast: Contrast) -> str:
     low, high = contrast.test.interval
     interval = "" if np.isnan(low) else f" ({100 * low:+.0f} to {100 * high:+.0f})"
-    return f"{100 * contrast.difference:+.0f} points{interval}"
+    return f"{100 * contrast.difference:+.0f}{interval}"
 
 
 # --------------------------------------------------------------------------------------------------

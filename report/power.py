@@ -1,13 +1,14 @@
 """What a number of episodes and seeds can detect, and how many an effect would need.
 
 The test is the report's: a t test of the per-seed paired differences of two arms, 3 seeds or more. Its model:
-seed s differs by d + N(0, tau^2), and n pairs measure that with variance (psi - d^2) / n, psi the share of pairs
-that disagree. So T is noncentral t with S - 1 degrees of freedom, noncentrality d / sqrt((tau^2 + (psi - d^2) / n)
-/ S). Seeds share their starts, whose own share of that variance does not part seeds: the plan errs on the safe side.
+seed s differs by d + N(0, tau^2), and n pairs measure that with variance (psi - d^2) / n, psi the share of
+pairs that disagree. So T is noncentral t with S - 1 degrees of freedom, noncentrality
+d / sqrt((tau^2 + (psi - d^2) / n) / S). Seeds share their starts, so what starts differ by does not part
+seeds: the plan errs on the safe side.
 
-    python -m report power                                                       # a plan, before any run
+    python -m report power                                # a plan, before any run
     python -m report power --episodes 500 --seeds 3 --base 0.8 --discordance 0.15 --seed-sd 0.03
-    python -m report power runs/demo --effect 10 20                              # from runs: what they could show
+    python -m report power runs/demo --effect 10 20       # from runs: what they could show
     pytest tests/report/test_power.py
 """
 
@@ -129,7 +130,7 @@ class Design:
         return max(self.discordance, d)
 
     def over(self, d: float, episodes: int, seeds: int) -> float:
-        """Return the power of the two-sided t test of the seeds' mean differences; 0 where there is no test."""
+        """Return the power of the two-sided t test of the seeds' differences; 0 where there is none."""
         if self.seed_sd is None or seeds < LEAST_SEEDS:
             return 0.0
         variance = self.seed_sd**2 + (self.psi(d) - d * d) / episodes
@@ -238,9 +239,9 @@ def settings(config: Config) -> str:
 
 
 NOTES = f"""\
-A two-sided t test of the seeds' differences, {LEAST_SEEDS} seeds or more. Assumed: pairs are independent, as many
-disagree as said or seen (or as the difference itself needs), and seeds differ normally. In brackets:
-episodes a task, which has 50 init states in LIBERO. -: not to be found, or the spread is not known."""
+A two-sided t test of the seeds' differences, {LEAST_SEEDS} seeds or more. Assumed: pairs are independent, as
+many disagree as said or seen (or as the difference itself needs), and seeds differ normally. In
+brackets: episodes a task, which has 50 init states in LIBERO. -: not to be found, or not known."""
 
 
 def needs(design: Design, effect: float, episodes: int, seeds: int, tasks: int) -> tuple[str, str]:
@@ -303,9 +304,7 @@ def panel_text(config: Config, panel: list[Run]) -> str:
     parts += ["What a difference needs:\n", needed + "\n", NOTES, spread_say(config, found)]
     if config.contrasts == 1 and len(found) > 1:
         worst = f"--contrasts {len(found)}"
-        parts.append(
-            f"Holm's correction runs over at most {len(found)} contrasts here; its worst case: {worst}."
-        )
+        parts.append(f"Holm's correction runs over up to {len(found)} of these; its worst case: {worst}.")
     return "\n".join(parts)
 
 

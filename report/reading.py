@@ -1,9 +1,9 @@
 """Reads run folders and says which of them may stand in one table.
 
 A run folder is one whose config.json names an arm. Of its episodes the newest checkpoint's are reported;
-those of earlier ones only show how success grew. What does not fit the rest (other data, another protocol, a
-line that is no episode) is set aside by name, with the command that removes it. Checkpoints from elsewhere (no
-training budget in config.json) are compared among themselves only.
+those of earlier ones only show how success grew. What does not fit the rest (other data, another protocol,
+a line that is no episode) is set aside by name, with the command that removes it. Checkpoints from elsewhere
+(no training budget in config.json) are compared among themselves only.
 
     python -c "from report import reading; print(reading.find_runs((reading.Path('runs'),)))"
     pytest tests/report/test_report.py
@@ -286,7 +286,7 @@ def checkpoints_of(runs: list[RunFolder]) -> dict[int, list[dict]]:
 
 
 def load_run(name: str, folder: Path, aside: list[Aside]) -> RunFolder:
-    """Read one run folder; one without episodes.jsonl has no episodes. Lines that do not fit go to `aside`."""
+    """Read one run folder; one without episodes.jsonl has no episodes. Broken lines go to `aside`."""
     config = read_config(folder / "config.json")
     sites = config.get("fusion") or []
     sites = [sites] if isinstance(sites, str) else sites

@@ -1,4 +1,4 @@
-"""The report's statistics: intervals, tests over seeds and within a checkpoint, the contrasts that are tested.
+"""The report's statistics: intervals, tests over seeds and within a checkpoint, the contrasts tested.
 
 Between arms seeds are the unit: the estimate is the mean of per-seed paired differences, p and interval are
 those of a t test over seeds. Fewer than 3 seeds, or seeds that do not differ at all, give no verdict. Within
@@ -258,7 +258,8 @@ class Contrast:
     @property
     def test(self) -> Test:
         if not self.within:
-            return Test(*over_seeds(self.differences))
+            p, (low, high), excluded = over_seeds(self.differences)
+            return Test(p, (np.maximum(low, -1), np.minimum(high, 1)), np.minimum(excluded, 1))
         cells = self.cells(0)
         wide = newcombe(*cells, 1 - 2 * ALPHA)
         return Test(mcnemar(*cells[1:3]), newcombe(*cells), max(map(abs, wide)))

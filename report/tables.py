@@ -69,10 +69,10 @@ CELLS = "Cells: solved/ran (95 % Wilson interval, in %)."
 SUCCESS_NOTES = """\
 **success**: episodes solved of those that ran to an end, all suites and seeds pooled. **95 % (Wilson)**: \
 interval of that rate, in %. **(own)**: the memory the arm was trained with; other modes are interventions \
-at rollout. **(never met in training)**: without memory dropout a fall under this mode is mostly that policy and \
-memory grew used to each other; E0 is what a policy without memory reaches. **steps to success**: mean control steps of solved episodes, {hz}. **crashes**: of the \
-simulator, counted neither way. **trained**: parameters with a gradient. **GFLOP a sample**: of training, \
-forward and backward, 10^9 operations. **-**: not recorded."""
+at rollout. **(never met in training)**: a fall under such a mode is mostly that policy and memory grew \
+used to each other; E0 is what a policy without memory reaches. **steps to success**: mean control steps \
+of solved episodes, {hz}. **crashes**: of the simulator, counted neither way. **trained**: parameters with a \
+gradient. **GFLOP a sample**: of training, forward and backward, 10^9 operations. **-**: not recorded."""
 
 
 def success_table(panel: list[RunFolder]) -> Table:
@@ -159,10 +159,10 @@ CONTRASTS = {"primary": "Primary contrasts", "checks": "Manipulation checks"}
 CONTRAST_NOTES = f"""\
 **pairs a seed** share suite, task and init state; pairs with a crash, or that a seed lacks, are left out. \
 **A - B**: the mean over seeds of the paired differences, with the t interval of these; **p**: t test over \
-seeds, which needs {LEAST_SEEDS} of them. Where one seed is named, A and B are one checkpoint under two memory \
-modes, p is exact McNemar's and the interval Newcombe's (1998, method 10). **Holm p**: corrected over this table. \
-**excluded beyond**: differences larger than this, either way, are excluded at 95 % (two one-sided tests): a \
-null is a result where this is small."""
+seeds, which needs {LEAST_SEEDS} of them. Where one seed is named, A and B are one checkpoint under two \
+memory modes, p is exact McNemar's and the interval Newcombe's (1998, method 10). **Holm p**: corrected over \
+this table. **excluded beyond**: the data exclude larger differences, either way, at 95 % (two one-sided \
+tests): where this is small, a null is a result. **no verdict**: too few seeds, or all alike."""
 
 
 def contrast_table(contrasts: list[Contrast], names: dict[str, str]) -> Table:
@@ -206,9 +206,10 @@ def contrast_blocks(panel: list[RunFolder], contrasts: list[Contrast]) -> list:
 
 def signal_table(signals: list[Finding]) -> Table:
     notes = (
-        "What the experiment would show if it went as hoped. **yes**, **no**: over 3 seeds or more, or in each "
-        "checkpoint, p below 0.05 after its own family's correction; gates: ctx_norm/act_norm above 1 % in the "
-        "last tenth of each run's log. **spike**: (share of the most attended hypothesis - 1/N)/(1 - 1/N)."
+        "What the experiment would show if it went as hoped. Success: **yes** or **no** by the verdicts of "
+        "its contrasts (zero and random: exact McNemar in each checkpoint, Holm over these). Gates: by "
+        "ctx_norm/act_norm above 1 % in the last tenth of each run's log. The rest: a t test over seeds, "
+        "uncorrected. **spike**: (share of the most attended hypothesis - 1/N)/(1 - 1/N)."
     )
     return Table(("arm", "signal", "number", "answer"), [tuple(signal) for signal in signals], notes)
 
@@ -220,10 +221,10 @@ def partition_table(found: list[tuple]) -> Table:
         for what, seeds, starts, variances in found
     ]
     notes = (
-        "Standard deviations, in points, of one episode's success (or of a pair's difference): between training "
-        "seeds, between starts whatever the seed, and the rest: rollouts' own noise, and seeds that find other "
-        "starts hard. A two-way random model; 0.0: no more than the rest explains. More starts help against the "
-        "two last, more seeds against all but the second."
+        "Standard deviations, in points, of an episode's success (or of a pair's difference): between "
+        "training seeds, between starts whatever the seed, and the rest: rollouts' own noise, and seeds that "
+        "find other starts hard. A two-way random model; 0.0: no more than the rest explains. More seeds "
+        "help against **seed** and **rest**, more starts against **start** and **rest**."
     )
     return Table(("of", "seeds", "starts", "seed", "start", "rest"), rows, notes)
 
@@ -274,7 +275,7 @@ def glance_table(panels: dict[str, list[RunFolder]], looks: dict[str, int]) -> T
     header = ("panel", "arms", "seeds an arm", "suites", "tasks", "episodes", "crashes", "looks")
     notes = (
         "Panels are never compared with one another. **seeds an arm**: at most. **looks**: reports on other "
-        "episodes than before, and checkpoints on the way that were rolled out; each is a chance to stop at luck."
+        "episodes than before, and checkpoints on the way that were rolled out; each may be stopped at."
     )
     return Table(header, rows, notes)
 
@@ -378,7 +379,7 @@ COLUMNS = (
 def result_rows(
     panel: list[RunFolder], contrasts: list[Contrast], findings: dict[str, list[Finding]]
 ) -> list[dict]:
-    """Return a panel's rows of results.csv: `success` (`all` pools suites, or seeds), `contrast`, findings."""
+    """Return a panel's rows of results.csv: success (`all` pools suites, or seeds), contrasts, findings."""
     rows = []
     for arm, runs in by_arm(panel).items():
         for mode in arm_modes(runs):
