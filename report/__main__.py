@@ -162,8 +162,8 @@ LEAD = (
 CAPTIONS = {
     "success": "Success and its 95 % Wilson interval, seeds and suites pooled. Filled: the arm's own memory "
     "mode; open: an intervention at rollout. Small dots: single seeds. Right: solved/ran.",
-    "dose": "Success with the gates' strength times S at rollout (`eval.py --gate-scale`), 1 being the policy as "
-    "trained; band: 95 % Wilson interval, seeds pooled.",
+    "dose": "Success with the gates' strength times S at rollout (`eval.py --gate-scale`); 1: the policy as "
+    "trained. Band: 95 % Wilson interval, seeds pooled.",
     "suites": "Success by suite under each arm's own memory mode; 95 % Wilson intervals; small dots: seeds.",
     "growth": "Success at every evaluated checkpoint, own memory mode, seeds and suites pooled; band: 95 % "
     "Wilson interval.",
