@@ -94,7 +94,7 @@ def what_it_says(panel: list[RunFolder], contrasts: list[Contrast], looked: int)
     says = [ELSEWHERE_SAYS if panel[0].elsewhere else seeds_say(arms)]
     if looked > 1:
         says.append(f"Looked at {looked} times; each may give a false verdict, and p counts one alone.")
-    says += [f"**{f.arm}: {f.what}: {f.answer}.** {f.number}." for f in sentences(panel, contrasts)]
+    says += [f"{f.arm}: {f.what}: {f.answer}. {f.number}." for f in sentences(panel, contrasts)]
     if any(run.unmet(mode) for run in panel for mode in ("off", "zero")):
         says.append(
             "An arm's fall from its own memory to `off` or `zero` shows that policy and memory grew used to "
@@ -258,7 +258,7 @@ def for_terminal(sections: list[Section]) -> str:
 
 def terminal_block(block: Table | Text | Bullets) -> str:
     if isinstance(block, Bullets):
-        return "\n".join(f"- {item.replace('**', '')}" for item in block.items)
+        return "\n".join(f"- {item}" for item in block.items)
     return markdown_table(block) if isinstance(block, Table) else block.text
 
 

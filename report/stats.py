@@ -28,7 +28,8 @@ from scipy.stats import binomtest, ttest_1samp
 SITES = ("F2", "F3a", "F3as", "F3b")
 BANKS = ("B4dropout", "B4noise", "B4ensemble", "B4mixture", "B4single", "B4mean", "B4min", "B4rwta")
 CONTROLS = ("n", "c", "h")  # the same site: lambda 0, the present latent, past latents
-PRIMARY = {
+NAMED = {
+    "E0": ("E0b",),  # a check: the second is blind
     "E2": ("E0", "E1s", "E2n", "E2c", "E2h"),
     **{site: ("E0", *(site + control for control in CONTROLS)) for site in SITES},
     **dict.fromkeys(BANKS, ("B4dup", "E2")),
@@ -304,15 +305,15 @@ def named_contrasts(panel: list[Run]) -> list[Named]:
     arms = {run.arm: run for run in panel if run.episodes}
     named = {}
     for arm, run in sorted(arms.items()):
-        others = [*PRIMARY.get(arm, ()), *(run.config.get("compared_with") or ())]
+        others = [*NAMED.get(arm, ()), *(run.config.get("compared_with") or ())]
         if run.role == "treated" and not others:
             others = ["E0", "E2", *(arm + control for control in (*CONTROLS, "z"))]
-        found = [("primary", other) for other in others] + [("checks", "E0b")] * (arm == "E0")
-        for family, other in found:
+        for other in others:
             if other in arms and other != arm and frozenset((arm, other)) not in named:
                 b = arms[other]
+                family = "checks" if "blind" in (run.role, b.role) else "primary"
                 named[frozenset((arm, other))] = Named(family, arm, run.own, other, b.own, b.role)
-    rank = {arm: i for i, arm in enumerate(("E0", *PRIMARY))}
+    rank = {arm: i for i, arm in enumerate(NAMED)}
     of_arms = sorted(named.values(), key=lambda c: (FAMILIES.index(c.family), rank.get(c.arm_a, 99), c.arm_a))
     return of_arms + [
         Named(family, arm, run.own, arm, mode, mode)

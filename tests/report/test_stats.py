@@ -155,7 +155,7 @@ def test_an_effect_is_found_so_that_the_rule_is_not_silent():
 
 def test_the_simulated_rule_is_the_reports(monkeypatch):
     names = ("E0", *(f"A{i}" for i in range(1, 11)))
-    monkeypatch.setattr(stats, "PRIMARY", dict.fromkeys(names[1:], ("E0",)))
+    monkeypatch.setattr(stats, "NAMED", dict.fromkeys(names[1:], ("E0",)))
     rng = np.random.default_rng(5)
     won = equal_arms(rng, 40, 3, 0.2)
     won[:20, 0] = rng.random((20, 3, 40)) < 0.1
