@@ -23,6 +23,7 @@ from report.stats import (
     ALPHA,
     BANKS,
     LEAST_SEEDS,
+    NAMED,
     Contrast,
     Named,
     by_arm,
@@ -77,6 +78,8 @@ def sentences(panel: list[RunFolder], contrasts: list[Contrast]) -> list[Finding
         of_arm = [c for c in contrasts if c.arm == arm and c.family != "signals"]
         for what, roles in (BANK_SENTENCES if is_bank(runs[0]) else SITE_SENTENCES).items():
             needed = [c for c in of_arm if c.role in roles]
+            if not needed and arm not in NAMED:
+                continue  # an arm of its own kind
             absent = [SAYS[role] for role in roles if role not in {c.role for c in needed}]
             above = f"{what}, above {', '.join(SAYS[role] for role in roles)}"
             details = [str(c) for c in needed] + [f"not compared with {', '.join(absent)}"] * bool(absent)

@@ -108,6 +108,7 @@ def test_each_budget_and_what_is_from_elsewhere_has_a_panel_with_its_figures(stu
         assert said.count(title) >= 2  # in the contents too
     names = [
         "success",
+        "dose",
         "suites",
         "growth",
         "curves",
