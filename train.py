@@ -77,6 +77,8 @@ from training.start import (
     record_demo,
 )
 
+# Options that --help begins with.
+OFTEN = ("data", "init", "fusion", "memory", "total_samples", "batch_size", "lr", "seed", "out", "arm")
 STEPS_AHEAD = 2  # steps whose pictures are decoded while another one runs
 
 
@@ -89,6 +91,9 @@ class TrainConfig(StartConfig, OptimiseConfig):
 
     arm: str = ""
     """Name of the arm in reports; default: made from --fusion and --memory."""
+
+    compared_with: tuple[str, ...] = ()
+    """Arms that reports compare this one with."""
 
     prepare: bool = False
     """Only make, or check, what this training reads beside the data, world latents and the --features: for
@@ -156,7 +161,7 @@ class TrainConfig(StartConfig, OptimiseConfig):
         return (
             "out", "data", "pictures", "workers", "features", "prepare", "log_every", "save_every",
             "save_minutes", "keep_every", "max_bad_steps", "compile", "threads", "accumulate", "world_model",
-            "data_facts", "flops_per_sample", "weights_fingerprint",
+            "data_facts", "flops_per_sample", "weights_fingerprint", "compared_with",
         )  # fmt: skip
 
     def stays(self, step: int) -> bool:
@@ -440,7 +445,9 @@ def optimizer_step(
             (loss * ranks * weight).backward()  # DDP averages over ranks; times `ranks` makes it the sum
         logs += weight * torch.stack(sums)
     norms = gradient_norms(source.arm) if logged else {}  # before they are clipped
-    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.clip)
+    norm = torch.nn.utils.clip_grad_norm_(
+        [p for p in model.parameters() if p.requires_grad], config.grad_clip
+    )
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * lr_factor(config, first)
     # Gradients are the sum over ranks by now, so all ranks see the same norm and skip the same steps. The
@@ -544,4 +551,4 @@ def validate(source: Source, episodes: np.ndarray, rank: int, ranks: int) -> dic
 
 
 if __name__ == "__main__":
-    run_program(main, TrainConfig, __doc__, Refused)
+    run_program(main, TrainConfig, __doc__, Refused, OFTEN)
