@@ -119,8 +119,8 @@ class ArmConfig(WorldConfig):
     """Imagined futures N that the memory holds."""
 
     hypothesis_method: HypothesisMethod = "none"
-    """What tells hypotheses apart: nothing (N = 1), dropout masks, noise in the queries, heads of their own
-    (ensemble), such heads with odds (mixture)."""
+    """What tells hypotheses apart: nothing (N = 1, or repeat: one future N times, a control), dropout masks,
+    noise in the queries, heads of their own (ensemble), such heads with odds (mixture)."""
 
     hypothesis_sigma: float = 0.5
     """Size of the noise of --hypothesis-method noise, in units of the queries' own."""
@@ -155,7 +155,7 @@ class ArmConfig(WorldConfig):
         if (count == 1) != (method == "none"):
             raise Refused(
                 f"--num-hypotheses {count} with --hypothesis-method {method}: one hypothesis needs none, "
-                "several need a method that tells them apart: dropout, noise, ensemble or mixture"
+                "several need a method that tells them apart: dropout, noise, ensemble or mixture; or repeat"
             )
         if (method == "dropout") != (self.prophet_dropout > 0) or not 0 <= self.prophet_dropout < 1:
             raise Refused(

@@ -21,8 +21,8 @@ tensor, so results do not depend on what else is in the batch.
 | `history` | the T past latents, the oldest repeated to fill K: memory of the past without prediction |
 
 A bank is N hypotheses of the future. They never attend to one another, so that hypothesis i does not depend
-on N; what tells them apart is a method: chance (`dropout`, `noise`) or weights of their own (`ensemble`,
-`mixture`). Best-of-N losses let them specialise.
+on N; what tells them apart is a method: chance (`dropout`, `noise`), weights of their own (`ensemble`,
+`mixture`) or, as a control, nothing (`repeat`). Best-of-N losses let them specialise.
 
     python train.py --fusion late --memory pred
     python train.py --fusion late --num-hypotheses 4 --hypothesis-method ensemble --world-loss softmin
@@ -44,7 +44,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-HypothesisMethod = Literal["none", "dropout", "noise", "ensemble", "mixture"]
+HypothesisMethod = Literal["none", "repeat", "dropout", "noise", "ensemble", "mixture"]
 CHANCE = ("dropout", "noise")  # hypotheses that differ by what is drawn for them: exchangeable
 CODED = ("ensemble", "mixture")  # by weights of their own
 WorldLoss = Literal["single", "mean", "min", "softmin", "rwta"]
@@ -169,7 +169,7 @@ class Prophet(nn.Module):
         Args: z_hist (B, T, D); chance as `draw_chance` makes it, (B, N, 1, h) masks for `dropout` and
         (B, N, K, h) unit Gaussians for `noise`.
         """
-        batch, count = len(z_hist), self.hypotheses
+        batch, count = len(z_hist), 1 if self.method == "repeat" else self.hypotheses
         past = self.proj_in(z_hist) + self.time_code  # (B, T, D) -> (B, T, h)
         query, mask = self.query.expand(count, -1, -1), None
         query = query.expand(batch, -1, -1, -1)  # (N, K, h) -> (B, N, K, h)
@@ -188,7 +188,7 @@ class Prophet(nn.Module):
         else:
             y = torch.stack([head(futures[:, n]) for n, head in enumerate(self.proj_out)], dim=1)
         if self.odds is None:
-            return Imagined(y)
+            return Imagined(y.expand(-1, self.hypotheses, -1, -1))  # of `repeat`: as many tokens, one future
         return Imagined(y, self.odds(x.mean((1, 2))).log_softmax(-1))  # (B, N, T + K, h) -> (B, N)
 
 
