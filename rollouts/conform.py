@@ -28,9 +28,12 @@ import numpy as np
 from files import Refused
 from readers.selection import plain_text
 from rollouts.facts import STATE_DIM, Facts, describe_checkpoint, describe_data, describe_environment, unpack
+from smolvla.config import SmolVLAConfig
+from smolvla.processor import Processor
 
 __all__ = [  # all that a rollout needs
-    "check", "compare", "describe_checkpoint", "describe_data", "describe_environment", "record", "table",
+    "check", "check_statistics", "compare", "describe_checkpoint", "describe_data", "describe_environment",
+    "record", "table",
 ]  # fmt: skip
 
 Verdict = Literal["agrees", "differs", "not stated"]
@@ -152,7 +155,8 @@ def turn_text(number: int) -> str:
 
 def compare(checkpoint: Facts, data: dict[str, Any] | None, environment: Facts) -> list[Line]:
     """Lay the three sides beside each other, a line an item; data: what `describe_data` gave, or None."""
-    known = Facts.read(data).renamed(checkpoint.rename) if data else None
+    ours = {old: new for old, new in checkpoint.rename.items() if old not in checkpoint.cameras}
+    known = Facts.read(data).renamed(ours) if data else None  # a run's own have the policy's names
     environment = environment.renamed(checkpoint.rename)
     fit = fit_pictures(known, environment) if known else None
     return [
@@ -176,6 +180,9 @@ def compare_cameras(checkpoint: Facts, data: Facts | None, environment: Facts, f
         missing = [short(name) for name in checkpoint.cameras if facts and name not in facts.cameras]
         if len(missing) > checkpoint.absent:
             why.append(f"not in the {side}: {', '.join(missing)}")
+            if side == "environment":
+                pairs = zip(map(short, checkpoint.cameras), map(short, facts.cameras))
+                why[-1] += f" (--cameras {' '.join(f'{a}={b}' for a, b in pairs)} would say which is which)"
     if fit and fit.wrong:
         pairs = [(short(a), short(b)) for a, b in zip(fit.cameras, fit.taken) if a != b]
         why += [f"{a} looks like the data's {b}, {fit.figures}" for a, b in pairs[:1]]
@@ -258,16 +265,40 @@ def compare_statistics(checkpoint: Facts, data: Facts | None, environment: Facts
     for feature in ("state", "action"):
         a, b = getattr(checkpoint, feature), getattr(data, feature) if data else {}
         strange = feature == "action" and any(map(action_problem, (a, b)))  # said under action
-        if "mean" in a and "mean" in b and a["width"] == b["width"] and not strange:
-            off = float(deviations(a, b["mean"]).max())
-            wider = float((np.array(b["std"]) / np.maximum(a["std"], STD_FLOOR)).max())
-            notes.append(f"the data's {feature} is {off:.1f} std off, {wider:.1f} x as wide")
-            why += notes[-1:] if off > OFF or wider > WIDER else []
+        if not strange and (found := apart(feature, a, b)):
+            notes.append(found[0])
+            why += notes[-1:] if found[1] else []
     mode = checkpoint.state["mode"] + ("" if "mean" in checkpoint.state else ", no statistics")
     frames = f"{data.about.get('frames', 0):,} frames" if data else "-"
     cells = (mode, frames, "first state" if first else "-")
     reasons = why[:1] or list(dict.fromkeys(notes))
     return Line("statistics", *cells, verdict_of(why, bool(notes)), "; ".join(reasons))
+
+
+def apart(feature: str, own: dict[str, Any], data: dict[str, Any]) -> tuple[str, bool] | None:
+    """Say how far data lie outside of a checkpoint's statistics, and whether too far; None: unknown."""
+    if "mean" not in own or "mean" not in data or own["width"] != data["width"]:
+        return None
+    off = float(deviations(own, data["mean"]).max())
+    wider = float((np.array(data["std"]) / np.maximum(own["std"], STD_FLOOR)).max())
+    return f"the data's {feature} is {off:.1f} std off, {wider:.1f} x as wide", off > OFF or wider > WIDER
+
+
+def check_statistics(
+    config: SmolVLAConfig, processor: Processor, data: dict[str, Any], accept: Collection[str] = ()
+) -> None:
+    """Raise Refused where training data lie far outside of a checkpoint's statistics, before any step.
+
+    Args: data, as `describe_data` gives them; accept, ("statistics",) to train all the same.
+    """
+    own, known = describe_checkpoint(config, processor, {}), Facts.read(data)
+    found = [apart(name, getattr(own, name), getattr(known, name)) for name in ("state", "action")]
+    why = [text for text, far in filter(None, found) if far]
+    if why and "statistics" not in accept:
+        raise Refused(
+            f"--statistics checkpoint: {'; '.join(why)}; use --statistics data, or go on with "
+            "--accept statistics"
+        )
 
 
 def deviations(state: dict[str, Any], values: Sequence[float]) -> np.ndarray:

@@ -27,7 +27,7 @@ from readers.selection import suite_instructions
 from simulator.env import CAMERAS, CONTROL_HZ, SimConfig, versions
 from simulator.pool import Observation
 from smolvla.config import SmolVLAConfig
-from smolvla.processor import ACTION, STATE, Processor, find_step
+from smolvla.processor import ACTION, STATE, Processor, rename_map
 
 SKETCH, FRAMES, SCENES = 8, 16, 10  # a sketch's side; frames decoded a camera; sketches kept a camera
 INSTRUCTIONS = 100  # more are not kept
@@ -169,10 +169,9 @@ def unpack(text: str) -> np.ndarray:
 def describe_checkpoint(config: SmolVLAConfig, processor: Processor, run: dict[str, Any]) -> Facts:
     """Say what a checkpoint expects; run: its run folder's config.json, {} of a published checkpoint."""
     inputs, records = processor.raw["input_features"], run.get("data_provenance") or []
-    named = [name for name in config.cameras if "empty_camera_" not in name]
+    named = config.given_cameras
     shapes = {name: inputs.get(name, {}).get("shape") for name in named}
     size = single(record.get("size") for record in records)  # config.json's may be of an earlier training
-    rename = find_step(processor.before, "rename_observations_processor").get("config", {})
     return Facts(
         cameras={n: [size] * 2 if size else shape and list(shape[-2:]) for n, shape in shapes.items()},
         state={"width": config.state_dim} | normalisation(processor, STATE, processor.stats),
@@ -180,7 +179,7 @@ def describe_checkpoint(config: SmolVLAConfig, processor: Processor, run: dict[s
         n_action_steps=config.n_action_steps,
         chunk=config.chunk_size,
         absent=max(0, config.empty_cameras - (len(config.cameras) - len(named))),
-        rename=rename.get("rename_map", {}),
+        rename=rename_map(processor.before),
         **recorded(records),
     )
 

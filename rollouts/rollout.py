@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from arm import Arm, ArmConfig
 from data import CHANCE, FLOW, MEMORY, PARTNER, ROLLOUT, chance, memory_noise, sample_rng, stack
+from files import Refused
 from prophet import NEEDS
 from rollouts.film import Film
 from rollouts.imagine import Decision, decisions_of, future_plan
@@ -66,6 +67,7 @@ class Episode:
     retried: bool = False
     imagined: list[Decision] | None = None  # where its futures are to be drawn
     film: Film | None = None  # where it is filmed
+    names: dict[str, str] = field(default_factory=dict)  # environment's cameras -> the policy's names
 
     def see(self, observation: Observation, arm: Arm, keep_history: bool) -> None:
         """Take in an observation: timings, the first pictures' mean colours, pictures for the history."""
@@ -86,7 +88,8 @@ class Episode:
         """Keep the observation's pictures, and drop those that no later decision will read."""
         config = arm.config
         for offset in sorted({k for k, _ in observation.frames}):
-            frames = {c: as_images(f)[0] for (k, c), f in observation.frames.items() if k == offset}
+            seen = {c: as_images(f)[0] for (k, c), f in observation.frames.items() if k == offset}
+            frames = {self.names.get(c, c): f for c, f in seen.items()}
             if all(camera in frames for camera in config.latent_cameras):
                 self.frames[before + offset] = {camera: frames[camera] for camera in config.latent_cameras}
         if self.imagined is None:
@@ -143,13 +146,24 @@ class Rollout:
         self.plan, self.pool, self.device = plan, pool, device
         self.needs = arm.needs(mode)
         self.keep_history = "z_hist" in self.needs
-        known = () if arm.config.blind else arm.policy.config.cameras
-        self.cameras = tuple(c for c in CAMERAS if set(processor.rename({c: None})) & set(known))
-        self.world_cameras = arm.config.latent_cameras if self.keep_history else ()
+        self.names = dict(zip(CAMERAS, processor.rename(dict.fromkeys(CAMERAS)), strict=True))
+        known = () if arm.config.blind else arm.policy.config.given_cameras
+        self.cameras = self.drawn(known)
+        self.world_cameras = self.drawn(arm.config.latent_cameras) if self.keep_history else ()
+        if self.keep_history and len(self.world_cameras) < len(arm.config.latent_cameras):
+            raise Refused(
+                f"the world latents see {', '.join(arm.config.latent_cameras)}, not all of which are drawn: "
+                "--cameras NAME=image says which is which"
+            )
         self.at_decision = tuple(dict.fromkeys((*self.cameras, *self.world_cameras)))
         self.gates = {} if mode == "off" or arm.policy.fusion is None else arm.policy.fusion.gates()
         self.running: dict[int, Episode] = {}
         self.waiting: deque[tuple[int, Observation]] = deque()
+
+    def drawn(self, known: Iterable[str]) -> tuple[str, ...]:
+        """The environment's cameras that have these names in the policy, in their order."""
+        own = {new: old for old, new in self.names.items()}
+        return tuple(own[name] for name in known if name in own)
 
     def run(
         self, starts: list[tuple[int, int]], imagine: int = 0, film: float = 0.0
@@ -191,7 +205,8 @@ class Rollout:
     def episode(self, task: int, init_state: int, imagine: bool, film: float) -> Episode:
         """A new episode of this mode, whose imagined futures are kept, or that is filmed."""
         shot = Film(round(CONTROL_HZ / film), self.gates) if film else None
-        return Episode(task, init_state, self.mode, imagined=[] if imagine else None, film=shot)
+        kept = [] if imagine else None
+        return Episode(task, init_state, self.mode, imagined=kept, film=shot, names=self.names)
 
     def begin(self, i: int, episode: Episode) -> None:
         self.running[i] = episode
@@ -209,7 +224,7 @@ class Rollout:
             "task": [o.language for _, o in padded],
         }
         for camera in self.cameras:
-            batch[camera] = torch.cat([as_images(latest(o, camera)) for _, o in padded])
+            batch[self.names[camera]] = torch.cat([as_images(latest(o, camera)) for _, o in padded])
         batch = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         inputs = self.processor(self.arm.blindfold(batch))
         noise, world = self.draw(episodes)

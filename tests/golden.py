@@ -75,7 +75,7 @@ def recompute_there(folder: Path, device: str) -> tuple[dict[str, Tensor], dict[
     batch |= {name.removesuffix(".uint8"): x for name, x in given.items() if name.endswith(".uint8")}
     batch |= {name: value for name, value in given.items() if name.endswith("_padding_mask")}
     batch["action_is_pad"] = given.get("action_is_pad")
-    inputs = processor(batch)
+    inputs = processor(processor.rename(batch))
 
     out = preprocessing(policy, inputs, processor.rename(batch), info["cams"])
     out |= prefix_tensors(policy, inputs)

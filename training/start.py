@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,11 +30,19 @@ from latents.world import Latents, cache_path, change_statistics, prepare
 from model import SmolVLA, load_policy, start_from_vlm
 from ranks import wait_for_ranks
 from readers.demos import Demos, chosen_statistics
-from readers.load import load, remember_checks
-from readers.selection import DataConfig, find_data
-from smolvla.checkpoint import fresh_processor
+from readers.load import camera_names, load, remember_checks
+from readers.selection import (
+    DataConfig,
+    camera_key,
+    choose_cameras,
+    find_data,
+    match_cameras,
+    split_camera,
+)
+from smolvla.checkpoint import fresh_processor, read_cameras
 from smolvla.config import PRESETS
-from smolvla.processor import Processor
+from smolvla.fit import Fit
+from smolvla.processor import Processor, Statistics, with_rename
 
 
 @dataclass(frozen=True)
@@ -54,8 +62,12 @@ class StartConfig(ArmConfig, DataConfig):
     """Folder or hub id of the language model. With a checkpoint: its sizes and tokenizer, instead of what the
     checkpoint names. With a preset: its weights too, and a fresh expert beside them."""
 
+    statistics: Literal["data", "checkpoint"] = "data"
+    """Whose statistics normalise states and actions: the data's, as lerobot's fine-tuning has it, or those of
+    the checkpoint that --init names."""
+
     stats_of: str | None = None
-    """Data set whose statistics to use, where a checkpoint holds those of several."""
+    """With --statistics checkpoint: data set whose statistics to use, where it holds those of several."""
 
     allow_missing: bool = False
     """Go on when tensors or statistics of a checkpoint are missing, or tensors unexpected."""
@@ -64,7 +76,7 @@ class StartConfig(ArmConfig, DataConfig):
     """What stays frozen: all but the expert (lerobot's default), only the vision tower, or nothing."""
 
     state_std_floor: float = 0.0
-    """Smallest deviation that a fresh policy's states are divided by, metres or radians. A dimension that the
+    """Smallest deviation that --statistics data divides states by, metres or radians. A dimension that the
     demonstrations hardly use would otherwise be blown up: far outside of unit scale in a rollout."""
 
     action_std_floor: float = 0.0
@@ -84,6 +96,13 @@ class StartConfig(ArmConfig, DataConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         DataConfig.__post_init__(self)
+        if self.statistics == "checkpoint" and self.init in PRESETS:
+            raise Refused(f"--statistics checkpoint with --init {self.init}: only a checkpoint has its own")
+        if self.stats_of is not None and self.statistics == "data":
+            raise Refused(
+                f"--stats-of {self.stats_of} chooses among a checkpoint's statistics, the data's are used: "
+                "add --statistics checkpoint, or leave it out"
+            )
         if self.features is not None and self.freeze != "expert":
             raise Refused(
                 f"--features with --freeze {self.freeze}: what makes the tokens would train, and theirs grow "
@@ -109,6 +128,7 @@ class StartConfig(ArmConfig, DataConfig):
 def make_caches(config: StartConfig, rank: int, ranks: int, device: torch.device) -> list[str]:
     """Make what this training reads beside the data, or check it, all ranks together; a line for each."""
     folder, lines = find_data(config.data, config.data_revision), []
+    config = settle_cameras(config, folder, config.init)
     demos = load(folder, in_memory=False, options=config)
     if config.sites:
         backbone = open_backbone(config, own_policy(config, demos))
@@ -132,6 +152,7 @@ def open_data(
     features and their latents.
     """
     folder = find_data(config.data, config.data_revision)
+    config = settle_cameras(config, folder, config.init if last is None else str(last))
     home = config.cache_home(folder)
     writes = config.sites and config.world_encoder == "pca" and not cache_path(home, config).exists()
     if config.features is not None and writes:
@@ -139,7 +160,7 @@ def open_data(
     demos, features = load_with(config.features, folder, bool(writes), config)
     backbone = None  # of the world latents
     if config.sites:
-        start = {} if last is None else {"init": str(last), "stats_of": None}
+        start = {} if last is None else {"init": str(last), "revision": None}
         backbone = open_backbone(config, own_policy(dataclasses.replace(config, **start), demos))
         config = resolved(config, backbone)
     if rank:
@@ -152,6 +173,28 @@ def open_data(
     return config, demos, features, latents
 
 
+def settle_cameras(config: StartConfig, folder: Path, start: str) -> StartConfig:
+    """Give the data's cameras the names of the checkpoint that a run starts from, or goes on from.
+
+    Raises Refused, with the flag to type, where nobody says which is which.
+    """
+    there = camera_names(folder)
+    names = choose_cameras(config.cameras, None) or {}
+    if config.init not in PRESETS:
+        known, renames = read_cameras(start, config.revision if start == config.init else None)
+        besides = config.latent_cameras if config.sites else ()
+        cameras = match_cameras(known, renames, there, config.cameras, besides)
+        config, names = dataclasses.replace(config, cameras=cameras), dict(map(split_camera, cameras))
+    new = {camera_key(old, there): name for name, old in names.items()}
+    if len(new) < len(names):
+        raise Refused(
+            f"--cameras {' '.join(config.cameras)} gives one camera two names: a rollout gives it only one"
+        )
+    pairs = zip(config.world_camera, config.latent_cameras, strict=True)
+    world = tuple(asked if name in names else new.get(name, asked) for asked, name in pairs)
+    return dataclasses.replace(config, world_camera=world)
+
+
 # ---- the arm ------------------------------------------------------------------------------------------
 
 
@@ -161,11 +204,11 @@ def build_arm(
     """Build the arm at its start; arms of one seed share the policy's initial weights."""
     stored = None if config.init in PRESETS else stored_config(Path(config.init))
     if stored is not None and stored.sites:
-        return continue_arm(config, stored)
+        return continue_arm(config, stored, demos)
     policy, processor = build_policy(config, demos)
     images = {}
     if config.blind:
-        images = {name: mean_image(demos, name) for name in policy.config.cameras}
+        images = {name: mean_image(demos, name) for name in policy.config.given_cameras}
     summary, encoder = Summary.none(config), None
     if latents is not None:
         scale, mean = change_statistics(demos, latents.z, config.future, config.world_stride, config.delta)
@@ -175,7 +218,7 @@ def build_arm(
     return Arm(arm_config(config), policy, encoder, summary, images), processor
 
 
-def continue_arm(config: StartConfig, stored: ArmConfig) -> tuple[Arm, Processor]:
+def continue_arm(config: StartConfig, stored: ArmConfig, demos: Demos) -> tuple[Arm, Processor]:
     """Go on from an arm's checkpoint, memory modules included; Refused where it is built another way."""
     for field in dataclasses.fields(ArmConfig):
         there, asked = getattr(stored, field.name), getattr(config, field.name)
@@ -189,8 +232,7 @@ def continue_arm(config: StartConfig, stored: ArmConfig) -> tuple[Arm, Processor
             f"--init {config.init} was trained with --memory {stored.memory}, --memory {config.memory} "
             f"{'needs a prophet that it lacks' if config.has_prophet else 'would drop its prophet'}"
         )
-    how = {"vlm": config.vlm, "allow_missing": config.allow_missing}
-    arm, processor = load_arm(config.init, config.world_model, **how)
+    arm, processor = load_arm(config.init, config.world_model, **how_to_load(config, demos))
     arm.config = arm_config(config)
     return arm, processor
 
@@ -210,18 +252,45 @@ def build_policy(config: StartConfig, demos: Demos) -> tuple[SmolVLA, Processor]
     """A fresh preset with statistics and tokenizer from the data, or on a language model; or a checkpoint."""
     torch.manual_seed(config.seed)
     if config.init not in PRESETS:
-        return load_policy(config.init, config.revision, config.vlm, config.stats_of, config.allow_missing)
+        return load_policy(config.init, **how_to_load(config, demos))
     widths = {"state_dim": demos.state.shape[1], "action_dim": demos.action.shape[1]}
     preset = dataclasses.replace(PRESETS[config.init], cameras=tuple(demos.images), **widths)
     size = next(iter(demos.images.values())).shape[1]
+    stats = data_statistics(config, demos)
+    if config.vlm is not None:
+        policy, processor = start_from_vlm(preset, config.vlm, stats, (3, size, size))
+    else:
+        processor = fresh_processor(preset, stats, demos.tasks, (3, size, size))
+        policy = SmolVLA(preset).initialise()
+    processor.before = with_rename(processor.before, demos.renamed)
+    return policy, processor
+
+
+def how_to_load(config: StartConfig, demos: Demos) -> dict[str, Any]:
+    """Say to `load_policy` how the checkpoint is meant, and what it is brought to: the data's cameras (found
+    by `settle_cameras`), widths and, but with --statistics checkpoint, statistics."""
+    known, _ = read_cameras(config.init, config.revision)
+    cameras = {name: (3, *demos.images[name].shape[1:3]) for name in known if name in demos.images}
+    stats = data_statistics(config, demos) if config.statistics == "data" else None
+    fit = Fit(cameras, demos.state.shape[1], demos.action.shape[1], demos.renamed, stats)
+    names = ("revision", "vlm", "stats_of", "allow_missing")
+    return {name: getattr(config, name) for name in names} | {"fit": fit}
+
+
+def data_statistics(config: StartConfig, demos: Demos) -> Statistics:
+    """The data's statistics, with the floors that the configuration asks for."""
     stats, _ = chosen_statistics(demos)
     floors = {"observation.state": config.state_std_floor, "action": config.action_std_floor}
     for feature, floor in floors.items():
         stats[feature]["std"] = stats[feature]["std"].clamp(min=floor)
-    if config.vlm is not None:
-        return start_from_vlm(preset, config.vlm, stats, (3, size, size))
-    processor = fresh_processor(preset, stats, demos.tasks, (3, size, size))
-    return SmolVLA(preset).initialise(), processor
+    return stats
+
+
+def whose_statistics(config: StartConfig, demos: Demos) -> str:
+    """Say whose statistics a run uses, for its banner and its record."""
+    if config.statistics == "data":
+        return f"the data's, {chosen_statistics(demos)[1]}"
+    return f"the checkpoint's, of {config.stats_of or config.init}"
 
 
 def arm_config(config: StartConfig) -> ArmConfig:
