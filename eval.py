@@ -169,8 +169,9 @@ def open_arm(config: EvalConfig, target: Target, device: torch.device) -> tuple[
 def named_cameras(choices: tuple[str, ...], arm: Arm) -> Fit:
     """Read --cameras: which of LIBERO's cameras the policy takes for which of its own; the rest it lacks."""
     own, c = dict(map(split_camera, choices)), arm.policy.config
+    latent = arm.config.latent_cameras if arm.config.sites else ()
     for name in own:
-        camera_key(name, (*c.given_cameras, *arm.config.latent_cameras), "the checkpoint")
+        camera_key(name, dict.fromkeys((*c.given_cameras, *latent)), "the checkpoint")
     names = {camera_key(old, CAMERAS, "LIBERO"): new for new, old in own.items()}
     seen = [name for name in c.given_cameras if name in own or (name in CAMERAS and name not in names)]
     return Fit(dict.fromkeys(seen), c.state_dim, c.action_dim, names, source="LIBERO")
