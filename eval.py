@@ -283,7 +283,9 @@ def conform_all(config: EvalConfig, target: Target, rollouts: list[Rollout]) -> 
     for rollout in rollouts:
         plan, checkpoint = rollout.plan, rollout.arm.policy.config
         environment = describe_environment(plan.sim, plan.n_action_steps, first_look(rollout))
-        lines = compare(describe_checkpoint(checkpoint, rollout.processor, target.run), data, environment)
+        own = describe_checkpoint(checkpoint, rollout.processor, target.run)
+        tokens = lambda text, p=rollout.processor: p.tokenize([text])[0].tolist()  # noqa: E731
+        lines = compare(own, data, environment, tokens)
         print(f"{plan.sim.suite}: checkpoint, data and environment\n{table(lines)}")
         check(lines, config.accept, named)
         found[plan.sim.suite] = conformance(lines, config.accept, named)

@@ -18,7 +18,7 @@ of 8 of them also fast and small, and by 3.3.7, whose floor is darker. What was 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
 from typing import Any, Literal, NamedTuple
@@ -153,8 +153,16 @@ def turn_text(number: int) -> str:
 # ---- items --------------------------------------------------------------------------------------------
 
 
-def compare(checkpoint: Facts, data: dict[str, Any] | None, environment: Facts) -> list[Line]:
-    """Lay the three sides beside each other, a line an item; data: what `describe_data` gave, or None."""
+def compare(
+    checkpoint: Facts,
+    data: dict[str, Any] | None,
+    environment: Facts,
+    prompt: Callable[[str], Any] = str,
+) -> list[Line]:
+    """Lay the three sides beside each other, a line an item.
+
+    Args: data, what `describe_data` gave, or None; prompt, what the policy makes of an instruction.
+    """
     ours = {old: new for old, new in checkpoint.rename.items() if old not in checkpoint.cameras}
     known = Facts.read(data).renamed(ours) if data else None  # a run's own have the policy's names
     environment = environment.renamed(checkpoint.rename)
@@ -168,7 +176,7 @@ def compare(checkpoint: Facts, data: dict[str, Any] | None, environment: Facts) 
         compare_statistics(checkpoint, known, environment),
         compare_rate(known, environment),
         compare_steps(checkpoint, environment),
-        compare_instructions(known, environment),
+        compare_instructions(known, environment, prompt),
         compare_drawing(checkpoint, known, environment, fit),
     ]
 
@@ -235,6 +243,8 @@ def compare_action(checkpoint: Facts, data: Facts | None, environment: Facts) ->
             why.append(f"the {side}'s {found} is not {width}: another robot?")
         elif facts and (problem := action_problem(facts.action)):
             why.append(f"the {side}'s {problem}")
+    if data and data.action.get("closes") == -1:
+        why.append("the data's gripper closes at -1, as their fingers show; here -1 opens it")
     cells = (width_text(side and side.action) for side in (checkpoint, data, environment))
     stated = any(facts and "mean" in facts.action for facts in (checkpoint, data))
     return Line("action", *cells, verdict_of(why, stated), "; ".join(why))
@@ -350,15 +360,23 @@ def compare_steps(checkpoint: Facts, environment: Facts) -> Line:
     return Line("n_action_steps", *cells, verdict_of(why), "".join(why))
 
 
-def compare_instructions(data: Facts | None, environment: Facts) -> Line:
-    """Look for the suite's instructions among the data's."""
-    known = set(map(plain_text, data.tasks or ())) if data else set()
-    asked, suite = set(map(plain_text, environment.tasks or ())), " ".join(environment.suites)
-    both = known & asked
+def compare_instructions(data: Facts | None, environment: Facts, prompt: Callable[[str], Any] = str) -> Line:
+    """Look for the suite's instructions among the data's; those that are there must be the same tokens."""
+    known: dict[str, list[str]] = {}
+    for text in (data.tasks if data else None) or ():
+        known.setdefault(plain_text(text), []).append(text)
+    asked, suite = {plain_text(text): text for text in environment.tasks or ()}, " ".join(environment.suites)
+    both = sorted(known.keys() & asked.keys())
     why = [f'none of {suite} is among the data\'s, such as "{min(known)}"'] if known and not both else []
+    other = [key for key in both if prompt(asked[key]) not in map(prompt, known[key])]
+    if other:
+        said, here = known[other[0]][0], asked[other[0]]
+        why.append(
+            f'{len(other)} of {len(both)} are other tokens: the data say "{said}", here it is "{here}"'
+        )
     note = f"{len(both)} of {suite} are among the data's" if both else ""
     cells = ("-", f"{len(known)} known" if known else "-", f"{len(asked)} of {suite}")
-    return Line("instruction", *cells, verdict_of(why, bool(known)), "".join(why) or note)
+    return Line("instruction", *cells, verdict_of(why, bool(known)), "; ".join(why) or note)
 
 
 def compare_drawing(checkpoint: Facts, data: Facts | None, environment: Facts, fit: Fit | None) -> Line:

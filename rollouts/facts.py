@@ -23,13 +23,13 @@ from PIL import Image
 from torch import Tensor
 
 from readers.demos import Demos, statistics
-from readers.selection import suite_instructions
-from simulator.env import CAMERAS, CONTROL_HZ, SimConfig, versions
+from simulator.env import CAMERAS, CONTROL_HZ, SimConfig, task_instructions, versions
 from simulator.pool import Observation
 from smolvla.config import SmolVLAConfig
 from smolvla.processor import ACTION, STATE, Processor, rename_map
 
 SKETCH, FRAMES, SCENES = 8, 16, 10  # a sketch's side; frames decoded a camera; sketches kept a camera
+GRIP = 8  # control steps in which fingers answer a command
 INSTRUCTIONS = 100  # more are not kept
 LAYOUT = "position 3, axis-angle 3, gripper 2"
 STATE_DIM, ACTION_DIM = 8, 7
@@ -46,7 +46,7 @@ class Facts:
     state: dict[str, Any]
     """`width`; where known `mean`, `std`, `min`, `max` (lists), `mode`, `layout`, an episode's `first`."""
     action: dict[str, Any]
-    """The same."""
+    """The same; of data, where the fingers show it, the sign of the command that `closes` the gripper."""
     sketches: dict[str, list[str]] = field(default_factory=dict)
     """Camera -> sketches of first frames, one a task, in base64."""
     tasks: list[str] | None = None
@@ -97,7 +97,7 @@ def describe_data(demos: Demos, pictures: bool = True) -> dict[str, Any]:
     facts = Facts(
         cameras={name: list(images.shape[1:3]) for name, images in demos.images.items()},
         state=moments(values[STATE]) | ({"layout": LAYOUT} if libero else {}),
-        action=moments(values[ACTION]),
+        action=moments(values[ACTION]) | gripper(demos),
         sketches=sketch_scenes(demos) if pictures else {},
         tasks=[demos.tasks[i] for i in tasks] if len(tasks) <= INSTRUCTIONS else None,
         control_hz=single(record.get("control_hz") for record in records),
@@ -110,6 +110,22 @@ def describe_data(demos: Demos, pictures: bool = True) -> dict[str, Any]:
         **recorded(records),
     )
     return dataclasses.asdict(facts)
+
+
+def gripper(demos: Demos) -> dict[str, int]:
+    """Say which sign of the gripper's command `closes` it, by what the fingers do after it changes.
+
+    Empty where states and actions are not LIBERO's in width, where it never changes, and where they disagree.
+    """
+    if (demos.state.shape[1], demos.action.shape[1]) != (STATE_DIM, ACTION_DIM):
+        return {}
+    sign, width = np.sign(demos.action[:, 6]), demos.state[:, 6] - demos.state[:, 7]
+    changes = 1 + np.flatnonzero((sign[1:] * sign[:-1] < 0) & (np.diff(demos.episode) == 0))
+    after = np.minimum(changes + GRIP, demos.last[demos.episode[changes]])
+    moved = sign[changes] * (width[after] - width[changes])  # positive: what is positive opens
+    if not np.abs(moved).sum() > 0 or abs(share := moved.sum() / np.abs(moved).sum()) < 0.5:
+        return {}
+    return {"closes": -int(np.sign(share))}
 
 
 def recorded(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -225,7 +241,7 @@ def describe_environment(
         state={"width": STATE_DIM, "layout": LAYOUT} | first,
         action={"width": ACTION_DIM, "layout": "relative, in [-1, 1]"},
         sketches={name: [pack(sketch(frame))] for name, frame in frames.items()},
-        tasks=sorted(suite_instructions(plan_sim.suite)),
+        tasks=sorted(task_instructions(plan_sim.suite)),
         suites=[plan_sim.suite],
         draw=[plan_sim.draw],
         srgb=honours_srgb(versions()["mujoco"], plan_sim.texture_colorspace),

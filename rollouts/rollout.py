@@ -151,9 +151,12 @@ class Rollout:
         self.cameras = self.drawn(known)
         self.world_cameras = self.drawn(arm.config.latent_cameras) if self.keep_history else ()
         if self.keep_history and len(self.world_cameras) < len(arm.config.latent_cameras):
+            short = lambda names: [name.removeprefix("observation.images.") for name in names]  # noqa: E731
+            pairs = zip(short(arm.policy.config.given_cameras), short(CAMERAS))
             raise Refused(
-                f"the world latents see {', '.join(arm.config.latent_cameras)}, not all of which are drawn: "
-                "--cameras NAME=image says which is which"
+                f"the world latents' {', '.join(short(arm.config.latent_cameras))} are not among LIBERO's "
+                f"{', '.join(short(CAMERAS))}: --cameras {' '.join(f'{a}={b}' for a, b in pairs)} would say "
+                "which is which"
             )
         self.at_decision = tuple(dict.fromkeys((*self.cameras, *self.world_cameras)))
         self.gates = {} if mode == "off" or arm.policy.fusion is None else arm.policy.fusion.gates()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,6 +19,8 @@ from tiny import run_config
 from arm import save_arm
 from eval import EvalConfig, make_fast
 from rollouts.plan import make_plans
+from simulator.env import CAMERAS
+from smolvla.fit import Fit, refit
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,6 +82,48 @@ def test_a_policy_in_bfloat16_acts_alike_and_its_protocol_says_so():
         assert {p.dtype for p in arm.prophet.parameters()} == {torch.float32}
     torch.testing.assert_close(found[1], found[0], atol=0.05, rtol=0)
     assert make_plans(config, run_config(), tiny.arm())[0].record()["dtype"] == "bfloat16"
+
+
+@pytest.mark.slow
+def test_renamed_cameras_act_and_remember_as_those_that_keep_their_names(tmp_path):
+    """The same policy under other names, known by its rename map, or told by --cameras: the same episode."""
+    names = dict(zip(CAMERAS, ("observation.images.camera1", "observation.images.camera2")))
+    found = {}
+    for case in ("own", "map", "flag"):
+        arm, made = tiny.arm(), processor()
+        tiny.open_gates(arm)
+        if case != "own":
+            shapes = {new: made.raw["input_features"][old] for old, new in names.items()}
+            made.raw["input_features"] = shapes | made.raw["input_features"]
+            made.config = dataclasses.replace(made.config, cameras=tuple(names.values()))
+            made = refit(made, Fit(dict.fromkeys(shapes), 8, 7, names if case == "map" else {}))
+            arm.policy.config = made.config
+            arm.config = dataclasses.replace(arm.config, world_camera=("observation.images.camera1",))
+        run = tmp_path / case
+        save_arm(run / "step_000001", arm, made)
+        (run / "last").symlink_to("step_000001")
+        (run / "config.json").write_text(json.dumps(run_config()))
+        flags = [
+            "--episodes-per-task",
+            "1",
+            "--num-envs",
+            "1",
+            "--imagine",
+            "1",
+            "--accept",
+            "action",
+            "statistics",
+        ]
+        if case == "flag":
+            done = evaluate(run, *flags, check=False)
+            assert "--cameras camera1=image camera2=image2 would say which is which" in done.stderr
+            flags += ["--cameras", "camera1=image", "camera2=image2"]
+        evaluate(run, *flags)
+        found[case] = episodes(run)["pred", 3]
+        assert list((run / "imagined").glob("*.png"))
+    assert found["map"]["final_state"] == found["own"]["final_state"] == found["flag"]["final_state"]
+    assert found["flag"]["protocol"].pop("cameras") == "camera1=image camera2=image2"
+    assert found["map"]["protocol"] == found["own"]["protocol"] == found["flag"]["protocol"]
 
 
 @pytest.mark.slow
