@@ -150,7 +150,7 @@ class ArmConfig(WorldConfig):
         if (count == 1) != (method == "none"):
             raise Refused(
                 f"--num-hypotheses {count} with --hypothesis-method {method}: one hypothesis needs none, "
-                "several need a method that tells them apart"
+                "several need a method that tells them apart: dropout, noise, ensemble or mixture"
             )
         if (method == "dropout") != (self.prophet_dropout > 0) or not 0 <= self.prophet_dropout < 1:
             raise Refused(

@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import os
-import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,20 +27,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import tyro
 
 from arm import Arm, load_arm
 from data import Source
 from files import Refused, append_json, read_json, write_json
 from latents.world import latents_for
 from prophet import ROLLOUT_MODES
-from ranks import start_ranks, wait_for_ranks
+from ranks import run_program, start_ranks, wait_for_ranks
 from readers.load import camera_names, load
 from readers.selection import DataConfig, camera_key, find_data, match_cameras, split_camera
 from rollouts.conform import check, compare, describe_checkpoint, describe_data, describe_environment, table
 from rollouts.conform import record as conformance
-from rollouts.episodes import gather, key_of, own_file, read_all, result
+from rollouts.episodes import gather, key_of, own_file, read_all, result, summary
 from rollouts.film import episode_name, film_name, save_film
 from rollouts.imagine import save_strips, strips_of_episode
 from rollouts.plan import Plan, ProtocolConfig, Target, find_target, make_plans, open_out
@@ -194,7 +190,7 @@ def main(config: EvalConfig) -> None:
         check_simulator()
     # Ranks wait for one another only before the first episode and after a suite's last: for hours, maybe.
     rank, ranks, device = start_ranks("gloo", timedelta(days=30))
-    target = find_target(config)
+    target = find_target(config, sited=bool(set(config.memory) - {"off"}))
     arm, processor = open_arm(config, target, device)
     for note in processor.notes if rank == 0 else ():
         print(f"adapted: {note}")
@@ -203,6 +199,8 @@ def main(config: EvalConfig) -> None:
         return
     plans = make_plans(config, target.run, arm)
     modes = config.memory or (arm.config.mode,)
+    if config.checkpoint is None:  # named modes are seen beside the run's own
+        modes = tuple(dict.fromkeys((arm.config.mode, *modes)))
     for mode in modes:
         arm.needs(mode)
 
@@ -239,6 +237,8 @@ def main(config: EvalConfig) -> None:
     wait_for_ranks()
     if rank == 0:
         gather(work.path)
+        lines = read_all(work.path).values()
+        print(summary(line for line in lines if line["checkpoint"] == target.name))
 
 
 def evaluate_offline(config: EvalConfig, arm: Arm, processor: Processor, target: Target) -> None:
@@ -308,7 +308,7 @@ def introduce(target: Target, plans: list[Plan], modes: tuple[str, ...]) -> None
     """Print what is about to run."""
     print(f"checkpoint {target.folder}, memory {' '.join(modes)} of {' '.join(ROLLOUT_MODES)}")
     for plan in plans:
-        print(f"protocol {json.dumps(plan.record())}")
+        print(f"protocol {plan}")
         overlap = sum(start in plan.seen for start in plan.starts)
         if overlap:
             print(f"warning: demonstrations started from {overlap} of the {len(plan.starts)} init states")
@@ -410,11 +410,4 @@ def film(rollout: Rollout, work: Work, rate: float) -> None:
 
 
 if __name__ == "__main__":
-    rank0 = os.environ.get("RANK", "0") == "0"
-    try:
-        main(tyro.cli(EvalConfig, description=__doc__, console_outputs=rank0))
-    except Refused as error:
-        sys.exit(f"error: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    run_program(main, EvalConfig, __doc__, Refused)

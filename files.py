@@ -24,6 +24,12 @@ class Refused(ValueError):
     """
 
 
+def number_from_environment(name: str, default: int) -> int:
+    """Return what the environment sets of a recipe (TOTAL_SAMPLES, DEMOS, EPISODES), if it is one number."""
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else default
+
+
 def read_json(path: Path) -> dict:
     """Read a JSON file; a missing or broken one is Refused by name."""
     if not path.is_file():

@@ -431,7 +431,7 @@ class SmolVLA(nn.Module):
         """Integrate the flow from noise (B, C, A_max) at t=1 to actions at t=0 in `num_steps` Euler steps."""
         x, steps = noise, self.config.num_steps
         for k in range(steps):
-            time = torch.full((len(x),), 1.0 - k / steps, dtype=torch.float32, device=x.device)
+            time = torch.full((len(x),), 1.0 - k / steps, dtype=x.dtype, device=x.device)
             v = self.velocity(x, time, prefix, memory)
             x = x - v / steps
             if trace is not None:

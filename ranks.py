@@ -11,15 +11,21 @@ another way leaves the others waiting in a collective.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import sys
 import time
 import uuid
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import tyro
 from torch import Tensor
 
 
@@ -95,25 +101,58 @@ class Together:
             dist.all_gather_object(found, value, self.group)
         return found
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
-        if self.group is None:
-            return flag
-        count = torch.tensor(int(flag))
-        dist.all_reduce(count, group=self.group)
-        return bool(count)
+    def any(self, *flags: bool) -> list[bool]:
+        """Whether each flag is set on any rank."""
+        counts = torch.tensor(flags, dtype=torch.int64)
+        if self.group is not None:
+            dist.all_reduce(counts, group=self.group)
+        return counts.bool().tolist()
 
 
 class Stop:
-    """Notes SIGTERM while it is open, so that a run can end at a step's end instead of in its middle."""
+    """Notes SIGTERM and Ctrl-C while it is open, so that a run ends at a step's end instead of in its middle.
+
+    A second Ctrl-C kills.
+    """
 
     def __enter__(self) -> Stop:
         self.asked = False
-        self.before = signal.signal(signal.SIGTERM, self.note)
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def note(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            print("stopping after this step and a checkpoint; Ctrl-C again kills", flush=True)
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def run_program(
+    main: Callable[[Any], None], config: type, description: str | None, refused: type[Exception]
+) -> None:
+    """Read the command line into a config and run main on this rank.
+
+    What a person gave wrong (`refused`) is one line; torchrun, which prints a traceback of its own after it,
+    is handed the line to end with.
+    """
+    line = None
+    try:
+        main(tyro.cli(config, description=description, console_outputs=os.environ.get("RANK", "0") == "0"))
+    except refused as error:
+        line = str(error)
+    except torch.OutOfMemoryError as error:
+        line = f"{str(error).splitlines()[0]}: raise --accumulate, or lower --batch-size or --num-envs"
+    except KeyboardInterrupt:
+        line = "interrupted; the same command goes on from here"
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if line is None:
+        return
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": f"error: {line}"}))
+    sys.exit(f"error: {line}")

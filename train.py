@@ -16,7 +16,6 @@ width.
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 import time
 from contextlib import nullcontext
@@ -26,8 +25,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import tyro
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,7 +32,7 @@ from arm import Arm, load_arm
 from data import Source, held_out
 from files import Refused, read_json, read_tensors
 from model import masked_mean
-from ranks import Stop, Together, start_ranks, sum_over_ranks
+from ranks import Stop, Together, run_program, start_ranks, sum_over_ranks
 from readers.demos import Demos
 from readers.load import in_files
 from readers.prefetch import Loader
@@ -71,7 +68,16 @@ from training.run_folder import (
     save,
     writing,
 )
-from training.start import StartConfig, build_arm, make_caches, open_data, whose_statistics
+from training.start import (
+    DEMO,
+    StartConfig,
+    build_arm,
+    check_trunk,
+    make_caches,
+    open_data,
+    record_demo,
+    whose_statistics,
+)
 
 STEPS_AHEAD = 2  # steps whose pictures are decoded while another one runs
 
@@ -80,11 +86,14 @@ STEPS_AHEAD = 2  # steps whose pictures are decoded while another one runs
 class TrainConfig(StartConfig, OptimiseConfig):
     """Train one arm."""
 
-    out: Path = Path("runs/run")
-    """Run folder; one that exists is resumed, if its configuration agrees."""
+    out: Path | None = None
+    """Run folder; one that exists is resumed, if it agrees. Default: runs/ARM-nBUDGET-sSEED."""
 
     arm: str = ""
     """Name of the arm in reports; default: made from --fusion and --memory."""
+
+    compared_with: tuple[str, ...] = ()
+    """Arms that reports compare this one with."""
 
     prepare: bool = False
     """Only make, or check, what this training reads beside the data, world latents and the --features: for
@@ -93,8 +102,8 @@ class TrainConfig(StartConfig, OptimiseConfig):
     accept: tuple[Literal["statistics"], ...] = ()
     """With --statistics checkpoint: start although the data lie far outside of them."""
 
-    flow_draws: int = 1
-    """Draws of noise and time a sample; they share one pass of the prefix."""
+    flow_draws: int | None = None
+    """Draws of noise and time a sample; they share one pass of the prefix. Default: the recipe's."""
 
     val_every: int = 0
     """Samples between two measurements on held-out episodes (held_out.py); 0: never, none are held out."""
@@ -105,8 +114,12 @@ class TrainConfig(StartConfig, OptimiseConfig):
     log_every: int = 20
     """Optimiser steps between two log lines."""
 
-    save_every: int = 50_000
-    """Samples between two checkpoints; the last one is always written."""
+    save_every: int | None = None
+    """Samples between two checkpoints; the last one is always written. Default: the recipe's of --init."""
+
+    save_minutes: float = 10.0
+    """Minutes after which a checkpoint is written in between, for the first time after one; the next replaces
+    it."""
 
     keep_every: int = 0
     """Samples between two checkpoints that stay, a multiple of --save-every; of the others the newest two do.
@@ -126,6 +139,7 @@ class TrainConfig(StartConfig, OptimiseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.settle({"out": Path("runs", f"{self.arm_name}-n{self.total_samples}-s{self.seed}")})
         least_one = ("total_samples", "batch_size", "accumulate", "flow_draws", "log_every", "save_every")
         for flag in (*least_one, "max_bad_steps"):
             if getattr(self, flag) < 1:
@@ -149,14 +163,14 @@ class TrainConfig(StartConfig, OptimiseConfig):
         """Fields and facts that may change when a run is resumed."""
         return (
             "out", "data", "pictures", "workers", "features", "prepare", "log_every", "save_every",
-            "keep_every", "max_bad_steps", "compile", "threads", "accumulate", "world_model", "data_facts",
-            "flops_per_sample", "weights_fingerprint", "accept",
+            "save_minutes", "keep_every", "max_bad_steps", "compile", "threads", "accumulate", "world_model",
+            "data_facts", "flops_per_sample", "weights_fingerprint", "compared_with", "accept",
         )  # fmt: skip
 
     def stays(self, step: int) -> bool:
-        """Whether a step's checkpoint stays for good."""
+        """Whether a step's checkpoint stays for good: not one that was written between two planned ones."""
         samples = step * self.batch_size
-        return not self.keep_every or passes(self.keep_every, samples - self.batch_size, samples)
+        return passes(self.keep_every or self.save_every, samples - self.batch_size, samples)
 
 
 # ---- main ---------------------------------------------------------------------------------------------
@@ -170,12 +184,15 @@ def main(config: TrainConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
 
+    if config.data == DEMO:
+        record_demo(rank, together)
     if config.prepare:
         for line in make_caches(config, rank, ranks, device):
             say(line)
         return
 
     # data
+    check_trunk(config)
     last = agree_on_checkpoint(config, rank, together)
     config, demos, features, latents = open_data(config, last, rank, ranks, say)
     out_episodes = held_out(demos, config.val_share) if config.val_every else np.empty(0, np.int64)
@@ -240,8 +257,8 @@ def main(config: TrainConfig) -> None:
         say(f"warning: {len(config.sites)} fusion sites at once: what helps is harder to attribute to one")
     if progress.samples >= config.total_samples:
         say(
-            f"nothing to do: the budget of {config.total_samples:,} samples is spent; to go on, type the "
-            f"same flags with --init {config.out / 'last'} --out NEW"
+            f"nothing to do: the budget of {config.total_samples:,} samples is spent; to go on, add --init "
+            f"{config.out / 'last'} --statistics checkpoint --out NEW"
         )
         return
 
@@ -261,7 +278,7 @@ def main(config: TrainConfig) -> None:
         source.loader.close()
     if progress.samples < config.total_samples:
         done = f"{progress.samples:,} of {config.total_samples:,} samples"
-        say(f"stopped by SIGTERM at {done}: the same command goes on from there")
+        say(f"stopped at {done}: the same command goes on from there")
     else:
         say(f"done: {config.out / 'last'}")
 
@@ -314,7 +331,7 @@ def spend(
     rank: int,
     together: Together,
 ) -> None:
-    """Spend the budget: steps, log lines, measurements and checkpoints, until its end or SIGTERM.
+    """Spend the budget: steps, log lines, measurements and checkpoints, until its end, SIGTERM or Ctrl-C.
 
     Raises Refused after --max-bad-steps steps in a row without a finite gradient.
     """
@@ -322,6 +339,7 @@ def spend(
     usage, watch = Usage(config.num_hypotheses, source.device), CollapseWatch()
     bad = BadSteps(source.device, progress.bad_steps, progress.bad_in_a_row)
     clock, since = time.perf_counter(), progress.samples
+    saved, wait = time.monotonic(), min(1.0, config.save_minutes)  # a first checkpoint comes early
     with Stop() as stop:
         while progress.samples < config.total_samples:
             before = progress.samples
@@ -337,8 +355,8 @@ def spend(
                 usage.add(out["winner"])
             if average is not None:
                 average.update(count)
-            stopping = together.any(stop.asked)
-            saves = finished or stopping or passes(config.save_every, before, done)
+            stopping, due = together.any(stop.asked, time.monotonic() > saved + 60 * wait)
+            saves = finished or stopping or due or passes(config.save_every, before, done)
             if logged or saves:
                 check_bad(config, bad, progress, rank)
             if logged:
@@ -356,6 +374,8 @@ def spend(
                     log_validation(config.out, {"samples": done, "step": step} | found)
             if rank == 0 and saves:
                 save(config.out, arm, source.processor, optimizer, progress, average, config.stays)
+            if saves:
+                saved, wait = time.monotonic(), config.save_minutes
             if stopping:
                 return
 
@@ -482,7 +502,8 @@ def banner(
         f"parameters {live:,} trainable of {total:,} (freeze {config.freeze}), in {facts['dtype']}; {flops}",
         f"effective batch {config.batch_size} = micro {most}{micro} x accumulation {config.accumulate} "
         f"x ranks {ranks}; {config.flow_draws} flow draw(s) a sample",
-        f"budget {config.total_samples:,} samples; a checkpoint every {config.save_every:,}",
+        f"budget {config.total_samples:,} samples at a peak rate of {config.lr:g}; a checkpoint every "
+        f"{config.save_every:,} and {config.save_minutes:g} min",
         f"data {config.data}: {len(demos.first)} episodes, {len(demos):,} frames, fingerprint "
         f"{demos.fingerprint}{tokens}; statistics: {facts['statistics_of']}",
         f"checkpoint {start}, fingerprint {facts['weights_fingerprint']}",
@@ -536,11 +557,4 @@ def validate(source: Source, episodes: np.ndarray, rank: int, ranks: int) -> dic
 
 
 if __name__ == "__main__":
-    rank0 = os.environ.get("RANK", "0") == "0"
-    try:
-        main(tyro.cli(TrainConfig, description=__doc__, console_outputs=rank0))
-    except Refused as error:
-        sys.exit(f"error: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    run_program(main, TrainConfig, __doc__, Refused)

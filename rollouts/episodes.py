@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from files import Refused, replace_text
+from report.stats import wilson
 from rollouts.plan import Plan
 from rollouts.rollout import Episode
 from simulator.pool import Observation
@@ -101,3 +103,19 @@ def result(plan: Plan, shared: dict, episode: Episode, last: Observation | None,
         "render_fingerprint": episode.fingerprint,
         **shared,
     }
+
+
+def summary(lines: Iterable[dict]) -> str:
+    """Lay out the successes of each suite and memory mode, with Wilson's 95 %; crashes count neither way."""
+    found: dict[tuple[str, str], list[bool]] = {}
+    for line in lines:
+        found.setdefault((line["suite"], line["memory"]), []).extend(
+            [] if line["crash"] else [line["success"]]
+        )
+    out = [f"{'suite':16s} {'memory':10s} {'success':>9s} {'':>5s}  95 %"]
+    for (suite, mode), results in found.items():
+        wins, count = sum(results), len(results)
+        low, high = wilson(wins, count)
+        rate = f"{wins / count:5.0%}  {low:.0%} to {high:.0%}" if count else "    -"
+        out.append(f"{suite:16s} {mode:10s} {f'{wins}/{count}':>9s} {rate}")
+    return "\n".join(out)

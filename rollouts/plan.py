@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import tyro
 
 from arm import Arm
-from files import Refused, read_json, write_json
+from files import Refused, number_from_environment, read_json, write_json
 from simulator.env import (
     NUM_INIT_STATES,
     NUM_TASKS,
@@ -51,10 +51,10 @@ class ProtocolConfig:
     suite: tuple[str, ...] = ()
     """LIBERO suites, one after the other: spatial, object, goal, 10, 90; default: the training data's."""
 
-    task_ids: tuple[int, ...] = ()
-    """Tasks of each suite; default: those of the training data, all where it has none of that suite."""
+    task_ids: str = ""
+    """Tasks of each suite, as in 0,3,5-7; default: those of the training data, all where it has none."""
 
-    episodes_per_task: int | None = None
+    episodes_per_task: int | None = number_from_environment("EPISODES", 0) or None
     """Episodes a task and mode; default: all init states that no demonstration started from."""
 
     init_states: str | None = None
@@ -117,12 +117,18 @@ class ProtocolConfig:
 # ---- checkpoint and results ---------------------------------------------------------------------------
 
 
-def newest_run(root: Path) -> Path:
-    """Find the run folder under `root` whose checkpoint was written last."""
-    links = sorted(root.glob("**/last"), key=lambda p: p.stat().st_mtime)
-    if not links:
-        raise Refused(f"no run under {root}/: train one with `python train.py`, or name a checkpoint folder")
-    return links[-1].parent
+def newest_run(root: Path, sited: bool = False) -> Path:
+    """Find the run folder under `root` whose checkpoint was written last, of those with a site if `sited`."""
+    runs = [link.parent for link in sorted(root.glob("**/last"), key=lambda p: p.stat().st_mtime)]
+    if sited:
+        runs = [run for run in runs if read_json(run / "config.json").get("fusion", ["none"]) != ["none"]]
+    if not runs:
+        which = " with a memory site" if sited else ""
+        raise Refused(
+            f"no run{which} under {root}/: train one with `python train.py --fusion prefix_cross`, or name a "
+            "checkpoint folder"
+        )
+    return runs[-1]
 
 
 @dataclass(frozen=True)
@@ -135,16 +141,19 @@ class Target:
     run: dict  # what its training run recorded of itself; empty for a checkpoint without
 
 
-def find_target(config: ProtocolConfig) -> Target:
+def find_target(config: ProtocolConfig, sited: bool = False) -> Target:
     """Find a run's last checkpoint, a run's named one, a bare checkpoint folder, or a hub id's files.
 
-    Raises Refused where there is none.
+    Where none is named, the newest run's, of those with a site if `sited`. Raises Refused if there is none.
     """
-    given = config.checkpoint or str(newest_run(Path("runs")))
+    given = config.checkpoint or str(newest_run(Path("runs"), sited))
     path = Path(given)
     title = path.name if path.is_dir() else given.partition("@")[0].replace("/", "-")
     folder = find_folder(given, config.revision).resolve()
     if path.is_dir() and not holds_weights(folder):
+        inside = sorted(str(link.parent) for link in path.glob("*/last"))
+        if inside:
+            raise Refused(f"{given} holds {len(inside)} runs, name one: {' '.join(inside)}")
         raise Refused(
             f"{given} is neither a run folder (with `last`, or lerobot's checkpoints/last) nor a checkpoint "
             "folder (with model.safetensors)"
@@ -191,6 +200,13 @@ class Plan:
     dtype: str = "float32"
     cameras: tuple[str, ...] = ()  # --cameras, where it was needed
 
+    def __str__(self) -> str:
+        """The protocol in a line."""
+        sim, tasks = self.sim, sorted({task for task, _ in self.starts})
+        what = f"tasks {','.join(map(str, tasks))}, {len(self.starts)} starts, at most {sim.max_steps} steps"
+        moved = f", displaced by up to {100 * sim.displace:g} cm" if sim.displace else ""
+        return f"{sim.suite}: {what}, {self.n_action_steps} actions a chunk, drawn {sim.draw}{moved}"
+
     def record(self) -> dict:
         """The protocol, as it is stored with every result."""
         named = {"cameras": " ".join(sorted(self.cameras))} if self.cameras else {}
@@ -228,12 +244,17 @@ def make_plan(config: ProtocolConfig, suite: str, mine: dict[int, dict], arm: Ar
             chosen[name] = value
     sim = SimConfig(suite=suite, seed=config.seed, max_steps=config.step_limit(suite), **chosen)
     starts, seen = [], set()
-    for task in config.task_ids or sorted(mine) or range(NUM_TASKS[suite]):
+    asked = parse_ids(config.task_ids, "--task-ids") if config.task_ids else ()
+    for task in asked or sorted(mine) or range(NUM_TASKS[suite]):
         check_task(suite, task)
         used = set(mine.get(task, {}).get("init_state_ids", ()))
         starts += [(task, i) for i in chosen_starts(config, task, used)]
         seen |= {(task, i) for i in used}
-    steps = config.n_action_steps or arm.policy.config.n_action_steps
+    steps, chunk = config.n_action_steps or arm.policy.config.n_action_steps, arm.policy.config.chunk_size
+    if steps > chunk:
+        raise Refused(
+            f"--n-action-steps {steps}: a chunk of this policy has {chunk} actions, ask for no more"
+        )
     return Plan(sim, starts, seen, steps, config.policy_batch, config.dtype, config.cameras)
 
 

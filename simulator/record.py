@@ -5,9 +5,9 @@ before every action. A finished demonstration is a file of its own until all are
 killed goes on where it stopped, and one that has enough does nothing. Results do not depend on the number of
 workers.
 
-    python -m simulator record --task-ids 1 --demos-per-task 1 --init-states 0 --size 64 --out data/try
-    python -m simulator record --task-ids 1,6 --demos-per-task 60 --displace 0.06 --out data/demos
-    python -m simulator record --score-only --suite libero_spatial --task-ids 0-9 --init-states 20-23
+    python -m simulator record                                       # the demo's, 4 minutes on two cores
+    python -m simulator record --demos-per-task 1 --init-states 0 --size 64 --out data/try
+    python -m simulator record --score-only --suite libero_spatial --task-ids 0-9 --noise 0
 
 Layout: LIBERO's demonstration files (arXiv 2306.03310), but `obs[t]` is what a policy sees *before*
 `actions[t]` (the public files hold the observation after it): `data.attrs["pairing"]` says so. Pictures are
@@ -34,7 +34,7 @@ import h5py
 import numpy as np
 import tyro
 
-from files import Refused
+from files import Refused, number_from_environment
 from simulator import env as sim
 from simulator.expert import Expert, check_solvable
 from simulator.pool import light_start, quiet_worker
@@ -48,21 +48,22 @@ MODEL_BYTES = 400_000  # of a demonstration's XML and states
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Record demonstrations of a suite's tasks, or score the expert."""
+    """Record demonstrations of a suite's tasks, by default the demo's, or score the expert."""
 
-    out: Path = Path("data/demos")
+    out: Path = Path("data/demo")
     """Folder of the <task>_demo.hdf5 files."""
     suite: str = "libero_object"
     """libero_spatial, libero_object or libero_goal (its pick-and-place tasks 1, 2, 4, 6, 8, 9)."""
-    task_ids: str = "0"
+    task_ids: str = "1"
     """Tasks: numbers and ranges, as in 0,3,5-7."""
-    demos_per_task: int = 50
+    demos_per_task: int = number_from_environment("DEMOS", 60)
     """Successful demonstrations wanted of each task."""
-    init_states: str = "0-49"
-    """Init states in turn: attempt a starts from number a mod n of these n, with displacement a // n."""
-    displace: float = 0.0
-    """Largest shift of the picked objects in x and in y, metres."""
-    noise: float = 0.0
+    init_states: str = "0-9"
+    """Init states in turn: attempt a starts from number a mod n of these n, with displacement a // n. The
+    others are left for rollouts."""
+    displace: float = 0.06
+    """Largest shift of the picked objects in x and in y, metres: a policy that does not see must fail."""
+    noise: float = 0.15
     """Standard deviation of the noise on the executed translation; a tenth of it on the rotation (a unit is
     5 cm, but 0.5 rad). Labels stay clean."""
     size: int = 128

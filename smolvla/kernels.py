@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from functools import lru_cache
 from types import MethodType
 
 import torch
@@ -34,10 +35,23 @@ LARGE = 2**18  # weights from which packing saves more than the longer way to th
 LONG = 2**18  # scores a head from which one head at a time keeps them in cache
 
 
+@lru_cache
+def has_kernel(dtype: torch.dtype) -> bool:
+    """Try whether oneDNN multiplies in `dtype` on this processor: bfloat16 needs more than AVX2."""
+    x = torch.ones(2, 2, dtype=dtype)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(x, None)
+        torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    except RuntimeError:
+        return False
+    return True
+
+
 def speed_up(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Replace the kernels of the large layers inside `module`, which computes in `dtype`; gives it back.
 
-    For a CPU, and not beside compiled blocks. Layers that train keep their plain products.
+    For a CPU, and not beside compiled blocks. Layers that train keep their plain products, and so do those that
+    this processor has no kernel for.
     """
     if not torch.backends.mkldnn.is_available():
         return module
@@ -46,7 +60,7 @@ def speed_up(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module
             part.forward = Packed(part)
         if isinstance(part, VisionMLP) and part.fc1.weight.numel() >= LARGE:
             part.forward = MethodType(fused_mlp, part)
-        if isinstance(part, (Attention, VisionAttention)) and dtype == torch.bfloat16:
+        if isinstance(part, (Attention, VisionAttention)) and dtype == torch.bfloat16 and has_kernel(dtype):
             part.core = attend_in_products
     return module
 
@@ -64,7 +78,8 @@ class Packed:
         """Give layer(x), or its tanh-approximated GELU."""
         weight, bias = self.layer.weight, self.layer.bias
         backward = torch.is_grad_enabled() and x.requires_grad
-        if weight.requires_grad or x.dtype != weight.dtype or (gelu and backward):
+        plain = weight.requires_grad or x.dtype != weight.dtype or not has_kernel(x.dtype)
+        if plain or (gelu and backward):
             x = F.linear(x, weight, bias)
             return F.gelu(x, approximate="tanh") if gelu else x
         if backward:

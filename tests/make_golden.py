@@ -5,6 +5,7 @@ its own; the project never imports it. Weights are drawn from a seed, large enou
 scale or layout shows as an error of 0.1 to 3, not of 1e-6.
 
     python tests/make_golden.py tests/golden            # one folder a case, beside the one named smolvla
+    python tests/make_golden.py --double tests/golden   # float64 tensors beside those of every folder there
     python tests/golden.py tests/golden/cross           # this project's numbers against a folder's
 """
 
@@ -12,22 +13,39 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
+from lerobot.policies.common import flow_matching, vla_utils
 from lerobot.policies.common.vla_utils import make_att_2d_masks, resize_with_pad
+from lerobot.policies.smolvla import modeling_smolvla as smolvla_modeling
+from lerobot.policies.smolvla import smolvlm_with_expert
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.policies.smolvla.processor_smolvla import make_smolvla_pre_post_processors
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.models.llama import modeling_llama
+from transformers.models.smolvlm import modeling_smolvlm
 
 TASKS = ["pick up the black bowl and place it on the plate", "open the drawer"]
 STATE, ACTION = "observation.state", "action"
+# Of the float64 pass: what is copied, not computed, and what needs the processors, which are float32.
+LEFT_OUT = (
+    "pre.",
+    "state_padded",
+    "actions_padded",
+    "action_chunk_unnormalized",
+    "suffix.time_emb",
+    "suffix.att",
+)
 
 
 @dataclass
@@ -367,7 +385,84 @@ def record(name: str, case: Case, root: Path) -> None:
     print(f"{folder}: loss {info['loss']:.4f}, {info['params']:,} parameters, {len(out | more)} tensors")
 
 
+class Doubled:
+    """Stands for torch inside a module of lerobot's or transformers': who asks for float32 gets float64."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(torch, name)
+
+
+@contextmanager
+def in_double() -> Iterator[None]:
+    """Let lerobot compute in float64 throughout: rotations, norms and attention ask for float32 by name."""
+    modules = (
+        smolvla_modeling,
+        smolvlm_with_expert,
+        flow_matching,
+        vla_utils,
+        modeling_llama,
+        modeling_smolvlm,
+    )
+    torch.set_default_dtype(torch.float64)
+    for module in modules:
+        module.torch = Doubled()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        for module in modules:
+            module.torch = torch
+
+
+def record_double(folder: Path) -> None:
+    """Write expected64.safetensors: a folder's checkpoint on its float32 inputs, computed in float64."""
+    here = Path.cwd()
+    given = load_file(folder / "inputs.safetensors")
+    stored = load_file(folder / "expected.safetensors")
+    info = json.loads((folder / "info.json").read_text())
+    os.chdir(folder / "checkpoint")  # its language model is named relative to itself
+    try:
+        policy = SmolVLAPolicy.from_pretrained(".")
+        steps = json.loads(Path("policy_preprocessor.json").read_text())["steps"]
+    finally:
+        os.chdir(here)
+    renamed = next((s["config"].get("rename_map", {}) for s in steps if "rename" in s["registry_name"]), {})
+    batch = {STATE: stored["pre.state"].double(), ACTION: stored["pre.action"].double()}
+    for name, x in given.items():
+        if name.endswith(".uint8"):
+            name = name.removesuffix(".uint8")
+            batch[renamed.get(name, name)] = (x.float() / 255).double()
+        elif name.endswith("_padding_mask"):
+            batch[name] = x
+    batch["observation.language.tokens"] = given["lang_tokens"]
+    batch["observation.language.attention_mask"] = given["lang_mask"].bool()
+    if "action_is_pad" in given:
+        batch["action_is_pad"] = given["action_is_pad"]
+    draw = {"noise": given["noise"].double(), "time": given["time"].double()}
+    with in_double():
+        policy = policy.double().eval()
+        with torch.no_grad():
+            out, inputs = prefix_pass(policy, batch)
+            out |= inference_pass(policy, lambda chunk: chunk, batch, draw["noise"])
+        more, found = training_pass(copy.deepcopy(policy).train(), batch, inputs, draw)
+        norms = {f"grad_norm.{name}": torch.tensor(norm) for name, norm in found["grad_norms"].items()}
+    assert found["grad_norms"].keys() == info["grad_norms"].keys(), "another set of gradients"
+    out |= more | norms
+    kept = {k: v for k, v in out.items() if v.dtype == torch.float64 and not k.startswith(LEFT_OUT)}
+    save_file(
+        {k: v.detach().clone().contiguous() for k, v in kept.items()}, folder / "expected64.safetensors"
+    )
+    worst = max((stored[k].double() - v).abs().max().item() for k, v in kept.items() if k in stored)
+    print(f"{folder}: {len(kept)} tensors in float64; lerobot's own float32 lies up to {worst:.1e} away")
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["--double"] and len(sys.argv) == 3:
+        for found in sorted(Path(sys.argv[2]).glob("*/inputs.safetensors")):
+            record_double(found.parent)
+        return
     if len(sys.argv) < 2 or not Path(sys.argv[1], "smolvla", "vlm").is_dir():
         sys.exit(
             "usage: python tests/make_golden.py tests/golden [CASE ...]; the folder must hold smolvla/vlm"

@@ -69,7 +69,7 @@ def alike(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_the_policy_equals_lerobots_in_float32(folder):
     rows = golden.compare(folder, DEVICE, slack=1 if DEVICE == "cpu" else 10)
     assert len(rows) > 100
-    assert not [row for row in rows if not row[2]]
+    assert not [row for row in rows if not row.within]
 
 
 @each_variant

@@ -26,17 +26,17 @@ DECAY_SAMPLES = 64  # a step of the default batch size
 class OptimiseConfig:
     """The budget, and how it is spent."""
 
-    total_samples: int = 100_000
-    """Training budget in samples, kept exactly."""
+    total_samples: int | None = None
+    """Training budget in samples, kept exactly; default: the recipe's of --init."""
 
-    batch_size: int = 64
-    """Samples of an optimiser step, over all ranks."""
+    batch_size: int | None = None
+    """Samples of an optimiser step, over all ranks; default: the recipe's of --init."""
 
     accumulate: int = 1
     """Micro batches that each rank splits its share of a step into."""
 
-    lr: float = 1e-4
-    """Peak learning rate."""
+    lr: float | None = None
+    """Peak learning rate; default: the recipe's of --init."""
 
     lr_world: float | None = None
     """Peak learning rate of fusion and prophet; default: the same as --lr."""

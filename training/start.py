@@ -11,7 +11,7 @@ Shapes: T history, K future, S side of a picture.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,8 @@ from latents.encoders import open_backbone, resolved
 from latents.tower import Features, load_with
 from latents.world import Latents, cache_path, change_statistics, prepare
 from model import SmolVLA, load_policy, start_from_vlm
-from ranks import wait_for_ranks
+from prophet import MemoryMode
+from ranks import Together, wait_for_ranks
 from readers.demos import Demos, chosen_statistics
 from readers.load import camera_names, load, remember_checks
 from readers.selection import (
@@ -40,17 +41,20 @@ from readers.selection import (
     split_camera,
 )
 from smolvla.checkpoint import fresh_processor, read_cameras
-from smolvla.config import PRESETS
+from smolvla.config import PRESETS, PRETRAINED, RECIPES
 from smolvla.fit import Fit
 from smolvla.processor import Processor, Statistics, with_rename
+
+DEMO = Path("data/demo")
 
 
 @dataclass(frozen=True)
 class StartConfig(ArmConfig, DataConfig):
     """Where a run starts: data, the arm, and the weights, statistics and seed that it is built on."""
 
-    data: Path = Path("data/demo")
-    """Demonstrations: a folder or file in LIBERO's HDF5 layout, a LeRobot v3 folder, or one's hub id."""
+    data: Path = DEMO
+    """Demonstrations: a folder or file in LIBERO's HDF5 layout, a LeRobot v3 folder, or one's hub id. The
+    default, where it is not there, is recorded first."""
 
     init: str = "tiny"
     """Where the policy starts: a preset's name (fresh weights), a checkpoint folder, or a hub id."""
@@ -72,14 +76,22 @@ class StartConfig(ArmConfig, DataConfig):
     allow_missing: bool = False
     """Go on when tensors or statistics of a checkpoint are missing, or tensors unexpected."""
 
-    freeze: Literal["expert", "vision", "none"] = "expert"
-    """What stays frozen: all but the expert (lerobot's default), only the vision tower, or nothing."""
+    memory: MemoryMode | None = None
+    """Memory that the policy is trained with; default: pred, off with --fusion none."""
 
-    state_std_floor: float = 0.0
+    freeze: Literal["expert", "vision", "none"] | None = None
+    """What stays frozen: all but the expert (lerobot's default), only the vision tower, or nothing (default
+    of --init tiny)."""
+
+    world_stride: int | None = None
+    """Control steps (1/20 s) between two world latents; default: the recipe's of --init."""
+
+    state_std_floor: float | None = None
     """Smallest deviation that --statistics data divides states by, metres or radians. A dimension that the
-    demonstrations hardly use would otherwise be blown up: far outside of unit scale in a rollout."""
+    demonstrations hardly use would otherwise be blown up: far outside of unit scale in a rollout. Default:
+    the recipe's."""
 
-    action_std_floor: float = 0.0
+    action_std_floor: float | None = None
     """The same for actions (full scale is 1): noise in an unused dimension would be a target too."""
 
     seed: int = 0
@@ -94,6 +106,13 @@ class StartConfig(ArmConfig, DataConfig):
     held in float32 in any case, what is frozen in this type."""
 
     def __post_init__(self) -> None:
+        self.settle(RECIPES.get(self.init, PRETRAINED))
+        if self.memory not in (None, "off") and not self.sites:
+            raise Refused(
+                f"--memory {self.memory} with --fusion none: there is no site for it; name one, as in "
+                "--fusion late, or leave --memory out"
+            )
+        self.settle({"memory": "pred" if self.sites else "off"})
         super().__post_init__()
         DataConfig.__post_init__(self)
         if self.statistics == "checkpoint" and self.init in PRESETS:
@@ -116,6 +135,12 @@ class StartConfig(ArmConfig, DataConfig):
                 "stale; use --freeze vision"
             )
 
+    def settle(self, defaults: Mapping[str, object]) -> None:
+        """Give fields that were left open these values."""
+        for name, value in defaults.items():
+            if getattr(self, name, value) is None:
+                object.__setattr__(self, name, value)
+
     def precision(self, device: torch.device) -> torch.dtype:
         """The type to compute in on a device."""
         auto = "bfloat16" if device.type == "cuda" else "float32"
@@ -123,6 +148,18 @@ class StartConfig(ArmConfig, DataConfig):
 
 
 # ---- data and what is kept beside them ----------------------------------------------------------------
+
+
+def record_demo(rank: int, together: Together) -> None:
+    """Record the demo's demonstrations, on the first rank, where there are none."""
+    if together.gather(DEMO.is_dir())[0]:
+        return
+    if rank == 0:
+        from simulator import record  # imports HDF5
+
+        print(f"{DEMO} is not there: recording the demo's demonstrations first", flush=True)
+        record.run(record.DemoConfig(out=DEMO))
+    together.gather(None)
 
 
 def make_caches(config: StartConfig, rank: int, ranks: int, device: torch.device) -> list[str]:
@@ -181,6 +218,11 @@ def settle_cameras(config: StartConfig, folder: Path, start: str) -> StartConfig
     there = camera_names(folder)
     names = choose_cameras(config.cameras, None) or {}
     if config.init not in PRESETS:
+        if "/" not in config.init and not Path(config.init).is_dir():
+            raise Refused(
+                f"--init {config.init} is no preset ({', '.join(PRESETS)}), no folder and no hub id "
+                "(owner/name): name one"
+            )
         known, renames = read_cameras(start, config.revision if start == config.init else None)
         besides = config.latent_cameras if config.sites else ()
         cameras = match_cameras(known, renames, there, config.cameras, besides)
@@ -196,6 +238,15 @@ def settle_cameras(config: StartConfig, folder: Path, start: str) -> StartConfig
 
 
 # ---- the arm ------------------------------------------------------------------------------------------
+
+
+def check_trunk(config: StartConfig) -> None:
+    """Raise Refused for a head that would learn on a trunk that is random and stays so."""
+    if config.init in PRESETS and config.freeze == "expert" and config.vlm is None:
+        raise Refused(
+            f"--init {config.init} --freeze expert: all but the expert stays random; leave --freeze out, "
+            "or start from a checkpoint or a --vlm"
+        )
 
 
 def build_arm(
@@ -289,7 +340,9 @@ def data_statistics(config: StartConfig, demos: Demos) -> Statistics:
 def whose_statistics(config: StartConfig, demos: Demos) -> str:
     """Say whose statistics a run uses, for its banner and its record."""
     if config.statistics == "data":
-        return f"the data's, {chosen_statistics(demos)[1]}"
+        found, floors = chosen_statistics(demos)[1], (config.state_std_floor, config.action_std_floor)
+        least = f", deviations of at least {floors[0]:g} (state) and {floors[1]:g} (action)"
+        return f"the data's, {found}" + least * any(floors)
     return f"the checkpoint's, of {config.stats_of or config.init}"
 
 

@@ -120,7 +120,7 @@ def flags_of(case: dict, models: dict[str, Path]) -> dict:
 
 def command_of(data: Path, case: dict, models: dict[str, Path]) -> TrainConfig:
     """A training that needs this case's latents."""
-    return TrainConfig(data=data, fusion=("late",), **flags_of(case, models))
+    return TrainConfig(data=data, fusion=("late",), freeze="vision", **flags_of(case, models))
 
 
 def write(config: TrainConfig) -> str:
@@ -643,7 +643,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(case, models, tmp_path, small_bl
     torn = make_data(tmp_path / "torn")
     command = command_of(torn, CASES[case], models)
     fields = ", ".join(f"{name}={value!r}" for name, value in flags_of(CASES[case], models).items())
-    fields += ", fusion=('late',)"
+    fields += ", fusion=('late',), freeze='vision'"
     script = KILLED.format(root=str(ROOT), data=str(torn), fields=fields)
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     assert subprocess.run([sys.executable, "-c", script], env=env).returncode == -signal.SIGKILL
@@ -709,7 +709,7 @@ def test_two_ranks_write_the_same_bytes_as_one(case, models, tmp_path, monkeypat
     lengths = (60, 1, 50)  # four blocks of clips
     for name in ("one", "two"):
         write_task(tmp_path / name / "a_demo.hdf5", lengths=lengths, size=16)
-    flags = ["--prepare", "--fusion", "late"]
+    flags = ["--prepare", "--fusion", "late", "--freeze", "vision"]
     for name, value in flags_of(CASES[case], models).items():
         flags += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
     env = os.environ | {"OMP_NUM_THREADS": "1"}

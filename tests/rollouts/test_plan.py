@@ -85,7 +85,7 @@ def test_what_a_run_cannot_answer_is_asked_for():
     with pytest.raises(ValueError, match="--episodes-per-task 48: task 1 has only 47 left"):
         make_plans(EvalConfig(episodes_per_task=48), tiny.run_config(), tiny.arm())
     with pytest.raises(ValueError, match="libero_goal has no task 10"):
-        make_plans(EvalConfig(suite=("goal",), task_ids=(10,)), tiny.run_config(), tiny.arm())
+        make_plans(EvalConfig(suite=("goal",), task_ids="10"), tiny.run_config(), tiny.arm())
 
 
 def test_a_checkpoint_is_found_from_its_run_and_a_missing_one_is_named(tmp_path):

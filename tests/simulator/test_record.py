@@ -18,6 +18,10 @@ from simulator import record as recording
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = [
+    "--noise",
+    "0",
+    "--displace",
+    "0",
     "--suite",
     "libero_object",
     "--task-ids",
@@ -126,7 +130,7 @@ def test_parts_become_one_file_in_the_order_of_attempts_and_grow_it_later(tmp_pa
     "changes",
     [
         {"size": 32},
-        {"displace": 0.06},
+        {"displace": 0.05},
         {"noise": 0.1},
         {"draw": "exact"},
         {"seed": 8},

@@ -73,6 +73,14 @@ def test_a_weight_that_is_written_to_or_cast_is_packed_anew():
         torch.testing.assert_close(layer(x.to(layer.weight.dtype)), want)
 
 
+def test_where_the_processor_has_no_kernel_the_plain_products_run(monkeypatch):
+    monkeypatch.setattr(kernels, "has_kernel", lambda dtype: dtype != torch.bfloat16)
+    plain, fast = both("all", torch.bfloat16)
+    noise = draws()[0][:, 0]
+    assert torch.equal(fast.predict_chunk(tiny.inputs(), noise), plain.predict_chunk(tiny.inputs(), noise))
+    assert not any(getattr(m.forward, "packed", None) for m in fast.modules())
+
+
 def test_a_gradient_goes_through_a_frozen_layer():
     layer, x = torch.nn.Linear(8, 4).requires_grad_(False), torch.randn(3, 8, requires_grad=True)
     kernels.speed_up(layer)(x).sum().backward()

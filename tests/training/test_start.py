@@ -156,10 +156,9 @@ def test_a_run_goes_on_from_an_adapted_one_without_flags_and_resumes(data, adapt
     run(data, adapted, tmp_path / "next", **fields)
     said = capsys.readouterr().out
     assert "adapted: camera1 is image of the data" in out and "adapted" not in said
-    assert said.endswith(
-        f"is spent; to go on, type the same flags with --init {tmp_path}/next/last --out NEW\n"
-    )
-    run(data, tmp_path / "next" / "last", tmp_path / "more", **fields)  # an arm with memory, on the same data
+    how = f"--init {tmp_path}/next/last --statistics checkpoint --out NEW"
+    assert said.endswith(f"is spent; to go on, add {how}\n")
+    run(data, tmp_path / "next" / "last", tmp_path / "more", statistics="checkpoint", **fields)
     state = load_file(next((tmp_path / "more" / "last").glob("policy_preprocessor_step*.safetensors")))
     assert state["observation.state.mean"].shape == (8,)
 
