@@ -4,7 +4,7 @@ A cell is one arm, budget and seed: a run folder that train.py fills and eval.py
 how far it is, and `finished.txt` in it which commands ended well. Cells share data and caches, which are
 prepared first, and nothing else: each may be called again, by a person or a scheduler, and of two processes
 at one cell the second leaves it. Arms, presets and budgets come from the environment, where run_matrix.sh
-puts puts them. Python is all that is needed here, so that --dry-run and --list work on a fresh clone.
+puts them. Python is all that is needed here, so that --dry-run and --list work on a fresh clone.
 
     ./run_matrix.sh smoke --dry-run     # commands and time left
     ./run_matrix.sh smoke               # prepares, trains, rolls out, reports
@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from files import Refused
+from smolvla.config import PRETRAINED, RECIPES
 
 WHOLE, TASK = "[1-9][0-9]{0,14}", "[0-9]{1,4}(-[0-9]{1,4})?"
 NUMBERS = {  # variable: what each of its words must look like, an example; a list where that has several
@@ -46,7 +47,6 @@ NUMBERS = {  # variable: what each of its words must look like, an example; a li
     **dict.fromkeys(("DISPLACE", "NOISE"), (r"[0-9]{0,9}\.?[0-9]{1,9}", "0.06")),
 }
 ACTIONS = ("", "--dry-run", "--list", "--prepare", "--cell", "--report")
-BATCH_SIZE = 64  # train.py's own
 GRACE = 60  # seconds that commands have to save what they have, once they are asked to stop
 LOOK = 60  # seconds between two looks at a cell that runs
 STARTED = time.monotonic()
@@ -131,7 +131,7 @@ class Job:
         self.more_train_flags = self.flags("DATA_FLAGS") + self.flags("TRAIN_FLAGS")
         pairs = pairwise(self.train_flags + self.more_train_flags)
         sizes = [int(size) for flag, size in pairs if flag == "--batch-size" and size.isdecimal()]
-        self.batch = [BATCH_SIZE, *sizes][-1]
+        self.batch = [RECIPES.get(self.init, PRETRAINED)["batch_size"], *sizes][-1]
         early = [int(at) for at in env.get("EVAL_AT", "").split()]
         for at in early:
             if at % self.batch:
@@ -143,7 +143,7 @@ class Job:
         self.eval_flags = ["--episodes-per-task", env["EPISODES"], "--num-envs", str(self.envs)]
         self.eval_flags += [*self.flags("PRESET_EVAL_FLAGS"), *threads]
         self.eval_flags += ["--suite", *self.suites] if not self.recorded or len(self.suites) > 1 else []
-        self.eval_flags += ["--task-ids", *self.tasks] if not self.recorded else []
+        self.eval_flags += ["--task-ids", ",".join(self.tasks)] if not self.recorded else []
         self.eval_flags += self.flags("EVAL_FLAGS")
         self.report = ["python", "-m", "report", str(self.out)]
 

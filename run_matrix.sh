@@ -76,11 +76,8 @@ esac
 # Recorded: a small object, displaced by up to 6 cm, on noisy paths, where a policy that does not see must fail.
 [ -z "$RECORDED" ] || : "${SUITES:=libero_object}" "${TASKS:=1}" "${DEMOS:=60}" "${DISPLACE:=0.06}" "${NOISE:=0.15}"
 : "${ARMS:=E2 E0 E1 E0b}" "${SEEDS:=0}" "${TASKS:=0-9}" "${INIT:=tiny}" "${WORLD_STRIDE:=4}" "${OUT:=runs/$preset}"
-# The tiny policy trains whole, in small batches: at one budget of samples E0 solved 33 of 40 starts with batches of 16,
-# 26 with 32 and 25 with 64. Statistics are floored where demonstrations hardly move. Of a checkpoint the expert trains.
-POLICY_FLAGS="--dtype bfloat16 --world-stride $WORLD_STRIDE"
-[ "$INIT" != tiny ] || POLICY_FLAGS="--freeze none --batch-size 16 --flow-draws 4 --lr 1e-3 --world-stride $WORLD_STRIDE \
-    --threads 1 --state-std-floor 0.01 --action-std-floor 0.05 --log-every $LOG_EVERY"
+POLICY_FLAGS="--world-stride $WORLD_STRIDE --dtype bfloat16" # beside the recipe of INIT (smolvla/config.py)
+[ "$INIT" != tiny ] || POLICY_FLAGS="--world-stride $WORLD_STRIDE --threads 1 --log-every $LOG_EVERY"
 
 # ---- run: --dry-run and --list need no more than Python; all else the environment, once what is asked for is known
 python=${PYTHON:-python3}

@@ -50,8 +50,8 @@ def has_kernel(dtype: torch.dtype) -> bool:
 def speed_up(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Replace the kernels of the large layers inside `module`, which computes in `dtype`; gives it back.
 
-    For a CPU, and not beside compiled blocks. Layers that train keep their plain products, and so do those that
-    this processor has no kernel for.
+    For a CPU, and not beside compiled blocks. Layers that train keep their plain products, and so do those
+    that this processor has no kernel for.
     """
     if not torch.backends.mkldnn.is_available():
         return module

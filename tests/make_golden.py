@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -278,7 +278,16 @@ def prefix_pass(policy: SmolVLAPolicy, batch: dict) -> tuple[dict[str, Tensor], 
     return out, (images, masks, tokens, token_mask, state, action)
 
 
-def training_pass(policy: SmolVLAPolicy, batch: dict, inputs: tuple, draw: dict) -> tuple[dict, dict]:
+GRADIENTS = (
+    "model.action_in_proj.weight",
+    "model.state_proj.weight",
+    "model.vlm_with_expert.lm_expert.layers.0.self_attn.k_proj.weight",
+)
+
+
+def training_pass(
+    policy: SmolVLAPolicy, batch: dict, inputs: tuple, draw: dict, kept: Iterable[str] = GRADIENTS
+) -> tuple[dict, dict]:
     """Record the losses in every reduction, the gradients and five AdamW steps."""
     noise, time, action = draw["noise"], draw["time"], inputs[-1]
     t = time[:, None, None]
@@ -309,11 +318,7 @@ def training_pass(policy: SmolVLAPolicy, batch: dict, inputs: tuple, draw: dict)
         "trainable_without_grad": [n for n, p in named.items() if p.requires_grad and p.grad is None],
         "frozen": [n for n, p in named.items() if not p.requires_grad],
     }  # fmt: skip
-    for name in (
-        "model.action_in_proj.weight",
-        "model.state_proj.weight",
-        "model.vlm_with_expert.lm_expert.layers.0.self_attn.k_proj.weight",
-    ):
+    for name in kept:
         if name in grads:
             out[f"grad.{name}"] = grads[name].clone()
     live = [p for p in policy.parameters() if p.requires_grad]
@@ -446,7 +451,8 @@ def record_double(folder: Path) -> None:
         with torch.no_grad():
             out, inputs = prefix_pass(policy, batch)
             out |= inference_pass(policy, lambda chunk: chunk, batch, draw["noise"])
-        more, found = training_pass(copy.deepcopy(policy).train(), batch, inputs, draw)
+        kept = [name.removeprefix("grad.") for name in stored if name.startswith("grad.")]
+        more, found = training_pass(copy.deepcopy(policy).train(), batch, inputs, draw, kept)
         norms = {f"grad_norm.{name}": torch.tensor(norm) for name, norm in found["grad_norms"].items()}
     assert found["grad_norms"].keys() == info["grad_norms"].keys(), "another set of gradients"
     out |= more | norms

@@ -20,8 +20,8 @@ FLOORS = (
     ("data",),
     ("arm",),
     ("latents",),
-    ("model", "readers"),
-    ("smolvla", "simulator", "matrix"),
+    ("model", "readers", "matrix"),
+    ("smolvla", "simulator"),
     ("fusion", "prophet", "files", "ranks", "report"),
 )
 ROOMS = {room: -floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import tyro
 
 import matrix as program
 from files import Refused
 from report import stats
+from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -89,11 +91,15 @@ def test_a_dry_run_lists_every_cell_and_runs_nothing(matrix, tmp_path):
 
 def test_the_demos_arms_train_with_the_flags_that_its_recorded_results_had(matrix):
     [line] = trainings(matrix("demo", "--dry-run", ARMS="E2"))
-    assert line.split("--seed 0 ")[1] == (
-        "--init tiny --freeze none --batch-size 16 --flow-draws 4 --lr 1e-3 --world-stride 4 --threads 1 "
-        "--state-std-floor 0.01 --action-std-floor 0.05 --log-every 80 --save-every 16000 "
-        "--fusion late --memory pred"
-    )  # fmt: skip
+    flags = line.split("--seed 0 ")[1]
+    start = "--init tiny --world-stride 4 --threads 1 --log-every 80 --save-every 16000"
+    assert flags == f"{start} --fusion late --memory pred"
+    config = tyro.cli(TrainConfig, args=flags.split())
+    recorded = {
+        "freeze": "none", "batch_size": 16, "flow_draws": 4, "lr": 1e-3, "world_stride": 4,
+        "state_std_floor": 0.01, "action_std_floor": 0.05,
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in recorded} == recorded
 
 
 def test_checkpoints_on_the_way_are_rolled_out_where_training_saves_them(matrix):
@@ -152,9 +158,6 @@ def test_presets_train_their_arms_and_roll_out_controls(matrix, preset, arms):
 
 def test_every_arm_is_one_that_train_takes(matrix, tmp_path):
     """The table's flags, read by train.py's own command line."""
-    import tyro
-
-    from train import TrainConfig
 
     done = matrix("full", "--dry-run", SEEDS="0")
     table = program.read_arms(settings(tmp_path, "full")["ARM_TABLE"], [])
@@ -172,7 +175,7 @@ def test_data_that_are_given_are_not_recorded_and_need_suites(matrix):
     done = matrix("fusion", "--dry-run", DATA="some/where", SUITES="goal 10", TASKS="1,3-4", ARMS="E0")
     assert not commands(done, "simulator record")
     [line] = commands(done, "eval.py")
-    assert "--suite libero_goal libero_10 --task-ids 1 3 4" in line
+    assert "--suite libero_goal libero_10 --task-ids 1,3,4" in line
     done = matrix("fusion", "--dry-run", DATA="some/where")
     assert done.returncode == 2 and "say what to roll out" in done.stderr
 
