@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import safetensors
 import torch
@@ -52,6 +52,7 @@ from smolvla.checkpoint import checkpoint_in, save_policy
 from smolvla.processor import Processor
 
 WORLD_FILE = "world.safetensors"
+Fusions = Literal[("none", *get_args(Site))]
 
 
 @contextmanager
@@ -67,7 +68,7 @@ def asked() -> Iterator[None]:
 class ArmConfig(WorldConfig):
     """What makes one arm differ from another."""
 
-    fusion: tuple[Literal["none"] | Site, ...] = ("none",)
+    fusion: tuple[Fusions, ...] = ("none",)
     """Where memory enters the policy: none (E0), late (F1), suffix_in (F2), prefix_tokens (F3a), prefix_cross
     (F3b); several may be named."""
 

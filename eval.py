@@ -51,6 +51,19 @@ from smolvla.fit import Fit, refit
 from smolvla.processor import Processor, rename_map
 from training import held_out
 
+# Options that --help begins with.
+OFTEN = (
+    "checkpoint",
+    "memory",
+    "suite",
+    "task_ids",
+    "episodes_per_task",
+    "num_envs",
+    "video",
+    "check",
+    "out",
+)
+
 
 @dataclass(frozen=True)
 class EvalConfig(ProtocolConfig):
@@ -367,15 +380,26 @@ def tell(lines: list[dict], planned: int, each: float, work: Work) -> None:
     line = lines[-1]
     wins, crashes = sum(bool(r["success"]) for r in lines), sum(r["crash"] is not None for r in lines)
     verdict = "crash" if line["crash"] else "success" if line["success"] else "failure"
+    took = f"  took {line['taken'] or 'nothing'}" if line["protocol"]["either"] else ""
     by = f"rank {work.rank}  " if work.ranks > 1 else ""
     what = (
         f"{line['suite']} memory {line['memory']:8s} task {line['task_id']:2d} init {line['init_state']:2d}"
     )
     rate = f"{each:4.1f} s an episode  {each * (planned - len(lines)):5.0f} s left"
     score = f"{wins:3d}/{len(lines) - crashes:<3d}"
-    print(f"{by}{what}  {verdict:7s}  {line['steps']:3d} steps  {score}  {rate}", flush=True)
+    print(f"{by}{what}  {verdict:7s}  {line['steps']:3d} steps  {score}  {rate}{took}", flush=True)
     if line["crash"]:
         print(f"  {line['crash']}", flush=True)
+    if took and len(lines) == planned:
+        print(f"{by}success by what was taken: {by_taken(lines)}", flush=True)
+
+
+def by_taken(lines: list[dict]) -> str:
+    """Count the successes of an ambiguous task by the object that was taken: 'milk 2/3, nothing 0/1'."""
+    ended = [line for line in lines if line["crash"] is None]
+    wins = {name: [x["success"] for x in ended if x["taken"] == name] for name in {x["taken"] for x in ended}}
+    counts = (f"{name or 'nothing'} {sum(won)}/{len(won)}" for name, won in wins.items())
+    return ", ".join(sorted(counts))
 
 
 def film(rollout: Rollout, work: Work, rate: float) -> None:
@@ -410,4 +434,4 @@ def film(rollout: Rollout, work: Work, rate: float) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main, EvalConfig, __doc__, Refused)
+    run_program(main, EvalConfig, __doc__, Refused, OFTEN)

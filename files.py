@@ -24,6 +24,17 @@ class Refused(ValueError):
     """
 
 
+def plain_name(name: object, where: object) -> str:
+    """Return a file's name that a stranger's file gives, if it is one: no folder, no way out of its own.
+
+    Raises Refused, naming `where` it stands.
+    """
+    bad = not isinstance(name, str) or not name or name.startswith(".") or not name.isprintable()
+    if bad or set(name) & set("/\\:"):
+        raise Refused(f"{where} names a file {name!r}: only a plain file name beside it is read")
+    return name
+
+
 def number_from_environment(name: str, default: int) -> int:
     """Return what the environment sets of a recipe (TOTAL_SAMPLES, DEMOS, EPISODES), if it is one number."""
     value = os.environ.get(name, "")

@@ -79,6 +79,8 @@ from training.start import (
     whose_statistics,
 )
 
+# Options that --help begins with.
+OFTEN = ("data", "init", "fusion", "memory", "total_samples", "batch_size", "lr", "seed", "out", "arm")
 STEPS_AHEAD = 2  # steps whose pictures are decoded while another one runs
 
 
@@ -457,7 +459,9 @@ def optimizer_step(
             (loss * ranks * weight).backward()  # DDP averages over ranks; times `ranks` makes it the sum
         logs += weight * torch.stack(sums)
     norms = gradient_norms(source.arm) if logged else {}  # before they are clipped
-    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.clip)
+    norm = torch.nn.utils.clip_grad_norm_(
+        [p for p in model.parameters() if p.requires_grad], config.grad_clip
+    )
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * lr_factor(config, first)
     # Gradients are the sum over ranks by now, so all ranks see the same norm and skip the same steps. The
@@ -557,4 +561,4 @@ def validate(source: Source, episodes: np.ndarray, rank: int, ranks: int) -> dic
 
 
 if __name__ == "__main__":
-    run_program(main, TrainConfig, __doc__, Refused)
+    run_program(main, TrainConfig, __doc__, Refused, OFTEN)

@@ -17,6 +17,8 @@ Source: LIBERO's demonstration files (github.com/Lifelong-Robot-Learning/LIBERO)
 """
 
 import json
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,9 +38,10 @@ STATE_PARTS = {"ee_pos": 3, "ee_ori": 3, "gripper_states": 2}
 ACTION_DIM = 7
 PAIRING = "observation_before_action"
 PROVENANCE = (
-    "suite", "task_id", "displace", "noise", "size", "draw", "texture_colorspace", "reset", "env_seed",
-    "versions",
+    "suite", "task_id", "displace", "either", "noise", "size", "draw", "texture_colorspace", "reset",
+    "env_seed", "versions",
 )  # fmt: skip
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
 RECORD_AGAIN = "record it again with `python -m simulator record`, or download it again"
 PUBLIC = "observations after actions: action[t] goes with observation[t-1], the first action is left out"
 
@@ -136,7 +139,15 @@ def opened(path: Path) -> Iterator[h5py.File]:
             yield file
     except (OSError, KeyError, RuntimeError) as error:  # what h5py raises, depending on where the damage lies
         cause = " ".join(str(error).split())
-        raise Refused(f"{path} is truncated or damaged ({cause}): delete it and {RECORD_AGAIN}") from error
+        if code := re.search(r"errno = (\d+)", cause):  # locked, not ours to read, too many open files
+            raise Refused(f"{path} cannot be read: {os.strerror(int(code[1]))}") from error
+        with path.open("rb") as file:
+            ours = file.read(8) == SIGNATURE
+        if not ours:
+            raise Refused(
+                f"{path} is no HDF5 file: --data takes those of LIBERO, or a LeRobot v3 folder"
+            ) from error
+        raise Refused(f"{path} is truncated or damaged ({cause}): move it away and {RECORD_AGAIN}") from error
 
 
 def read_header(path: Path, cameras: list[str]) -> TaskFile:

@@ -90,6 +90,7 @@ def result(plan: Plan, shared: dict, episode: Episode, last: Observation | None,
         "init_state": episode.init_state,
         "seen_in_training": (episode.task, episode.init_state) in plan.seen,
         "success": None if last is None else last.success,
+        "taken": None if last is None else last.taken,  # of an ambiguous task's two objects
         "crash": crash,
         "steps": episode.steps,
         "decisions": episode.decisions,

@@ -235,13 +235,15 @@ def describe_environment(
     """
     frames = {} if observation is None else {c: f for (at, c), f in observation.frames.items() if at == 0}
     first = {} if observation is None else {"first": [float(x) for x in observation.state]}
+    ambiguous = plan_sim.either and observation is not None  # another instruction than any of the suite's
+    instructions = [observation.language] if ambiguous else sorted(task_instructions(plan_sim.suite))
     return Facts(
         cameras={name: [plan_sim.size] * 2 for name in CAMERAS}
         | {name: list(frame.shape[:2]) for name, frame in frames.items()},
         state={"width": STATE_DIM, "layout": LAYOUT} | first,
         action={"width": ACTION_DIM, "layout": "relative, in [-1, 1]"},
         sketches={name: [pack(sketch(frame))] for name, frame in frames.items()},
-        tasks=sorted(task_instructions(plan_sim.suite)),
+        tasks=instructions,
         suites=[plan_sim.suite],
         draw=[plan_sim.draw],
         srgb=honours_srgb(versions()["mujoco"], plan_sim.texture_colorspace),

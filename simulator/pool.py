@@ -59,6 +59,7 @@ class Observation:
     language: str
     physics_seconds: float
     drawing_seconds: float
+    taken: str | None = None  # of an ambiguous task: the object that is in its place, or was last in the hand
 
 
 class EnvPool:
@@ -302,4 +303,6 @@ class _Host:
     def _observation(self, state: np.ndarray, frames: dict[tuple[int, str], np.ndarray]) -> Observation:
         env = self.env
         times = (round(self.physics, 4), round(self.drawing, 4))
-        return Observation(state, frames, self.success, self._done(), env.steps, env.language, *times)
+        return Observation(
+            state, frames, self.success, self._done(), env.steps, env.language, *times, env.taken
+        )

@@ -37,12 +37,15 @@ import tyro
 from files import Refused, number_from_environment
 from simulator import env as sim
 from simulator.expert import Expert, check_solvable
+from simulator.goal import way
 from simulator.pool import light_start, quiet_worker
 
 PAIRING = "observation_before_action"
 CAMERA_NAMES = {"agentview_rgb": "observation.images.image", "eye_in_hand_rgb": "observation.images.image2"}
 NOISE_SHARE = np.array([1, 1, 1, 0.1, 0.1, 0.1])
 TYPICAL_STEPS = 160  # of a demonstration, for the estimate of disk space
+# What a file says of how it was recorded, beside task and seed.
+ABOUT = ("suite", "displace", "either", "noise", "size", "draw", "texture_colorspace", "reset")
 MODEL_BYTES = 400_000  # of a demonstration's XML and states
 
 
@@ -63,6 +66,9 @@ class DemoConfig:
     others are left for rollouts."""
     displace: float = 0.06
     """Largest shift of the picked objects in x and in y, metres: a policy that does not see must fail."""
+    either: str = ""
+    """Objects of which either solves the task: cream_cheese,milk, or milk alone besides the task's own.
+    Attempts come in pairs from one start, of which one goes each way."""
     noise: float = 0.15
     """Standard deviation of the noise on the executed translation; a tenth of it on the rotation (a unit is
     5 cm, but 0.5 rad). Labels stay clean."""
@@ -81,7 +87,8 @@ class DemoConfig:
     score_only: bool = False
     """Run the expert without drawing or writing and print its success."""
     attempts_per_task: int | None = None
-    """Episodes of each task with --score-only; None: one per init state."""
+    """Episodes of each task with --score-only; None: one per init state, with --either
+    two."""
 
     def __post_init__(self) -> None:
         self.sim_config()  # checks suite, displacement, size, draw, reset
@@ -97,13 +104,12 @@ class DemoConfig:
 
     def sim_config(self) -> sim.SimConfig:
         """Return the simulator's part."""
-        names = ("suite", "size", "draw", "reset", "displace", "seed", "texture_colorspace")
+        names = ("suite", "size", "draw", "reset", "displace", "either", "seed", "texture_colorspace")
         return sim.SimConfig(**{name: getattr(self, name) for name in names})
 
     def settings(self, task_id: int) -> dict[str, Any]:
         """Return what decides a task's demonstrations: files of other settings are never mixed."""
-        names = ("suite", "displace", "noise", "size", "draw", "texture_colorspace", "reset", "seed")
-        chosen = {name: getattr(self, name) for name in names}
+        chosen = {name: getattr(self, name) for name in (*ABOUT, "seed")}
         return {**chosen, "task_id": task_id, "init_states": sim.parse_ids(self.init_states, "--init-states")}
 
 
@@ -120,7 +126,8 @@ class Job:
     def start(self) -> tuple[int, int]:
         """Init state and number of its displacement."""
         ids = sim.parse_ids(self.config.init_states, "--init-states")
-        return ids[self.attempt % len(ids)], self.attempt // len(ids)
+        number = self.attempt // 2 if self.config.either else self.attempt
+        return ids[number % len(ids)], number // len(ids)
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,8 @@ def run_attempt(job: Job) -> Outcome:
     init_state, displacement = job.start
     env.reset(init_state, displacement)
     recorder = Recorder(env, job)
-    success = Expert(env, recorder.execute).solve()
+    goals = [env.goal[way(job.config.seed, job.attempt)]] if job.config.either else env.goal
+    success = Expert(env, recorder.execute).solve(goals)
     if success and job.part is not None:
         write_part(job.part, recorder.arrays(), recorder.attributes(), job, file_attributes(env, job.config))
     return Outcome(job.attempt, success, recorder.steps, time.perf_counter() - started)
@@ -219,6 +227,7 @@ class Recorder:
             "init_state_id": init_state,
             "displace_draw": displacement,
             "attempt": self.job.attempt,
+            "taken": self.env.taken or "",
         }
 
 
@@ -240,14 +249,8 @@ def file_attributes(env: sim.LiberoEnv, config: DemoConfig) -> dict[str, Any]:
         "env_args": json.dumps({**env_args, "env_kwargs": {**robot, **cameras}}),
         "pairing": PAIRING,
         "language": env.language,
-        "suite": config.suite,
+        **{name: getattr(config, name) for name in ABOUT},
         "task_id": env.task_id,
-        "displace": config.displace,
-        "noise": config.noise,
-        "size": config.size,
-        "draw": config.draw,
-        "texture_colorspace": config.texture_colorspace,
-        "reset": config.reset,
         "env_seed": config.seed,
         "versions": json.dumps(sim.versions()),
     }
@@ -312,7 +315,7 @@ def open_checked(path: Path, settings: dict[str, Any]) -> h5py.File:
 
 def check_settings(stored: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
     """Raise Refused naming the first setting in which a file differs from this run."""
-    stored = {"texture_colorspace": "as_installed"} | stored  # of files from before one could choose
+    stored = {"texture_colorspace": "as_installed", "either": ""} | stored  # from before one could choose
     for name, value in wanted.items():
         if stored.get(name) != value:
             flag = "--" + name.replace("_", "-")
@@ -521,7 +524,8 @@ def _summary(task_id: int, stored: Stored, tried: int, pace: float, path: Path) 
 
 def score_task(config: DemoConfig, pool: ProcessPoolExecutor, task_id: int) -> tuple[int, int]:
     """Run the expert without drawing; print the task's line and return (successes, attempts)."""
-    count = config.attempts_per_task or len(sim.parse_ids(config.init_states, "--init-states"))
+    ways = 2 if config.either else 1
+    count = config.attempts_per_task or ways * len(sim.parse_ids(config.init_states, "--init-states"))
     jobs = [Job(config, task_id, attempt, None) for attempt in range(count)]
     outcomes = sorted(_work(pool, jobs, {}, config.workers), key=lambda outcome: outcome.attempt)
     solved = sum(outcome.success for outcome in outcomes)
@@ -554,6 +558,8 @@ def run(config: DemoConfig) -> None:
     context = multiprocessing.get_context("spawn")
     tasks = sim.parse_ids(config.task_ids, "--task-ids")
     names = sim.task_names(config.suite)
+    for task_id in tasks if config.either else ():
+        sim.check_either(config.suite, task_id, config.either)
     if not config.score_only:
         config.out.mkdir(parents=True, exist_ok=True)
     pool = ProcessPoolExecutor(config.workers, mp_context=context, initializer=_start_worker)

@@ -26,7 +26,7 @@ import torch.nn as nn
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from files import Refused, read_json, read_tensors, save_tensors, to_json
+from files import Refused, plain_name, read_json, read_tensors, save_tensors, to_json
 from smolvla.config import EMPTY, SmolVLAConfig
 from smolvla.fit import Fit, adapt, own_fit
 from smolvla.language import Language, fresh_language, language_config, language_sizes, read_language
@@ -216,11 +216,9 @@ def read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
         yield from read_tensors(folder / WEIGHTS).items()
         return
     table = read_json(folder / SHARDS).get("weight_map")
-    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+    if not isinstance(table, dict):
         raise Refused(f"{folder / SHARDS} has no weight_map of names and files: copy the checkpoint again")
-    for name in sorted(set(table.values())):
-        if not re.fullmatch(r"[\w.-]+\.safetensors", name, re.ASCII):
-            raise Refused(f"{folder / SHARDS} names {name!r}, no file beside it: copy the checkpoint again")
+    for name in sorted({plain_name(file, folder / SHARDS) for file in table.values()}):
         tensors = read_tensors(folder / name)
         if lost := [key for key, file in table.items() if file == name and key not in tensors]:
             raise Refused(f"{folder / name} lacks {lost[0]!r}, which {SHARDS} says it has: copy it again")

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from files import Refused, read_tensors, save_tensors, to_json
+from files import Refused, plain_name, read_tensors, save_tensors, to_json
 from smolvla.config import SmolVLAConfig
 from smolvla.language import Language
 
@@ -70,6 +70,9 @@ def sort_statistics(flat: dict[str, Tensor], features: list[str]) -> dict[str, S
 def read_statistics(folder: Path, description: dict, features: list[str]) -> dict[str, Statistics]:
     """Read the statistics that a processor's description names, sorted as `sort_statistics` does."""
     step = find_step(description, "normalizer_processor") or find_step(description, "unnormalizer_processor")
+    for each in description["steps"]:
+        if "state_file" in each:
+            plain_name(each["state_file"], f"{description.get('name')}.json")
     file = step and step.get("state_file")
     return sort_statistics(read_tensors(folder / file), features) if file else {}
 
@@ -346,11 +349,16 @@ class Processor:
         """Write the two descriptions, and the statistics that they name."""
         both = ((PRE, self.before, self.stats), (POST, self.after, self.stats_after))
         for name, description, stats in both:
-            (folder / f"{name}.json").write_text(to_json(description))
             flat = {f"{f}.{k}": t.clone() for f, entry in stats.items() for k, t in entry.items()}
-            for step in description["steps"]:
-                if "state_file" in step:
+            steps = []
+            for number, step in enumerate(description["steps"]):
+                step = {key: value for key, value in step.items() if key != "state_file"}
+                if step.get("registry_name") in ("normalizer_processor", "unnormalizer_processor"):
+                    # Under a name of ours, as lerobot makes it: what a checkpoint says could lead anywhere.
+                    step["state_file"] = f"{name}_step_{number}_{step['registry_name']}.safetensors"
                     save_tensors(flat, folder / step["state_file"])
+                steps.append(step)
+            (folder / f"{name}.json").write_text(to_json(description | {"steps": steps}))
 
 
 def positive(span: Tensor, eps: float) -> Tensor:

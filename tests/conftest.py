@@ -2,12 +2,16 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
 os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])  # `python -m report` from any folder
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; what tests start inherits it
+
+# A shell starts what it runs in the background deaf to Ctrl-C, and children inherit that; tests send some.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

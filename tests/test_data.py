@@ -262,8 +262,8 @@ def truncate(path: Path) -> None:
 
 
 DAMAGES = {
-    "truncated": (truncate, "truncated or damaged .* delete it and record it again"),
-    "not hdf5": (lambda path: path.write_text("hello"), "truncated or damaged"),
+    "truncated": (truncate, "truncated or damaged .* move it away and record it again"),
+    "not hdf5": (lambda path: path.write_text("hello"), "is no HDF5 file: --data takes"),
     "empty": (lambda path: h5py.File(path, "w").close(), "has no group 'data'"),
     "pairing": (
         lambda path: edit(path, pairing="after"),
@@ -331,7 +331,7 @@ def test_damage_inside_a_dataset_is_found_on_reading(tmp_path):
     with open(path, "r+b") as raw:
         raw.seek(offset)
         raw.write(b"\x55\x55\x55")
-    with pytest.raises(ValueError, match=r"truncated or damaged .*: delete it"):
+    with pytest.raises(ValueError, match=r"truncated or damaged .*: move it away"):
         load(path)
 
 

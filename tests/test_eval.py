@@ -17,7 +17,7 @@ from test_arm import processor
 from tiny import run_config
 
 from arm import save_arm
-from eval import EvalConfig, make_fast
+from eval import EvalConfig, by_taken, make_fast
 from rollouts.plan import make_plans
 from simulator.env import CAMERAS
 from smolvla.fit import Fit, refit
@@ -82,6 +82,12 @@ def test_a_policy_in_bfloat16_acts_alike_and_its_protocol_says_so():
         assert {p.dtype for p in arm.prophet.parameters()} == {torch.float32}
     torch.testing.assert_close(found[1], found[0], atol=0.05, rtol=0)
     assert make_plans(config, run_config(), tiny.arm())[0].record()["dtype"] == "bfloat16"
+
+
+def test_success_is_counted_by_what_was_taken_and_crashes_count_nowhere():
+    lines = [("milk", True, None), ("milk", False, None), (None, False, None), (None, None, "it died")]
+    named = [dict(zip(("taken", "success", "crash"), line)) for line in lines]
+    assert by_taken(named) == "milk 1/2, nothing 0/1"
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ class OptimiseConfig:
     weight_decay: float = 1e-10
     """AdamW's weight decay (gates have none)."""
 
-    clip: float = 10.0
+    grad_clip: float = 10.0
     """Largest gradient norm."""
 
     ema: float = 0.0

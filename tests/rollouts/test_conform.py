@@ -269,6 +269,17 @@ def test_small_pictures_drawn_fast_agree_with_data_drawn_so(tmp_path, small):
     assert "differs" not in older.values() and older["sizes"] == older["drawing"] == "agrees"
 
 
+def test_an_ambiguous_task_agrees_with_its_own_data_alone(case):
+    both = SPATIAL.replace("the black bowl", "the black bowl or the ramekin", 1)
+    seen = dataclasses.replace(observe(front=case.front, wrist=case.wrist), language=both)
+    checkpoint = describe_checkpoint(case.config, case.processor, case.run)
+    for either, trained_on, differs in (
+        ("ramekin", both, []), ("ramekin", SPATIAL, ["instruction"]), ("", both, ["instruction"]),
+    ):  # fmt: skip
+        environment = describe_environment(SimConfig("libero_spatial", either=either), 3, seen)
+        assert differing(compare(checkpoint, case.data | {"tasks": [trained_on]}, environment)) == differs
+
+
 def test_of_a_published_checkpoint_nothing_is_claimed_that_it_does_not_say(case):
     case.data, case.run = None, {}
     found = verdicts(lines_of(case))

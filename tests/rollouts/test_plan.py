@@ -39,6 +39,15 @@ def test_the_protocol_defaults_to_the_training_datas_and_its_unseen_starts():
     assert all_left.starts == [(1, i) for i in range(3, NUM_INIT_STATES)]
 
 
+def test_an_ambiguous_task_is_taken_from_the_training_data_unless_the_command_line_says_otherwise():
+    run = tiny.run_config(either="cream_cheese,milk")
+    for asked, wanted in ((None, "cream_cheese,milk"), ("butter", "butter"), ("", "")):
+        [plan] = make_plans(EvalConfig(either=asked), run, tiny.arm())
+        assert plan.record()["either"] == wanted
+    with pytest.raises(ValueError, match="--either beer: besides its own cream_cheese"):
+        make_plans(EvalConfig(either="beer"), run, tiny.arm())
+
+
 def test_a_checkpoint_from_elsewhere_gets_libero_as_published():
     plans = make_plans(EvalConfig(suite=("spatial", "libero_10")), {}, tiny.arm())
     assert [plan.sim.suite for plan in plans] == ["libero_spatial", "libero_10"]

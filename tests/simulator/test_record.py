@@ -131,6 +131,7 @@ def test_parts_become_one_file_in_the_order_of_attempts_and_grow_it_later(tmp_pa
     [
         {"size": 32},
         {"displace": 0.05},
+        {"either": "milk"},
         {"noise": 0.1},
         {"draw": "exact"},
         {"seed": 8},

@@ -297,10 +297,10 @@ def test_weights_in_shards_are_those_in_one_file(folder):
     [
         (
             {"model.state_proj.bias": "../secret.safetensors"},
-            r"names '\.\./secret\.safetensors', no file beside",
+            r"names a file '\.\./secret\.safetensors': only",
         ),
-        ({"model.state_proj.bias": "/etc/passwd"}, "names '/etc/passwd', no file beside it"),
-        ({"model.state_proj.bias": 3}, "no weight_map"),
+        ({"model.state_proj.bias": "/etc/passwd"}, "names a file '/etc/passwd': only a plain file name"),
+        ({"model.state_proj.bias": [3]}, r"names a file \[3\]"),
         ({"model.state_proj.bias": "other.safetensors"}, r"other\.safetensors is missing"),
         ({"model.more": "model-00001-of-00002.safetensors"}, "lacks 'model.more', which model"),
     ],

@@ -308,12 +308,13 @@ def wait_for(path: Path, seconds: float = 60.0) -> None:
         time.sleep(0.01)
 
 
-def test_sigterm_saves_after_the_step_exits_with_0_and_the_run_goes_on(data, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_a_run_saves_after_the_step_exits_with_0_and_goes_on(data, tmp_path, number):
     long = ("--total-samples", "120", "--save-every", "10000", "--ema", "0.9")
     out = tmp_path / "run"
     process = subprocess.Popen(child(data, out, *long), stdout=subprocess.PIPE, text=True)
     wait_for(out / "metrics.jsonl")
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 0
     done = json.loads((out / "last" / "state.json").read_text())["samples"]

@@ -1,0 +1,65 @@
+"""The command line of a program: what --help shows, and what is wrong with a flag, in one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import eval as evaluation
+import train
+from eval import EvalConfig
+from ranks import read_command_line
+from train import TrainConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*line: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *line], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("program", "module"), [("train.py", train), ("eval.py", evaluation)])
+def test_help_begins_with_two_lines_to_copy_and_the_options_that_people_use(program, module):
+    said = run(program, "--help").stdout
+    assert said.count(f"python {program}") + said.count(f"{program} --") >= 2
+    assert "{None}" not in said and "(default: )" not in said and "(default: None)" not in said
+    flags = [f"--{name.replace('_', '-')}" for name in module.OFTEN if name != "checkpoint"]
+    places = [said.index(f"│ {flag}") for flag in flags]
+    assert places == sorted(places) and places[-1] < said.index("─ more options")
+
+
+def test_a_config_without_flags_is_the_plain_one_and_flags_win():
+    assert read_command_line(TrainConfig, None, train.OFTEN, []) == TrainConfig()
+    assert read_command_line(EvalConfig, None, evaluation.OFTEN, []) == EvalConfig()
+    one = read_command_line(TrainConfig, None, train.OFTEN, ["--lr", "0.5", "--fusion", "late", "--compile"])
+    assert (one.lr, one.fusion, one.compile, one.memory, one.batch_size) == (0.5, ("late",), True, "pred", 16)
+    two = read_command_line(EvalConfig, None, evaluation.OFTEN, ["runs/x", "--memory", "pred", "zero"])
+    assert (two.checkpoint, two.memory) == ("runs/x", ("pred", "zero"))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (("--batch-size", "0"), "--batch-size 0 must be at least 1"),
+        (("--init", "tinny"), "--init tinny is no preset (tiny, base, libero), no folder and no hub id"),
+        (("--data", "README.md"), "README.md is no HDF5 file"),
+        (("--fusion", "late", "--num-hypotheses", "4"), "dropout, noise, ensemble or mixture"),
+        (("--memory", "pred"), "--memory pred with --fusion none: there is no site for it"),
+        (("--freeze", "expert"), "--init tiny --freeze expert: all but the expert stays random"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_that_says_what_to_type(line, said, tmp_path):
+    data = () if "--data" in line else ("--data", "tests/lerobot_v3/L_image/dataset")
+    done = run("train.py", *line, *data, "--out", str(tmp_path / "run"))
+    assert done.returncode == 1 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_folder_of_runs_names_them_and_a_chunk_has_an_end(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "last").mkdir(parents=True)
+    done = run("eval.py", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr == f"error: {tmp_path} holds 2 runs, name one: {tmp_path / 'a'} {tmp_path / 'b'}\n"
