@@ -149,6 +149,11 @@ def plain_key(key: str) -> str:
 # ---- config -------------------------------------------------------------------------------------------
 
 
+def check_type(raw: dict) -> None:
+    if raw["type"] != "smolvla":
+        raise Refused(f"config.json is of a policy of type {raw['type']!r}: only smolvla is read here")
+
+
 def policy_config(raw: dict, language: Language) -> SmolVLAConfig:
     """Join a checkpoint's config.json and its language model's into the sizes of a policy.
 
@@ -156,8 +161,7 @@ def policy_config(raw: dict, language: Language) -> SmolVLAConfig:
     project does not do (another policy, Aloha adaptation, pictures as they come).
     """
     raw = LEROBOT_DEFAULTS | raw
-    if raw["type"] != "smolvla":
-        raise Refused(f"config.json is of a policy of type {raw['type']!r}: only smolvla is read here")
+    check_type(raw)
     if raw["adapt_to_pi_aloha"] or raw["use_delta_joint_actions_aloha"]:
         raise Refused(
             "config.json asks for adapt_to_pi_aloha, another robot's conventions: not supported here"
@@ -228,7 +232,7 @@ def read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def refuse_adapter(folder: Path) -> None:
     """Raise Refused where a folder holds a PEFT adapter instead of weights."""
     if (folder / ADAPTER).is_file() and not (folder / WEIGHTS).is_file():
-        base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+        base = read_json(folder / ADAPTER).get("base_model_name_or_path") or "an unnamed base"
         raise Refused(
             f"{folder} is a PEFT adapter of {base!r}, no policy: merge it where lerobot and peft are, "
             "PeftModel.from_pretrained(SmolVLAPolicy.from_pretrained(BASE), ADAPTER).merge_and_unload()"
@@ -316,8 +320,12 @@ def open_checkpoint(
 def read_cameras(name: str, revision: str | None) -> tuple[list[str], dict[str, str]]:
     """Give the cameras that a checkpoint's config.json names, and its rename map, without its weights."""
     folder = find_folder(name, revision)
-    features = (LEROBOT_DEFAULTS | read_json(folder / "config.json"))["input_features"]
-    cameras = [n for n, f in features.items() if f["type"] == "VISUAL" and not n.startswith(EMPTY)]
+    refuse_adapter(folder)
+    raw = LEROBOT_DEFAULTS | read_json(folder / "config.json")
+    check_type(raw)
+    cameras = [
+        n for n, f in raw["input_features"].items() if f["type"] == "VISUAL" and not n.startswith(EMPTY)
+    ]
     path = folder / f"{PRE}.json"
     return cameras, rename_map(read_json(path)) if path.is_file() else {}
 

@@ -124,4 +124,6 @@ def with_features(description: dict, step: str, features: dict) -> dict:
 
 
 def short(name: str) -> str:
-    return name.removeprefix("observation.images.")
+    """A camera's name for a person; what a stranger's file makes unprintable is spelt out."""
+    name = name.removeprefix("observation.images.")
+    return name if name.isprintable() else repr(name)

@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_data import write_task
 
+import eval as evaluate
 import train
+from arm import load_arm
+from eval import EvalConfig
 from files import Refused
 from model import load_policy
 from readers.demos import statistics
@@ -161,6 +164,16 @@ def test_a_run_goes_on_from_an_adapted_one_without_flags_and_resumes(data, adapt
     run(data, tmp_path / "next" / "last", tmp_path / "more", statistics="checkpoint", **fields)
     state = load_file(next((tmp_path / "more" / "last").glob("policy_preprocessor_step*.safetensors")))
     assert state["observation.state.mean"].shape == (8,)
+
+
+def test_other_data_are_measured_and_described_under_the_policys_names(adapted, tmp_path, capsys):
+    write_task(tmp_path / "other" / "soup_demo.hdf5", lengths=(7, 9), size=32, seed=5)
+    evaluate.main(EvalConfig(str(adapted), offline=tmp_path / "other", out=tmp_path / "results"))
+    assert (tmp_path / "results" / "offline.jsonl").is_file() and "off" in capsys.readouterr().out
+    arm, processor = load_arm(adapted)
+    config = EvalConfig(str(adapted), data=tmp_path / "other")
+    options = evaluate.data_options(tmp_path / "other", config, arm, processor)
+    assert list(load(tmp_path / "other", options=options).images) == full("camera1", "camera2")
 
 
 # ---- whose statistics ---------------------------------------------------------------------------------
