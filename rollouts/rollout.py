@@ -30,7 +30,7 @@ from rollouts.imagine import Decision, decisions_of, future_plan
 from rollouts.plan import Plan
 from simulator.env import CAMERAS, CONTROL_HZ, SUITES
 from simulator.pool import EnvPool, Observation, SimCrash
-from smolvla.processor import Processor
+from smolvla.processor import Processor, rename_map
 from training.diagnostics import most_attended, rows_attended
 
 # ---- one episode --------------------------------------------------------------------------------------
@@ -146,7 +146,8 @@ class Rollout:
         self.plan, self.pool, self.device = plan, pool, device
         self.needs = arm.needs(mode)
         self.keep_history = "z_hist" in self.needs
-        self.names = dict(zip(CAMERAS, processor.rename(dict.fromkeys(CAMERAS)), strict=True))
+        names = rename_map(processor.before)
+        self.names = {camera: names.get(camera, camera) for camera in CAMERAS}
         known = () if arm.config.blind else arm.policy.config.given_cameras
         self.cameras = self.drawn(known)
         self.world_cameras = self.drawn(arm.config.latent_cameras) if self.keep_history else ()

@@ -197,7 +197,7 @@ def open_data(
     demos, features = load_with(config.features, folder, bool(writes), config)
     backbone = None  # of the world latents
     if config.sites:
-        start = {} if last is None else {"init": str(last), "revision": None}
+        start = {} if last is None else {"init": str(last), "revision": None, "stats_of": None}
         backbone = open_backbone(config, own_policy(dataclasses.replace(config, **start), demos))
         config = resolved(config, backbone)
     if rank:
