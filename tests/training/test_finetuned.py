@@ -91,8 +91,8 @@ def test_lerobots_training_folder_is_a_checkpoint_to_every_program(place):
     assert target.folder.name == "pretrained_model" and target.run == {}
 
 
-def test_a_run_goes_on_from_it_without_a_flag(tmp_path):
+def test_a_run_goes_on_from_it_without_a_flag():
     config = settle_cameras(TrainConfig(data=DATA, init=str(MADE / "train")), DATA, str(MADE / "train"))
     assert config.cameras == (f"{CAMERA}camera1={CAMERA}image", f"{CAMERA}camera2={CAMERA}image2")
-    policy, processor = build_policy(config, load(DATA, options=config))
+    policy, _ = build_policy(config, load(DATA, options=config))
     assert policy.config.given_cameras == (f"{CAMERA}camera1", f"{CAMERA}camera2")
