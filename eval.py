@@ -32,7 +32,7 @@ from arm import Arm, load_arm
 from data import Source
 from files import Refused, append_json, read_json, write_json
 from latents.world import latents_for
-from prophet import ROLLOUT_MODES
+from prophet import GATE, ROLLOUT_MODES
 from ranks import run_program, start_ranks, wait_for_ranks
 from readers.load import camera_names, load
 from readers.selection import DataConfig, camera_key, find_data, match_cameras, split_camera
@@ -72,6 +72,9 @@ class EvalConfig(ProtocolConfig):
     memory: tuple[str, ...] = ()
     """Memory modes (prophet.py) to roll out, one after the other, or interventions on a bank: best1, mean1,
     dup, drop:i. Default: the mode that the arm was trained with."""
+
+    gate_scale: tuple[float, ...] = ()
+    """Strengths of the gates to roll out under besides, as a share of the trained ones: 0 0.5 1 1.5."""
 
     accept: tuple[str, ...] = ()
     """Items in which checkpoint, data and environment may differ (conform.py); any other difference stops."""
@@ -126,6 +129,8 @@ class EvalConfig(ProtocolConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if any(not 0 <= scale < 1000 for scale in self.gate_scale):
+            raise Refused(f"--gate-scale {self.gate_scale} must lie in 0..999 each")
         if self.imagine < 0:
             raise Refused(f"--imagine {self.imagine} must be 0 or more episodes")
         if not 1 <= self.video_fps <= CONTROL_HZ:
@@ -214,6 +219,7 @@ def main(config: EvalConfig) -> None:
     modes = config.memory or (arm.config.mode,)
     if config.checkpoint is None:  # named modes are seen beside the run's own
         modes = tuple(dict.fromkeys((arm.config.mode, *modes)))
+    modes += tuple(f"{GATE}{scale:g}" for scale in config.gate_scale)
     for mode in modes:
         arm.needs(mode)
 
@@ -256,8 +262,8 @@ def main(config: EvalConfig) -> None:
 
 def evaluate_offline(config: EvalConfig, arm: Arm, processor: Processor, target: Target) -> None:
     """Print the action loss of held-out episodes under each mode, and append it to offline.jsonl."""
-    run, modes = target.run, list(config.memory) or held_out.measurable(arm)
-    for mode in modes:
+    run = target.run
+    for mode in config.memory:
         arm.needs(mode, rollout=False)
     if run.get("data") == str(config.offline):  # the part that was trained on, of which some is held out
         names = [f.name for f in dataclasses.fields(DataConfig) if f.name in run]
@@ -265,7 +271,8 @@ def evaluate_offline(config: EvalConfig, arm: Arm, processor: Processor, target:
     else:
         options = data_options(find_data(config.offline), config, arm, processor)
     demos = load(config.offline, in_memory=None, options=options)
-    episodes = np.arange(len(demos.first))
+    episodes, tasks = np.arange(len(demos.first)), len(np.unique(demos.task))
+    modes = list(config.memory) or held_out.measurable(arm, tasks)
     if demos.fingerprint == run.get("data_fingerprint"):
         episodes = np.array(run.get("held_out", []), np.int64)
         if not len(episodes):

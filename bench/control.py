@@ -197,7 +197,7 @@ def make_arm(samples: Samples, seed: int, **fields: object) -> Arm:
     torch.manual_seed(seed)
     policy = SmolVLA(POLICY).initialise()
     policy.freeze("none")
-    return Arm(config, policy, encoder, Summary(scale, change.mean(0), samples.z_hist[:16]), {})
+    return Arm(config, policy, encoder, Summary.of(scale, change.mean(0), samples.z_hist[:16]), {})
 
 
 def make_bank(samples: Samples, seed: int, count: int, loss: str) -> Arm:

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from arm import Arm, ArmConfig
-from data import CHANCE, FLOW, MEMORY, PARTNER, ROLLOUT, chance, memory_noise, sample_rng, stack
+from data import CHANCE, FLOW, MEMORY, ROLLOUT, chance, memory_noise, partner_rows, sample_rng, stack
 from files import Refused
-from prophet import NEEDS
+from prophet import NEEDS, gate_scale
 from rollouts.film import Film
 from rollouts.imagine import Decision, decisions_of, future_plan
 from rollouts.plan import Plan
@@ -65,6 +65,7 @@ class Episode:
     fingerprint: dict[str, list[float]] = field(default_factory=dict)
     prompt: str = ""
     retried: bool = False
+    first: Tensor | None = None  # the past (T, D) of its first decision
     imagined: list[Decision] | None = None  # where its futures are to be drawn
     film: Film | None = None  # where it is filmed
     names: dict[str, str] = field(default_factory=dict)  # environment's cameras -> the policy's names
@@ -145,7 +146,8 @@ class Rollout:
         self.arm, self.processor, self.mode = arm, processor, mode
         self.plan, self.pool, self.device = plan, pool, device
         self.needs = arm.needs(mode)
-        self.keep_history = "z_hist" in self.needs
+        self.keep_history = bool({"z_hist", "z_first"} & set(self.needs))
+        self.scale = 1.0 if gate_scale(mode) is None else gate_scale(mode)
         names = rename_map(processor.before)
         self.names = {camera: names.get(camera, camera) for camera in CAMERAS}
         known = () if arm.config.blind else arm.policy.config.given_cameras
@@ -234,6 +236,11 @@ class Rollout:
         noise, world = self.draw(episodes)
         if self.keep_history:
             world["z_hist"] = histories(self.arm, episodes).to(self.device)
+            for episode, past in zip(episodes, world["z_hist"], strict=True):
+                episode.first = past if episode.decisions == 0 else episode.first
+            world["z_first"] = torch.stack([episode.first for episode in episodes])
+        if self.arm.policy.fusion is not None:
+            self.arm.policy.fusion.rescale(self.scale)
         best = most_attended(self.arm, inputs, world, noise) if self.mode == "best1" else None
         chunk = self.arm.act(inputs, noise, self.mode, world, best)
         actions = self.processor.unnormalise(chunk).clamp(-1, 1).cpu().numpy()
@@ -291,9 +298,12 @@ class Rollout:
         if "chance" in self.needs:  # without the decision: a hypothesis stays what it is for an episode
             rows = (chance(config, [rng(CHANCE, *key[:-1], n) for n in many]) for key in keys)
             world["chance"] = stack(rows).to(self.device)  # (B, N, ., h)
-        if "z_partner" in self.needs:
-            chosen = [int(rng(PARTNER, *key).integers(len(self.arm.partners))) for key in keys]
-            world["z_partner"] = self.arm.partners[chosen]  # (B, T, D)
+        at = self.arm.partner_at.cpu()
+        for name in {"z_partner", "z_other"} & set(self.needs):  # one episode, met at this one's step
+            told = [e.prompt if name == "z_other" else None for e in episodes]
+            pairs = zip(keys, episodes, told, strict=True)
+            chosen = [partner_rows(at, key[:-1], seed, e.steps, text) for key, e, text in pairs]
+            world[name] = self.arm.partners[chosen]  # (B, T, D)
         return torch.from_numpy(np.stack(flow)).to(self.device), world
 
 

@@ -68,7 +68,7 @@ def test_a_mode_that_the_arm_lacks_is_one_line_before_any_simulator_starts(tmp_p
     assert done.returncode == 1
     assert done.stderr.strip() == (
         "error: --memory pred needs a prophet, and this arm has none: "
-        "choose off, zero, random, current, history"
+        "choose off, zero, random, mean, current, history"
     )
 
 

@@ -48,6 +48,7 @@ FLAGS = [
 ]
 TWO_RANKS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 MEMORY = ["--fusion", "late", "--memory", "pred", "--future", "3", "--world-resolution", "8"]
+MEMORY += ["--world-stride", "1"]
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ Shapes: T history, K future, S side of a picture.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +22,16 @@ import torch
 from torch import Tensor
 
 from arm import Arm, ArmConfig, Summary, load_arm, stored_config
-from data import saved_partners
+from data import held_out, saved_partners
 from files import Refused
 from latents import tower, world
+from latents.blocks import with_checks
 from latents.encoders import open_backbone, resolved
 from latents.tower import Features, load_with
-from latents.world import Latents, cache_path, change_statistics, prepare
+from latents.world import Latents, cache_path, change_statistics, future_statistics, prepare
 from model import SmolVLA, load_policy, start_from_vlm
 from prophet import MemoryMode
-from ranks import Together, wait_for_ranks
+from ranks import Together
 from readers.demos import Demos, chosen_statistics
 from readers.load import camera_names, load, remember_checks
 from readers.selection import (
@@ -97,6 +99,12 @@ class StartConfig(ArmConfig, DataConfig):
     seed: int = 0
     """Seed of weights, data order and noise."""
 
+    val_every: int = 0
+    """Samples between two measurements on held-out episodes (held_out.py); 0: never, none are held out."""
+
+    val_share: float = 0.1
+    """Share of the episodes that are held out, where --val-every is set."""
+
     features: Path | None = None
     """Folder of the frozen tower's tokens for this --data, --init and --seed, as --prepare writes them: they
     stand in for the pictures, and none is decoded. Not with --blind, whose mean picture needs them."""
@@ -113,6 +121,11 @@ class StartConfig(ArmConfig, DataConfig):
                 "--fusion late, or leave --memory out"
             )
         self.settle({"memory": "pred" if self.sites else "off"})
+        if self.memory == "off" and self.sites:
+            raise Refused(
+                f"--memory off with --fusion {' '.join(self.sites)}: the site would never be used; train "
+                "--fusion none, or --memory zero for its capacity alone"
+            )
         super().__post_init__()
         DataConfig.__post_init__(self)
         if self.statistics == "checkpoint" and self.init in PRESETS:
@@ -141,6 +154,11 @@ class StartConfig(ArmConfig, DataConfig):
             if getattr(self, name, value) is None:
                 object.__setattr__(self, name, value)
 
+    def without(self, demos: Demos) -> StartConfig:
+        """The same, with the episodes named that are held out: nothing is fitted on them."""
+        out = held_out(demos, self.val_share).tolist() if self.val_every else ()
+        return dataclasses.replace(self, held_out=tuple(out))
+
     def precision(self, device: torch.device) -> torch.dtype:
         """The type to compute in on a device."""
         auto = "bfloat16" if device.type == "cuda" else "float32"
@@ -167,6 +185,7 @@ def make_caches(config: StartConfig, rank: int, ranks: int, device: torch.device
     folder, lines = find_data(config.data, config.data_revision), []
     config = settle_cameras(config, folder, config.init)
     demos = load(folder, in_memory=False, options=config)
+    config = config.without(demos)
     if config.sites:
         backbone = open_backbone(config, own_policy(config, demos))
         if backbone is not None:
@@ -191,6 +210,8 @@ def open_data(
     folder = find_data(config.data, config.data_revision)
     config = settle_cameras(config, folder, config.init if last is None else str(last))
     home = config.cache_home(folder)
+    if config.val_every:
+        config = config.without(load(folder, in_memory=False, options=config))
     writes = config.sites and config.world_encoder == "pca" and not cache_path(home, config).exists()
     if config.features is not None and writes:
         say("there are no world latents yet: pictures are read once, to make them")
@@ -200,12 +221,8 @@ def open_data(
         start = {} if last is None else {"init": str(last), "revision": None, "stats_of": None}
         backbone = open_backbone(config, own_policy(dataclasses.replace(config, **start), demos))
         config = resolved(config, backbone)
-    if rank:
-        wait_for_ranks()  # the first rank checks the pictures, the others find that it did
     if features is None:
-        demos = remember_checks(demos, home)
-    if rank == 0:
-        wait_for_ranks()
+        demos = remember_checks(demos, home, lambda data: with_checks(data, rank, ranks), writes=rank == 0)
     latents = prepare(home, demos, config, backbone, rank, ranks) if config.sites else None
     return config, demos, features, latents
 
@@ -262,10 +279,12 @@ def build_arm(
         images = {name: mean_image(demos, name) for name in policy.config.given_cameras}
     summary, encoder = Summary.none(config), None
     if latents is not None:
-        scale, mean = change_statistics(demos, latents.z, config.future, config.world_stride, config.delta)
+        ahead = demos, latents.z, config.future, config.world_stride
+        scale, mean = change_statistics(*ahead, config.delta, frames)
         partners = saved_partners(demos, latents.z, config.history, config.world_stride, frames)
-        summary, encoder = Summary(scale, mean, partners), latents.encoder
-    torch.manual_seed(config.seed + 1)
+        summary = Summary(scale, mean, *partners, *future_statistics(*ahead, frames))
+        encoder = latents.encoder
+    torch.manual_seed(keyed_seed(config.seed, "memory"))
     return Arm(arm_config(config), policy, encoder, summary, images), processor
 
 
@@ -288,6 +307,11 @@ def continue_arm(config: StartConfig, stored: ArmConfig, demos: Demos) -> tuple[
     return arm, processor
 
 
+def keyed_seed(seed: int, purpose: str) -> int:
+    """A seed for one purpose of a run: no purpose of one seed meets another seed's."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:4], "big")
+
+
 def start_policy(config: StartConfig, demos: Demos) -> tuple[SmolVLA, Processor]:
     """Build the policy that a run starts from; its draws leave the caller's generator alone."""
     with torch.random.fork_rng(devices=[]):
@@ -301,7 +325,7 @@ def own_policy(config: StartConfig, demos: Demos) -> SmolVLA | None:
 
 def build_policy(config: StartConfig, demos: Demos) -> tuple[SmolVLA, Processor]:
     """A fresh preset with statistics and tokenizer from the data, or on a language model; or a checkpoint."""
-    torch.manual_seed(config.seed)
+    torch.manual_seed(keyed_seed(config.seed, "policy"))
     if config.init not in PRESETS:
         return load_policy(config.init, **how_to_load(config, demos))
     widths = {"state_dim": demos.state.shape[1], "action_dim": demos.action.shape[1]}
@@ -328,9 +352,16 @@ def how_to_load(config: StartConfig, demos: Demos) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names} | {"fit": fit}
 
 
+def trained_on(config: StartConfig, demos: Demos) -> Demos:
+    """The data without what is held out of training."""
+    return (
+        demos.only(np.setdiff1d(np.arange(len(demos.first)), config.held_out)) if config.held_out else demos
+    )
+
+
 def data_statistics(config: StartConfig, demos: Demos) -> Statistics:
     """The data's statistics, with the floors that the configuration asks for."""
-    stats, _ = chosen_statistics(demos)
+    stats, _ = chosen_statistics(trained_on(config, demos))
     floors = {"observation.state": config.state_std_floor, "action": config.action_std_floor}
     for feature, floor in floors.items():
         stats[feature]["std"] = stats[feature]["std"].clamp(min=floor)
@@ -340,7 +371,8 @@ def data_statistics(config: StartConfig, demos: Demos) -> Statistics:
 def whose_statistics(config: StartConfig, demos: Demos) -> str:
     """Say whose statistics a run uses, for its banner and its record."""
     if config.statistics == "data":
-        found, floors = chosen_statistics(demos)[1], (config.state_std_floor, config.action_std_floor)
+        found = chosen_statistics(trained_on(config, demos))[1]
+        floors = config.state_std_floor, config.action_std_floor
         least = f", deviations of at least {floors[0]:g} (state) and {floors[1]:g} (action)"
         return f"the data's, {found}" + least * any(floors)
     return f"the checkpoint's, of {config.stats_of or config.init}"
