@@ -49,7 +49,7 @@ from prophet import (
     parse_mode,
     world_loss,
 )
-from smolvla.checkpoint import save_policy
+from smolvla.checkpoint import checkpoint_in, save_policy
 from smolvla.processor import Processor
 
 WORLD_FILE = "world.safetensors"
@@ -480,7 +480,7 @@ def load_arm(folder: str | Path, world_model: str | None = None, **how: object) 
 
 def world_file(folder: Path) -> Path:
     """Where a checkpoint folder, or the last one of a run folder, keeps what is ours."""
-    return (folder / "last" if (folder / "last").is_dir() else folder) / WORLD_FILE
+    return checkpoint_in(folder) / WORLD_FILE
 
 
 def stored_config(folder: Path) -> ArmConfig | None:

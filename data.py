@@ -81,7 +81,7 @@ class Source:
     def cameras(self) -> tuple[str, ...]:
         """The cameras whose pictures are read."""
         blind = self.arm.config.blind or self.features is not None
-        return () if blind else self.arm.policy.config.cameras
+        return () if blind else self.arm.policy.config.given_cameras
 
     def observe(self, index: np.ndarray) -> dict:
         """Make the policy's inputs of these frames, actions included."""

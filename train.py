@@ -21,6 +21,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,12 +33,12 @@ from data import Source
 from files import Refused, read_json, read_tensors
 from model import masked_mean
 from ranks import Stop, Together, run_program, start_ranks, sum_over_ranks
-from readers.demos import Demos, chosen_statistics
+from readers.demos import Demos
 from readers.load import in_files
 from readers.prefetch import Loader
+from rollouts.conform import check_statistics
 from rollouts.facts import describe_data
 from smolvla import kernels
-from smolvla.config import PRESETS
 from training.diagnostics import (
     CollapseWatch,
     Usage,
@@ -75,6 +76,7 @@ from training.start import (
     make_caches,
     open_data,
     record_demo,
+    whose_statistics,
 )
 
 # Options that --help begins with.
@@ -98,6 +100,9 @@ class TrainConfig(StartConfig, OptimiseConfig):
     prepare: bool = False
     """Only make, or check, what this training reads beside the data, world latents and the --features: for
     sweeps, whose runs share them, or before a GPU is paid for."""
+
+    accept: tuple[Literal["statistics"], ...] = ()
+    """With --statistics checkpoint: start although the data lie far outside of them."""
 
     flow_draws: int | None = None
     """Draws of noise and time a sample; they share one pass of the prefix. Default: the recipe's."""
@@ -155,7 +160,7 @@ class TrainConfig(StartConfig, OptimiseConfig):
         return (
             "out", "data", "pictures", "workers", "features", "prepare", "log_every", "save_every",
             "save_minutes", "keep_every", "max_bad_steps", "compile", "threads", "accumulate", "world_model",
-            "data_facts", "flops_per_sample", "weights_fingerprint", "compared_with",
+            "data_facts", "flops_per_sample", "weights_fingerprint", "compared_with", "accept",
         )  # fmt: skip
 
     def stays(self, step: int) -> bool:
@@ -196,6 +201,8 @@ def main(config: TrainConfig) -> None:
         progress = Progress(**read_json(last / STATE))
     else:
         arm, processor = build_arm(config, demos, latents, frames)
+        for note in processor.notes:
+            say(f"adapted: {note}")
     weights = fingerprint(arm.policy) if rank == 0 else ""
     if latents is not None:
         latents = latents.under(arm.encoder, demos)  # of a checkpoint that was trained on other data
@@ -221,6 +228,7 @@ def main(config: TrainConfig) -> None:
         "data_fingerprint": demos.fingerprint,
         "data_provenance": demos.provenance,
         "data_facts": describe_data(demos, pictures=features is None),
+        "statistics_of": whose_statistics(config, demos),
         "feature_cache": None if features is None else features.facts,
         "held_out": out_episodes.tolist(),
         "params_total": sum(p.numel() for p in arm.parameters()),
@@ -229,6 +237,9 @@ def main(config: TrainConfig) -> None:
         "flops_per_sample": flops_per_sample(arm, source),
         "weights_fingerprint": weights,
     }
+
+    if config.statistics == "checkpoint" and last is None:
+        check_statistics(arm.policy.config, processor, facts["data_facts"], config.accept)
 
     # run folder
     if rank == 0:
@@ -241,7 +252,10 @@ def main(config: TrainConfig) -> None:
     if len(config.sites) > 1:
         say(f"warning: {len(config.sites)} fusion sites at once: what helps is harder to attribute to one")
     if progress.samples >= config.total_samples:
-        say("nothing to do: the budget is spent")
+        say(
+            f"nothing to do: the budget of {config.total_samples:,} samples is spent; to go on, add --init "
+            f"{config.out / 'last'} --statistics checkpoint --out NEW"
+        )
         return
 
     # loop
@@ -483,8 +497,6 @@ def banner(
     micro = -(-config.batch_size // (ranks * config.accumulate))
     most = "" if micro * ranks * config.accumulate == config.batch_size else "at most "
     tokens = f", tokens from {config.features}" if config.features else ""
-    fresh = config.init in PRESETS and start == config.init
-    floors = f"{config.state_std_floor:g} (state) and {config.action_std_floor:g} (action)"
     lines = [
         f"arm {facts['arm']}, seed {config.seed}, git {commit}; run folder {config.out}",
         f"device {env['device']} ({device.type}), {ranks} rank(s), {env['threads']} threads; {versions}",
@@ -494,10 +506,8 @@ def banner(
         f"budget {config.total_samples:,} samples at a peak rate of {config.lr:g}; a checkpoint every "
         f"{config.save_every:,} and {config.save_minutes:g} min",
         f"data {config.data}: {len(demos.first)} episodes, {len(demos):,} frames, fingerprint "
-        f"{demos.fingerprint}{tokens}; statistics: "
-        + (chosen_statistics(demos)[1] if fresh else "from the checkpoint"),
-        f"checkpoint {start}, fingerprint {facts['weights_fingerprint']}"
-        + (f"; deviations of at least {floors}" if fresh else ""),
+        f"{demos.fingerprint}{tokens}; statistics: {facts['statistics_of']}",
+        f"checkpoint {start}, fingerprint {facts['weights_fingerprint']}",
     ]
     if config.sites:
         ahead, chunk = config.future * config.world_stride, arm.policy.config.n_action_steps

@@ -39,8 +39,10 @@ def load(
     reader = layout(path)
     demos = reader.read(path, None if names is None else list(names.values()))
     if names is not None:  # two names may stand for one camera of the data
-        found = dict(zip(names, (demos.images[camera_key(old, demos.images)] for old in names.values())))
-        demos = replace(demos, images=found)
+        old = {new: camera_key(name, demos.images) for new, name in names.items()}
+        found = {new: demos.images[name] for new, name in old.items()}
+        renamed = {name: new for new, name in old.items() if new != name}
+        demos = replace(demos, images=found, renamed=renamed)
     chosen = choose_episodes(demos.tasks, demos.task, options, path)
     demos = demos if len(chosen) == len(demos.first) else demos.only(chosen)
     if in_memory is None:
@@ -51,6 +53,14 @@ def load(
         return demos
     check_memory(demos)
     return replace(demos, images={camera: pictures[:] for camera, pictures in demos.images.items()})
+
+
+def camera_names(path: Path) -> list[str]:
+    """Return the cameras of a data set, by their names in it."""
+    reader = layout(path)
+    return list(
+        reader.camera_features(reader.read_info(path)) if (path / "meta").is_dir() else reader.CAMERAS
+    )
 
 
 def layout(path: Path) -> ModuleType:

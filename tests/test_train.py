@@ -217,7 +217,7 @@ def signalled(data, out, number: int, step: int, *flags) -> tuple[str, int]:
 def test_ranks_stop_together_at_sigterm_and_a_dead_one_is_started_again(data, tmp_path):
     train(data, tmp_path / "straight", *MEMORY, "--total-samples", "60", launcher=TWO_RANKS)
     said, status = signalled(data, tmp_path / "run", signal.SIGTERM, 1)
-    assert status == 0 and "stopped by SIGTERM at" in said, said
+    assert status == 0 and "stopped at" in said, said
     done = metrics(tmp_path / "run")[-1]["samples"]
     state = json.loads((tmp_path / "run" / "last" / "state.json").read_text())
     assert state["samples"] == done < 60
@@ -406,7 +406,8 @@ def test_a_bank_trains_and_logs_what_its_hypotheses_do(data, method, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [("--dtype", "bfloat16"), ("--dtype", "float32", "--compile")])
 def test_a_frozen_trunk_in_bfloat16_or_compiled_trains_alike_and_resumes_to_the_bit(data, tmp_path, flags):
-    budget, frozen = ("--save-every", "8", "--total-samples"), (*MEMORY, "--freeze", "expert")
+    budget, base = ("--save-every", "8", "--total-samples"), tiny.golden() / "checkpoint"
+    frozen = (*MEMORY, "--init", base, "--freeze", "expert", "--cameras", "camera1=image", "camera2=image2")
     for name in ("straight", "killed"):
         train(data, tmp_path / name, *frozen, *flags, *budget, "16")
     shutil.rmtree(tmp_path / "killed" / "step_000002")

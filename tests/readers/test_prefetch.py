@@ -88,7 +88,7 @@ def test_training_is_the_same_wherever_pictures_are(tmp_path, capsys):
         fields = {"pictures": run} | fields
         train.main(TrainConfig(data=root, out=tmp_path / run, cameras=("front=image2",), **SHORT, **fields))
     out = capsys.readouterr().out
-    assert out.count("statistics: the data set's own, meta/stats.json") == 3
+    assert out.count("statistics: the data's, the data set's own, meta/stats.json") == 3
     assert out.count("decoding") == 1  # the second run finds the fingerprint
     weights = [load_file(tmp_path / run / "last" / "model.safetensors") for run in runs]
     for other in weights[1:]:
