@@ -175,6 +175,14 @@ def test_every_arm_is_one_that_train_takes(matrix, tmp_path):
     assert all("--suite libero_spatial libero_object" in line for line in commands(done, "eval.py"))
 
 
+def test_one_variable_chooses_the_world_encoder_for_caches_and_training_alike(matrix):
+    encoder = "--world-encoder vjepa2 --world-clip 4"
+    done = matrix("full", "--dry-run", SEEDS="0", ARMS="E0 E2", DATA_FLAGS=encoder)
+    lines = commands(done, "train.py")
+    assert sum("--prepare" in line for line in lines) == 1 and all(encoder in line for line in lines)
+    assert all("--lr-world 1e-3" in line and "--total-samples 3200000" in line for line in trainings(done))
+
+
 def test_data_that_are_given_are_not_recorded_and_need_suites(matrix):
     done = matrix("fusion", "--dry-run", DATA="some/where", SUITES="goal 10", TASKS="1,3-4", ARMS="E0")
     assert not commands(done, "simulator record")
