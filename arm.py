@@ -43,12 +43,13 @@ from prophet import (
     bank_loss,
     change_target,
     counted_steps,
+    gate_scale,
     intervene,
     make_memory,
     parse_mode,
     world_loss,
 )
-from smolvla.checkpoint import save_policy
+from smolvla.checkpoint import checkpoint_in, save_policy
 from smolvla.processor import Processor
 
 WORLD_FILE = "world.safetensors"
@@ -80,6 +81,9 @@ class ArmConfig(WorldConfig):
 
     prefix_block: Literal["prefix", "state"] = "prefix"
     """Where they stand: in the block of images and language, or in one of their own that these can't see."""
+
+    memory_dropout: float = 0.0
+    """Share of the samples that train with memory off, so that off in a rollout is nothing new."""
 
     detach_memory: bool = False
     """Stop the action loss at the prophet: it learns from the world loss alone."""
@@ -115,8 +119,8 @@ class ArmConfig(WorldConfig):
     """Imagined futures N that the memory holds."""
 
     hypothesis_method: HypothesisMethod = "none"
-    """What tells hypotheses apart: nothing (N = 1), dropout masks, noise in the queries, heads of their own
-    (ensemble), such heads with odds (mixture)."""
+    """What tells hypotheses apart: nothing (N = 1, or repeat: one future N times, a control), dropout masks,
+    noise in the queries, heads of their own (ensemble), such heads with odds (mixture)."""
 
     hypothesis_sigma: float = 0.5
     """Size of the noise of --hypothesis-method noise, in units of the queries' own."""
@@ -151,13 +155,15 @@ class ArmConfig(WorldConfig):
         if (count == 1) != (method == "none"):
             raise Refused(
                 f"--num-hypotheses {count} with --hypothesis-method {method}: one hypothesis needs none, "
-                "several need a method that tells them apart: dropout, noise, ensemble or mixture"
+                "several need a method that tells them apart: dropout, noise, ensemble or mixture; or repeat"
             )
         if (method == "dropout") != (self.prophet_dropout > 0) or not 0 <= self.prophet_dropout < 1:
             raise Refused(
                 f"--prophet-dropout {self.prophet_dropout} with --hypothesis-method {method}: dropout needs "
                 "a share between 0 and 1, other methods 0"
             )
+        if not 0 <= self.memory_dropout < 1:
+            raise Refused(f"--memory-dropout {self.memory_dropout} must be at least 0 and less than 1")
         if self.tau <= 0 or not 0 <= self.rwta_eps <= 1:
             raise Refused(f"--tau {self.tau} must be positive and --rwta-eps {self.rwta_eps} in 0..1")
         if method == "mixture" and self.detach_memory and self.world_loss != "softmin":
@@ -168,7 +174,8 @@ class ArmConfig(WorldConfig):
 
     # Fields in which a run that goes on from an arm's checkpoint may differ from it.
     free_to_change: ClassVar = (
-        "memory", "blind", "detach_memory", "lambda_world", "lambda_mag", "gate_init", "world_model",
+        "memory", "memory_dropout", "blind", "detach_memory", "lambda_world", "lambda_mag", "gate_init",
+        "world_model", "held_out",
     )  # fmt: skip
 
     @property
@@ -190,12 +197,15 @@ class ArmConfig(WorldConfig):
         needed = self.made_from(self.mode)
         if self.has_prophet:
             needed += ("z_hist", "z_future", "valid")  # for the world loss
+        if self.memory_dropout and self.sites:
+            needed += ("dropped",)
         return tuple(dict.fromkeys(needed))
 
     def made_from(self, mode: str) -> tuple[str, ...]:
         """The latents and noise that a mode's memory is made from."""
         drawn = "prophet" in NEEDS[mode] and self.hypothesis_method in CHANCE
-        return tuple(name for name in NEEDS[mode] if name != "prophet") + (("chance",) if drawn else ())
+        own = ("prophet", "mean")  # what the arm has itself
+        return tuple(name for name in NEEDS[mode] if name not in own) + (("chance",) if drawn else ())
 
 
 class Summary(NamedTuple):
@@ -203,13 +213,23 @@ class Summary(NamedTuple):
 
     scale: Tensor  # (K,), the RMS length of each change
     mean_change: Tensor  # (K, D), the mean of each, a baseline for the prophet
-    partners: Tensor  # (n, T, D), pasts that `shuffle` takes in rollouts
+    partners: Tensor  # (n, T, D), pasts that `shuffle` and `wrong_task` take in rollouts
+    partner_at: Tensor  # (n, 3) int64: each one's episode, step and task (a CRC of its instruction)
+    mean_future: Tensor  # (K, D), what `mean` shows
+    step_factor: Tensor  # (K, K) lower triangular: unit noise becomes correlated over steps, as futures are
+
+    @classmethod
+    def of(cls, scale: Tensor, mean_change: Tensor, partners: Tensor) -> Summary:
+        """Partners of one episode each, a mean of 0, steps that know nothing of one another."""
+        K, n = len(scale), len(partners)
+        at = torch.stack([torch.arange(n), torch.zeros(n), torch.zeros(n)], 1).long()
+        return cls(scale, mean_change, partners, at, torch.zeros_like(mean_change), torch.eye(K))
 
     @classmethod
     def none(cls, config: ArmConfig) -> Summary:
         """That of an arm without memory."""
         K, D = config.future, config.world_dim
-        return cls(torch.ones(K), torch.zeros(K, D), torch.zeros(0, config.history, D))
+        return cls.of(torch.ones(K), torch.zeros(K, D), torch.zeros(0, config.history, D))
 
 
 class Arm(nn.Module):
@@ -280,14 +300,18 @@ class Arm(nn.Module):
         Raises Refused for a mode that this arm cannot have, or no rollout.
         """
         with asked():
-            mode, _ = parse_mode(mode, self.config.num_hypotheses)
+            mode, change = parse_mode(mode, self.config.num_hypotheses, self.config.mode)
+        if not rollout and "z_first" in NEEDS[mode]:
+            raise Refused(f"--memory {mode} is of a rollout's first decision, there is none offline")
         if rollout and mode not in ROLLOUT_MODES:
             raise Refused(
                 f"--memory {mode} needs the future, which a rollout has not: choose from "
                 f"{', '.join(ROLLOUT_MODES)}, or evaluate offline"
             )
-        if mode not in ("off", "zero") and not self.config.sites:
-            raise Refused(f"--memory {mode}: this arm has no fusion site to give memory to; only off applies")
+        if (mode != "off" or change) and not self.config.sites:
+            raise Refused(
+                f"--memory {change or mode}: this arm has no fusion site to give memory to; only off applies"
+            )
         if "prophet" in NEEDS[mode] and self.prophet is None:
             without = ", ".join(m for m in ROLLOUT_MODES if "prophet" not in NEEDS[m])
             raise Refused(f"--memory {mode} needs a prophet, and this arm has none: choose {without}")
@@ -311,18 +335,16 @@ class Arm(nn.Module):
         (B, T, D), z_future (B, K, D), noise (B, N*K, D), unit Gaussian, chance (B, N, ., h); imagined, what
         the prophet makes of z_hist, where it has run already; best (B,), the hypothesis that `best1` keeps.
         """
-        mode, change = parse_mode(mode, self.config.num_hypotheses)
+        mode, change = parse_mode(mode, self.config.num_hypotheses, self.config.mode)
         futures = log_pi = None
-        noise = world.get("noise")
         if "prophet" in NEEDS[mode] and self.prophet is not None:
-            past = world["z_partner" if mode == "shuffle" else "z_hist"]
-            if imagined is None or mode == "shuffle":
+            [whose] = (name for name in NEEDS[mode] if name.startswith("z_"))
+            past = world[whose]
+            if imagined is None or whose != "z_hist":
                 imagined = self.imagine(past, world)
             futures, log_pi = absolute(imagined.y, past, self.config.delta), imagined.log_pi
-            if change is not None:
+            if change is not None and gate_scale(change) is None:
                 futures, log_pi = intervene(change, futures, log_pi, best)
-        if "noise" in NEEDS[mode]:
-            noise = noise * self.encoder.stats.dim_std.to(noise)
         rows = make_memory(
             mode,
             self.config.future,
@@ -330,7 +352,9 @@ class Arm(nn.Module):
             futures=futures,
             z_hist=world.get("z_hist"),
             z_future=world.get("z_future"),
-            noise=noise,
+            noise=self.coloured(world["noise"]) if "noise" in NEEDS[mode] else None,
+            mean=self.mean_future,
+            spread=None if self.encoder is None else self.encoder.stats.dim_std,
             hypotheses=self.config.num_hypotheses,
         )
         if rows is None:
@@ -339,17 +363,30 @@ class Arm(nn.Module):
             rows, log_pi = rows.detach(), None if log_pi is None else log_pi.detach()
         return Memory(rows, log_pi)
 
+    def coloured(self, noise: Tensor) -> Tensor:
+        """Give unit noise (B, N*K, D) the data's correlation over steps and deviation per dimension."""
+        steps = noise.unflatten(1, (-1, self.config.future))  # (B, N*K, D) -> (B, N, K, D)
+        return (self.step_factor @ steps).flatten(1, 2) * self.encoder.stats.dim_std.to(noise)
+
     def forward(self, inputs: dict, world: dict, noise: Tensor, time: Tensor) -> dict[str, Tensor]:
         """Compute a batch's losses before any reduction.
 
         Args: inputs as `Processor` makes them; world with what the configuration's `trains_on` names, "valid"
         (B, K) among it; noise (B, R, C, A_max), time (B, R).
         Returns: "action" (B, R, C, A); with a prophet "predicted" (B, N, K, D), "world" (B,), "counted" (B,),
-        "world_cos" (B, N) and "winner" (B,), the hypothesis of least loss, -1 where nothing counts.
+        "world_cos" (B, N) and "winner" (B,), the hypothesis of least loss, -1 where nothing counts; with
+        memory "bad_memory_rows", how many are not finite.
         """
         imagined = None if self.prophet is None else self.imagine(world["z_hist"], world)
-        memory = self.memory(self.config.mode, self.like(noise), world, imagined)
+        memory, bad = self.memory(self.config.mode, self.like(noise), world, imagined), None
+        if memory is not None:
+            bad = (~memory.rows.detach().isfinite().all(-1)).sum()
+            if "dropped" in world:  # a sample whose rows are all not finite has none: off, to the bit
+                rows = torch.where(world["dropped"][:, None, None], torch.nan, memory.rows)
+                memory = memory._replace(rows=rows)
         out = {"action": self.policy(inputs, noise, time, memory)}
+        if bad is not None:
+            out["bad_memory_rows"] = bad
         return out if imagined is None else out | self.world_losses(imagined, world)
 
     def world_losses(self, imagined: Imagined, world: dict) -> dict[str, Tensor]:
@@ -443,7 +480,7 @@ def load_arm(folder: str | Path, world_model: str | None = None, **how: object) 
 
 def world_file(folder: Path) -> Path:
     """Where a checkpoint folder, or the last one of a run folder, keeps what is ours."""
-    return (folder / "last" if (folder / "last").is_dir() else folder) / WORLD_FILE
+    return checkpoint_in(folder) / WORLD_FILE
 
 
 def stored_config(folder: Path) -> ArmConfig | None:

@@ -16,6 +16,7 @@ history, K future, N hypotheses, D latent width.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,10 +32,11 @@ from latents.world import Latents
 from prophet import draw_chance, prophet_width
 from readers.demos import Demos
 from readers.prefetch import Loader
+from readers.selection import plain_text
 from smolvla.processor import Processor
 
 ORDER_STREAM = 0x0DE5  # keeps the data order apart from any other stream that is keyed by the same seed
-FLOW, MEMORY, PARTNER, CHANCE = 1, 2, 3, 4  # keep apart what one number draws
+FLOW, MEMORY, PARTNER, CHANCE, DROP = 1, 2, 3, 4, 5  # keep apart what one number draws
 TRAINING, ROLLOUT, HELD_OUT = 0, 10, 20  # and what it is drawn for
 SPLIT_STREAM = 31
 PARTNERS = 1024  # pasts that travel with an arm, for `shuffle` in rollouts
@@ -79,7 +81,7 @@ class Source:
     def cameras(self) -> tuple[str, ...]:
         """The cameras whose pictures are read."""
         blind = self.arm.config.blind or self.features is not None
-        return () if blind else self.arm.policy.config.cameras
+        return () if blind else self.arm.policy.config.given_cameras
 
     def observe(self, index: np.ndarray) -> dict:
         """Make the policy's inputs of these frames, actions included."""
@@ -112,6 +114,11 @@ class Source:
             out |= {"z_future": self.latents.z[future], "valid": torch.as_tensor(valid)}  # (B, K, D), (B, K)
         if "z_partner" in needed:
             out["z_partner"] = self.past(self.partners(index, keys))
+        if "z_other" in needed:
+            out["z_other"] = self.past(self.partners(index, keys, other_task=True))
+        if "dropped" in needed:
+            share = config.memory_dropout
+            out["dropped"] = torch.tensor([self.rng(DROP, key).random() < share for key in keys])
         if "noise" in needed:
             out["noise"] = stack(memory_noise(config, self.hypotheses(MEMORY, key)) for key in keys)
         if "chance" in needed:
@@ -123,15 +130,17 @@ class Source:
         config = self.arm.config
         return self.latents.z[self.demos.history(index, config.history, config.world_stride)]
 
-    def partners(self, index: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Draw a frame of another episode for each frame (B,); Refused where there is only one episode."""
-        episode = self.demos.episode
-        if len(np.unique(episode[self.frames])) < 2:
-            raise Refused("--memory shuffle needs demonstrations of at least two episodes: record more")
+    def partners(self, index: np.ndarray, keys: np.ndarray, other_task: bool = False) -> np.ndarray:
+        """Draw a frame of another episode, or task, for each frame (B,); Refused where there is none."""
+        of = self.demos.episode
+        of = self.demos.task[of] if other_task else of
+        if len(np.unique(of[self.frames])) < 2:
+            mode, what = ("wrong_task", "tasks") if other_task else ("shuffle", "episodes")
+            raise Refused(f"--memory {mode} needs demonstrations of at least two {what}: record more")
         found = []
         for frame, key in zip(index, keys, strict=True):
             rng = self.rng(PARTNER, key)
-            while episode[other := self.frames[rng.integers(len(self.frames))]] == episode[frame]:
+            while of[other := self.frames[rng.integers(len(self.frames))]] == of[frame]:
                 continue
             found.append(other)
         return np.array(found)
@@ -174,10 +183,47 @@ def held_out(demos: Demos, share: float) -> np.ndarray:
     return np.sort(sample_rng(0, SPLIT_STREAM).permutation(len(demos.first))[:count])
 
 
-def saved_partners(demos: Demos, z: Tensor, history: int, stride: int, frames: np.ndarray) -> Tensor:
-    """Choose pasts (n, T, D), evenly over the training frames, that travel with an arm."""
-    chosen = frames[np.linspace(0, len(frames) - 1, min(PARTNERS, len(frames))).round().astype(np.int64)]
-    return z[demos.history(chosen, history, stride)]
+def saved_partners(
+    demos: Demos, z: Tensor, history: int, stride: int, frames: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """Choose pasts (n, T, D) that travel with an arm, and where they are from, (n, 3): episode, step, task.
+
+    Whole episodes, evenly over those that are trained on, each at steps evenly over its length: a rollout's
+    partner stays one episode, and is met at the step that the rollout is at.
+    """
+    episodes = np.unique(demos.episode[frames])
+    some = episodes[np.linspace(0, len(episodes) - 1, min(len(episodes), 64)).round().astype(np.int64)]
+    each = PARTNERS // len(some)
+    chosen = [spread_over(demos.first[e], demos.last[e], each) for e in some]
+    rows = np.concatenate(chosen)
+    tasks = [zlib.crc32(plain_text(demos.tasks[task]).encode()) for task in demos.task]
+    at = [(e, f - demos.first[e], tasks[e]) for e, found in zip(some, chosen, strict=True) for f in found]
+    return z[demos.history(rows, history, stride)], torch.tensor(at, dtype=torch.int64)
+
+
+def spread_over(first: int, last: int, count: int) -> np.ndarray:
+    """Up to `count` numbers evenly from first to last, both included."""
+    return np.unique(np.linspace(first, last, min(count, last - first + 1)).round().astype(np.int64))
+
+
+def partner_rows(
+    at: Tensor, key: tuple[int, ...], seed: int, step: int, instruction: str | None = None
+) -> int:
+    """Choose a rollout's partner among saved pasts: its episode by the episode's key, then its step.
+
+    Args: at (n, 3) as `saved_partners` gives it; instruction, where the partner must be of another task.
+    Raises Refused where there is none.
+    """
+    other = torch.ones(len(at), dtype=torch.bool)
+    if instruction is not None:
+        other = at[:, 2] != zlib.crc32(plain_text(instruction).encode())
+        if not other.any():
+            raise Refused("--memory wrong_task: this arm was trained on one task alone; leave it out")
+    episodes = at[other, 0].unique()
+    mine = episodes[int(sample_rng(seed, ROLLOUT + PARTNER, *key).integers(len(episodes)))]
+    rows = torch.nonzero((at[:, 0] == mine) & other)[:, 0]
+    past = at[rows, 1] <= step
+    return int(rows[past][-1])
 
 
 # ---- keyed randomness --------------------------------------------------------------------------------

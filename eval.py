@@ -32,10 +32,10 @@ from arm import Arm, load_arm
 from data import Source
 from files import Refused, append_json, read_json, write_json
 from latents.world import latents_for
-from prophet import ROLLOUT_MODES
+from prophet import GATE, ROLLOUT_MODES
 from ranks import run_program, start_ranks, wait_for_ranks
-from readers.load import load
-from readers.selection import DataConfig
+from readers.load import camera_names, load
+from readers.selection import DataConfig, camera_key, find_data, match_cameras, split_camera
 from rollouts.conform import check, compare, describe_checkpoint, describe_data, describe_environment, table
 from rollouts.conform import record as conformance
 from rollouts.episodes import gather, key_of, own_file, read_all, result, summary
@@ -43,11 +43,12 @@ from rollouts.film import episode_name, film_name, save_film
 from rollouts.imagine import save_strips, strips_of_episode
 from rollouts.plan import Plan, ProtocolConfig, Target, find_target, make_plans, open_out
 from rollouts.rollout import Rollout, seen_latents
-from simulator.env import CONTROL_HZ
+from simulator.env import CAMERAS, CONTROL_HZ
 from simulator.pool import EnvPool, Observation, SimCrash
 from simulator.render import setup_gl
 from smolvla import kernels
-from smolvla.processor import Processor
+from smolvla.fit import Fit, refit
+from smolvla.processor import Processor, rename_map
 from training import held_out
 
 # Options that --help begins with.
@@ -71,6 +72,9 @@ class EvalConfig(ProtocolConfig):
     memory: tuple[str, ...] = ()
     """Memory modes (prophet.py) to roll out, one after the other, or interventions on a bank: best1, mean1,
     dup, drop:i. Default: the mode that the arm was trained with."""
+
+    gate_scale: tuple[float, ...] = ()
+    """Strengths of the gates to roll out under besides, as a share of the trained ones: 0 0.5 1 1.5."""
 
     accept: tuple[str, ...] = ()
     """Items in which checkpoint, data and environment may differ (conform.py); any other difference stops."""
@@ -125,6 +129,8 @@ class EvalConfig(ProtocolConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if any(not 0 <= scale < 1000 for scale in self.gate_scale):
+            raise Refused(f"--gate-scale {self.gate_scale} must lie in 0..999 each")
         if self.imagine < 0:
             raise Refused(f"--imagine {self.imagine} must be 0 or more episodes")
         if not 1 <= self.video_fps <= CONTROL_HZ:
@@ -159,6 +165,9 @@ def open_arm(config: EvalConfig, target: Target, device: torch.device) -> tuple[
     """Load the checkpoint onto the device, ready to act."""
     how = {name: getattr(config, name) for name in ("vlm", "stats_of", "allow_missing")}
     arm, processor = load_arm(target.folder, config.world_model, **how)
+    if config.cameras and config.offline is None:
+        processor = refit(processor, named_cameras(config.cameras, arm))
+        arm.policy.config = processor.config
     arm.to(device).eval().requires_grad_(False)
     if arm.encoder is not None:
         arm.encoder.to(device)
@@ -171,6 +180,26 @@ def open_arm(config: EvalConfig, target: Target, device: torch.device) -> tuple[
     return arm, processor
 
 
+def named_cameras(choices: tuple[str, ...], arm: Arm) -> Fit:
+    """Read --cameras: which of LIBERO's cameras the policy takes for which of its own; the rest it lacks."""
+    own, c = dict(map(split_camera, choices)), arm.policy.config
+    latent = arm.config.latent_cameras if arm.config.sites else ()
+    for name in own:
+        camera_key(name, dict.fromkeys((*c.given_cameras, *latent)), "the checkpoint")
+    names = {camera_key(old, CAMERAS, "LIBERO"): new for new, old in own.items()}
+    seen = [name for name in c.given_cameras if name in own or (name in CAMERAS and name not in names)]
+    return Fit(dict.fromkeys(seen), c.state_dim, c.action_dim, names, source="LIBERO")
+
+
+def data_options(folder: Path, config: EvalConfig, arm: Arm, processor: Processor) -> DataConfig:
+    """Say how a data set's cameras are called by a policy that it did not come with."""
+    known = (*arm.policy.config.given_cameras, *(arm.config.latent_cameras if arm.config.sites else ()))
+    asked = config.cameras if config.offline is not None else ()
+    there = camera_names(folder)
+    names = match_cameras(dict.fromkeys(known), rename_map(processor.before), there, asked, there)
+    return DataConfig(cameras=names)
+
+
 def main(config: EvalConfig) -> None:
     """Roll out every mode on every start that has no line yet."""
     if config.threads:
@@ -181,6 +210,8 @@ def main(config: EvalConfig) -> None:
     rank, ranks, device = start_ranks("gloo", timedelta(days=30))
     target = find_target(config, sited=bool(set(config.memory) - {"off"}))
     arm, processor = open_arm(config, target, device)
+    for note in processor.notes if rank == 0 else ():
+        print(f"adapted: {note}")
     if config.offline is not None:
         evaluate_offline(config, arm, processor, target)
         return
@@ -188,6 +219,7 @@ def main(config: EvalConfig) -> None:
     modes = config.memory or (arm.config.mode,)
     if config.checkpoint is None:  # named modes are seen beside the run's own
         modes = tuple(dict.fromkeys((arm.config.mode, *modes)))
+    modes += tuple(f"{GATE}{scale:g}" for scale in config.gate_scale)
     for mode in modes:
         arm.needs(mode)
 
@@ -230,15 +262,17 @@ def main(config: EvalConfig) -> None:
 
 def evaluate_offline(config: EvalConfig, arm: Arm, processor: Processor, target: Target) -> None:
     """Print the action loss of held-out episodes under each mode, and append it to offline.jsonl."""
-    run, modes = target.run, list(config.memory) or held_out.measurable(arm)
-    for mode in modes:
+    run = target.run
+    for mode in config.memory:
         arm.needs(mode, rollout=False)
-    options = None
     if run.get("data") == str(config.offline):  # the part that was trained on, of which some is held out
         names = [f.name for f in dataclasses.fields(DataConfig) if f.name in run]
         options = DataConfig(**{n: tuple(run[n]) if isinstance(run[n], list) else run[n] for n in names})
-    demos = load(config.offline, arm.policy.config.cameras, in_memory=None, options=options)
-    episodes = np.arange(len(demos.first))
+    else:
+        options = data_options(find_data(config.offline), config, arm, processor)
+    demos = load(config.offline, in_memory=None, options=options)
+    episodes, tasks = np.arange(len(demos.first)), len(np.unique(demos.task))
+    modes = list(config.memory) or held_out.measurable(arm, tasks)
     if demos.fingerprint == run.get("data_fingerprint"):
         episodes = np.array(run.get("held_out", []), np.int64)
         if not len(episodes):
@@ -263,12 +297,15 @@ def conform_all(config: EvalConfig, target: Target, rollouts: list[Rollout]) -> 
     """
     data = target.run.get("data_facts")
     if config.data is not None:
-        data = describe_data(load(config.data, rollouts[0].arm.policy.config.cameras, in_memory=False))
+        options = data_options(find_data(config.data), config, rollouts[0].arm, rollouts[0].processor)
+        data = describe_data(load(config.data, in_memory=False, options=options))
     named, found = {"n_action_steps"} if config.n_action_steps is not None else set(), {}
     for rollout in rollouts:
         plan, checkpoint = rollout.plan, rollout.arm.policy.config
         environment = describe_environment(plan.sim, plan.n_action_steps, first_look(rollout))
-        lines = compare(describe_checkpoint(checkpoint, rollout.processor, target.run), data, environment)
+        own = describe_checkpoint(checkpoint, rollout.processor, target.run)
+        tokens = lambda text, p=rollout.processor: p.tokenize([text])[0].tolist()  # noqa: E731
+        lines = compare(own, data, environment, tokens)
         print(f"{plan.sim.suite}: checkpoint, data and environment\n{table(lines)}")
         check(lines, config.accept, named)
         found[plan.sim.suite] = conformance(lines, config.accept, named)

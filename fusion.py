@@ -117,6 +117,7 @@ class GatedCrossAttention(nn.Module):
             raise ValueError(f"--heads {heads} does not divide the fused width {width}: choose a divisor")
         self.heads = heads
         self.gate = nn.Parameter(torch.tensor(float(gate_init)))
+        self.scale = 1.0  # of the gate's strength, in rollouts (`Fusion.rescale`)
         self.norm = nn.LayerNorm(width)
         self.tokens = MemoryTokens(width, memory_width, steps, coded)
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
@@ -144,7 +145,7 @@ class GatedCrossAttention(nn.Module):
 
     def forward(self, h: Tensor, memory: SiteMemory) -> Tensor:
         """Add the gated branch to h (B, L, W)."""
-        return h + torch.tanh(self.gate) * self.branch(h, memory)
+        return h + self.scale * torch.tanh(self.gate) * self.branch(h, memory)
 
 
 class PrefixTokens(nn.Module):
@@ -162,6 +163,7 @@ class PrefixTokens(nn.Module):
     ) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.tensor(float(gate_init)))
+        self.scale = 1.0
         self.tokens = MemoryTokens(width, memory_width, steps, coded)
         self.rows = token_rows(count, hypotheses, steps)
 
@@ -169,7 +171,7 @@ class PrefixTokens(nn.Module):
         """Make world tokens (B, m, W) of a memory, or of its rows (B, M, D) alone."""
         x, finite, bias = self.tokens(as_memory(memory))
         bias = None if bias is None else bias[:, self.rows]
-        return WorldTokens(x[:, self.rows], finite[:, self.rows], torch.tanh(self.gate), bias)
+        return WorldTokens(x[:, self.rows], finite[:, self.rows], self.scale * torch.tanh(self.gate), bias)
 
 
 def token_rows(count: int, hypotheses: int, steps: int) -> list[int]:
@@ -223,6 +225,11 @@ class Fusion(nn.Module):
     def gates(self) -> dict[str, float]:
         """Read each site's strength, tanh(gate), under the name that is logged."""
         return {GATE_NAMES[name]: torch.tanh(site.gate).item() for name, site in self.sites.items()}
+
+    def rescale(self, scale: float) -> None:
+        """Multiply every gate's strength from now on: how much memory does is a matter of dose."""
+        for site in self.sites.values():
+            site.scale = scale
 
     def train(self, mode: bool = True) -> Fusion:
         """Switch mode; `eval()` reads once which sites are open, so that compiled graphs see constants."""

@@ -193,6 +193,7 @@ def recordings(job: Job) -> list[list[str]]:
     flags = ["--task-ids", ",".join(env["TASKS"].split()), "--demos-per-task", env.get("DEMOS", "")]
     flags += ["--init-states", "0-9"]  # rollouts start from the others
     flags += ["--displace", env.get("DISPLACE", ""), "--noise", env.get("NOISE", ""), "--size", "128"]
+    flags += ["--either", env["EITHER"]] if env.get("EITHER") else []
     flags += ["--draw", "fast", "--reset", "soft", "--workers", str(job.jobs), "--out", job.data]
     return [[*record, "--suite", suite, *flags] for suite in job.suites] if job.recorded else []
 

@@ -34,7 +34,6 @@ from files import Refused
 from fusion import Fusion, Memory, MemoryCache, WorldTokens, repeat_memory, with_bias
 from smolvla.checkpoint import (
     VLM_PARTS,
-    WEIGHTS,
     describe_checkpoint,
     draw,
     find_folder,
@@ -47,6 +46,7 @@ from smolvla.checkpoint import (
     read_weights,
 )
 from smolvla.config import PRESETS, SmolVLAConfig
+from smolvla.fit import Fit
 from smolvla.language import language_sizes, read_language
 from smolvla.layers import (
     Connector,
@@ -485,31 +485,35 @@ def load_policy(
     stats_of: str | None = None,
     allow_missing: bool = False,
     dtype: torch.dtype = torch.float32,
+    fit: Fit | None = None,
 ) -> tuple[SmolVLA, Processor]:
     """Load a policy and its processor: a folder in lerobot's layout, or a hub id at a revision.
 
     Args: vlm names the language model's folder or hub id in the checkpoint's stead; stats_of chooses among
     the statistics of several data sets; allow_missing goes on without tensors or statistics that are missing;
-    dtype is that of tower, trunk and expert, while the projections stay in float32.
+    dtype is that of tower, trunk and expert, while the projections stay in float32; fit, what it is brought
+    to, where it is to see another robot's data.
     Raises Refused, one line, for missing or broken files, tensors that do not fit and missing statistics.
     """
     folder, raw, language, config = open_checkpoint(str(name), revision, vlm)
-    policy, among_weights = load_weights(config, folder / WEIGHTS, dtype, allow_missing)
-    return policy, load_processor(folder, config, raw, language, among_weights, stats_of, allow_missing)
+    policy, among_weights = load_weights(config, folder, dtype, allow_missing)
+    processor = load_processor(folder, config, raw, language, among_weights, stats_of, allow_missing, fit)
+    policy.config = processor.config  # weights know neither cameras nor widths
+    return policy, processor
 
 
 def load_weights(
-    config: SmolVLAConfig, path: Path, dtype: torch.dtype = torch.float32, allow_missing: bool = False
+    config: SmolVLAConfig, folder: Path, dtype: torch.dtype = torch.float32, allow_missing: bool = False
 ) -> tuple[SmolVLA, dict[str, Tensor]]:
-    """Build a policy on one file's weights; give also the statistics that older checkpoints keep among them.
+    """Build a policy on a folder's weights; give also the statistics that older checkpoints keep among them.
 
     Nothing is built when anything does not fit. Tensors of the wanted dtype stay memory-mapped: pages are
     read when they are used, and copied when changed.
     """
-    tensors, statistics = read_weights(path)
+    tensors, statistics = read_weights(folder)
     with torch.device("meta"):  # no memory and no random draws for weights that are about to be replaced
         policy = SmolVLA(config)
-    place(policy, tensors, path, dtype, allow_missing)
+    place(policy, tensors, folder, dtype, allow_missing)
     return policy, statistics
 
 
@@ -529,7 +533,7 @@ def start_from_vlm(
     config = dataclasses.replace(preset, **sizes, expert_width=width)
     with torch.device("meta"):
         policy = SmolVLA(config)
-    tensors = read_language_weights(folder / WEIGHTS, config.layers)
+    tensors = read_language_weights(folder, config.layers)
     fresh = {n: p for n, p in policy.state_dict().items() if not n.startswith(VLM_PARTS)}
     draw(policy, set(fresh))
     for layer in policy.expert.layers:
@@ -537,7 +541,7 @@ def start_from_vlm(
             if isinstance(module, nn.Linear) and not (layer.cross and name.endswith(("k_proj", "v_proj"))):
                 nn.init.normal_(module.weight, std=0.02)
     drawn = {lerobot_key(name): p for name, p in policy.state_dict().items() if name in fresh}
-    place(policy, tensors | drawn, folder / WEIGHTS)
+    place(policy, tensors | drawn, folder)
     return policy, Processor(config, raw, language, stats)
 
 
@@ -568,8 +572,9 @@ def main(config: DescribeConfig) -> None:
     """Print one checkpoint, or the presets' sizes."""
     if config.checkpoint is not None:
         folder, raw, language, sizes = open_checkpoint(config.checkpoint, config.revision, config.vlm)
-        policy, among = load_weights(sizes, folder / WEIGHTS, allow_missing=config.allow_missing)
+        policy, among = load_weights(sizes, folder, allow_missing=config.allow_missing)
         processor = load_processor(folder, sizes, raw, language, among, config.stats_of, allow_missing=True)
+        policy.config = processor.config
         print(describe_checkpoint(folder, policy, processor))
         return
     for name, preset in PRESETS.items():

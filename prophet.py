@@ -11,15 +11,18 @@ tensor, so results do not depend on what else is in the batch.
 | `pred` | the prophet's futures |
 | `oracle` | the true futures: in training and offline, never in a rollout |
 | `zero` | zeros: not `off`, since biases still speak |
-| `random` | Gaussian, with the data set's deviation per dimension |
+| `random` | Gaussian, with the data's deviation per dimension and its correlation over the K steps |
 | `shuffle` | the prophet's futures of another episode's past |
-| `signflip` | `pred` times a fixed sign per dimension |
+| `wrong_task` | the same, of an episode of another task |
+| `stale` | the episode's first `pred`, kept to its end: in rollouts |
+| `signflip` | `pred` times a fixed sign per dimension; half of the variance is turned, so their cosine is 0 |
+| `mean` | the data's mean future |
 | `current` | the present latent K times: a second encoder without prediction |
 | `history` | the T past latents, the oldest repeated to fill K: memory of the past without prediction |
 
 A bank is N hypotheses of the future. They never attend to one another, so that hypothesis i does not depend
-on N; what tells them apart is a method: chance (`dropout`, `noise`) or weights of their own (`ensemble`,
-`mixture`). Best-of-N losses let them specialise.
+on N; what tells them apart is a method: chance (`dropout`, `noise`), weights of their own (`ensemble`,
+`mixture`) or, as a control, nothing (`repeat`). Best-of-N losses let them specialise.
 
     python train.py --fusion late --memory pred
     python train.py --fusion late --num-hypotheses 4 --hypothesis-method ensemble --world-loss softmin
@@ -31,6 +34,8 @@ Shapes: B batch, T history frames, K future frames, N hypotheses, D latent width
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -39,30 +44,64 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-HypothesisMethod = Literal["none", "dropout", "noise", "ensemble", "mixture"]
+HypothesisMethod = Literal["none", "repeat", "dropout", "noise", "ensemble", "mixture"]
 CHANCE = ("dropout", "noise")  # hypotheses that differ by what is drawn for them: exchangeable
 CODED = ("ensemble", "mixture")  # by weights of their own
 WorldLoss = Literal["single", "mean", "min", "softmin", "rwta"]
-MemoryMode = Literal[
-    "off", "pred", "oracle", "zero", "random", "shuffle", "signflip", "current", "history"
-]  # fmt: skip
-MODES: tuple[str, ...] = get_args(MemoryMode)
-# What each mode is made from: the prophet, and tensors under the names that batches have.
-NEEDS: dict[str, tuple[str, ...]] = {
-    "off": (),
-    "pred": ("prophet", "z_hist"),
-    "oracle": ("z_future",),
-    "zero": (),
-    "random": ("noise",),
-    "shuffle": ("prophet", "z_partner"),
-    "signflip": ("prophet", "z_hist"),
-    "current": ("z_hist",),
-    "history": ("z_hist",),
+
+
+class Given(NamedTuple):
+    """What a memory may be made from; what its mode does not need may be absent."""
+
+    steps: int  # K
+    like: Tensor  # (B, D), any tensor of the right batch, width and type
+    futures: Tensor | None = None  # (B, N, K, D), the prophet's absolute ones, of the mode's past
+    z_hist: Tensor | None = None  # (B, T, D)
+    z_future: Tensor | None = None  # (B, K, D)
+    noise: Tensor | None = None  # (B, N*K, D), with the data's own structure
+    mean: Tensor | None = None  # (K, D), the data's mean future
+    spread: Tensor | None = None  # (D,), the data's deviation per dimension
+
+
+class Mode(NamedTuple):
+    """One memory mode: what it needs, and its rows (B, N*K, D), or (B, K, D) for each hypothesis, or None."""
+
+    needs: tuple[str, ...]  # the prophet, and what batches have under these names
+    rows: Callable[[Given], Tensor | None]
+
+
+def imagined(given: Given) -> Tensor:
+    return given.futures.flatten(1, 2)  # (B, N, K, D) -> (B, N*K, D)
+
+
+# A new mode is a line here: training, held-out losses, rollouts and filmstrips all ask this table.
+TABLE: dict[str, Mode] = {
+    "off": Mode((), lambda g: None),
+    "pred": Mode(("prophet", "z_hist"), imagined),
+    "oracle": Mode(("z_future",), lambda g: g.z_future),
+    "zero": Mode((), lambda g: g.like.new_zeros(len(g.like), g.steps, g.like.shape[-1])),
+    "random": Mode(("noise",), lambda g: g.noise),
+    "shuffle": Mode(("prophet", "z_partner"), imagined),
+    "wrong_task": Mode(("prophet", "z_other"), imagined),
+    "stale": Mode(("prophet", "z_first"), imagined),
+    "signflip": Mode(
+        ("prophet", "z_hist"), lambda given: imagined(given) * signs(given.spread).to(given.like)
+    ),
+    "mean": Mode(("mean",), lambda g: g.mean.to(g.like).expand(len(g.like), -1, -1)),
+    "current": Mode(("z_hist",), lambda g: g.z_hist[:, -1:].expand(-1, g.steps, -1)),
+    "history": Mode(
+        ("z_hist",), lambda given: given.z_hist[:, past_rows(given.z_hist.shape[1], given.steps)]
+    ),
 }
+MODES = tuple(TABLE)
+NEEDS: dict[str, tuple[str, ...]] = {name: mode.needs for name, mode in TABLE.items()}
+ROLLOUT_MODES = tuple(mode for mode in MODES if "z_future" not in NEEDS[mode])  # nobody has the future there
+MemoryMode = Literal[
+    tuple(mode for mode in MODES if "z_first" not in NEEDS[mode])
+]  # a sample has no first one
 # Changes to `pred` with a bank, after training: which of N hypotheses the policy is left with.
 INTERVENTIONS = ("best1", "mean1", "dup", "drop:i")
-ROLLOUT_MODES = tuple(mode for mode in MODES if "z_future" not in NEEDS[mode])  # nobody has the future there
-SIGN_SEED = 0x51F  # of `signflip`: the same signs in every run
+GATE = "gate:"  # a change to any mode: the gates' strength times a number, as in gate:0.5
 STILL = 0.01  # a change shorter than this share of the usual one has no direction to learn
 
 
@@ -130,7 +169,7 @@ class Prophet(nn.Module):
         Args: z_hist (B, T, D); chance as `draw_chance` makes it, (B, N, 1, h) masks for `dropout` and
         (B, N, K, h) unit Gaussians for `noise`.
         """
-        batch, count = len(z_hist), self.hypotheses
+        batch, count = len(z_hist), 1 if self.method == "repeat" else self.hypotheses
         past = self.proj_in(z_hist) + self.time_code  # (B, T, D) -> (B, T, h)
         query, mask = self.query.expand(count, -1, -1), None
         query = query.expand(batch, -1, -1, -1)  # (N, K, h) -> (B, N, K, h)
@@ -149,7 +188,7 @@ class Prophet(nn.Module):
         else:
             y = torch.stack([head(futures[:, n]) for n, head in enumerate(self.proj_out)], dim=1)
         if self.odds is None:
-            return Imagined(y)
+            return Imagined(y.expand(-1, self.hypotheses, -1, -1))  # of `repeat`: as many tokens, one future
         return Imagined(y, self.odds(x.mean((1, 2))).log_softmax(-1))  # (B, N, T + K, h) -> (B, N)
 
 
@@ -177,63 +216,48 @@ def absolute(change: Tensor, z_hist: Tensor, delta: bool) -> Tensor:
     return change + z_hist[:, -1, None, None] if delta else change
 
 
-def make_memory(
-    mode: str,
-    steps: int,
-    *,
-    like: Tensor,
-    futures: Tensor | None = None,
-    z_hist: Tensor | None = None,
-    z_future: Tensor | None = None,
-    noise: Tensor | None = None,
-    hypotheses: int = 1,
-) -> Tensor | None:
+def make_memory(mode: str, steps: int, *, hypotheses: int = 1, **given: Tensor | None) -> Tensor | None:
     """Make the memory (B, N*K, D) of a mode; `off` gives None.
 
-    Args: steps K; like (B, D), any tensor of the right batch, width and type; futures (B, N, K, D), the
-    prophet's absolute ones, for `pred` and `signflip`, of a partner's past for `shuffle`; z_hist (B, T, D)
-    for `current` and `history`; z_future (B, K, D) for `oracle`; noise (B, N*K, D), with the data set's
-    deviation per dimension, for `random`. Raises ValueError for an unknown mode, or where what it needs is
-    not there.
+    Args: steps K; what else `Given` holds, of which `like` must be there. Raises ValueError for an unknown
+    mode, or where what it needs is not there.
     """
-    if mode not in MODES:
+    if mode not in TABLE:
         raise ValueError(f"memory mode {mode!r} is unknown: choose from {', '.join(MODES)}")
-    source = {
-        "pred": futures, "shuffle": futures, "signflip": futures, "oracle": z_future, "random": noise,
-        "current": z_hist, "history": z_hist,
-    }.get(mode, like)  # fmt: skip
-    if source is None:
+    has = Given(steps, **given)
+    needs = ("futures" if name == "prophet" else name for name in NEEDS[mode])
+    absent = [name for name in needs if name in Given._fields and getattr(has, name) is None]
+    if absent and not ("prophet" in NEEDS[mode] and "futures" not in absent):
         raise ValueError(f"memory mode {mode!r} needs {' and '.join(NEEDS[mode])}, which is not there")
-    if mode == "off":
-        return None
-    if mode == "zero":
-        return like.new_zeros(len(like), hypotheses * steps, like.shape[-1])
-    if mode == "random":
-        return noise
-    if source is futures:
-        memory = futures.flatten(1, 2)  # (B, N, K, D) -> (B, N*K, D)
-        return memory * signs(memory.shape[-1]).to(memory) if mode == "signflip" else memory
-    rows = source
-    if mode == "current":
-        rows = z_hist[:, -1:].expand(-1, steps, -1)  # (B, T, D) -> (B, K, D)
-    if mode == "history":
-        rows = z_hist[:, past_rows(z_hist.shape[1], steps)]  # (B, T, D) -> (B, K, D)
-    return rows.repeat(1, hypotheses, 1)  # (B, K, D) -> (B, N*K, D)
+    rows = TABLE[mode].rows(has)
+    return rows.repeat(1, hypotheses, 1) if rows is not None and rows.shape[1] == steps else rows
 
 
-def parse_mode(name: str, hypotheses: int) -> tuple[str, str | None]:
-    """Split what --memory names into a mode and an intervention on its bank; ValueError for neither."""
+def parse_mode(name: str, hypotheses: int, own: str = "pred") -> tuple[str, str | None]:
+    """Split what --memory names into a mode and a change to it; ValueError for neither.
+
+    Changes are interventions on the bank of `pred`, and the gates' strength under the `own` mode.
+    """
     if name in MODES:
         return name, None
+    if gate_scale(name) is not None:
+        return own, name
     which = name.removeprefix("drop:")
     if name not in INTERVENTIONS[:3] and not (which != name and which.isdigit()):
-        known = f"{', '.join(MODES)}; with a bank {', '.join(INTERVENTIONS)}"
+        known = f"{', '.join(MODES)}; with a bank {', '.join(INTERVENTIONS)}; {GATE}0.5"
         raise ValueError(f"--memory {name} is unknown: choose from {known}")
     if hypotheses == 1:
         raise ValueError(f"--memory {name}: this arm imagines one future, there is no bank to change")
     if which != name and int(which) >= hypotheses:
         raise ValueError(f"--memory {name}: hypotheses are numbered 0 to {hypotheses - 1}")
     return "pred", name
+
+
+def gate_scale(name: str | None) -> float | None:
+    """The number of `gate:0.5`; None of any other name."""
+    if name is None or not re.fullmatch(GATE + r"\d{1,3}(\.\d{1,3})?", name):
+        return None
+    return float(name.removeprefix(GATE))
 
 
 def intervene(name: str, futures: Tensor, log_pi: Tensor | None, best: Tensor | None = None) -> tuple:
@@ -255,10 +279,18 @@ def intervene(name: str, futures: Tensor, log_pi: Tensor | None, best: Tensor | 
     return torch.where(kept.expand(len(futures), -1)[..., None, None], futures, torch.nan), log_pi
 
 
-def signs(width: int) -> Tensor:
-    """One fixed +-1 a latent dimension (D,), drawn on the CPU whatever the device."""
-    generator = torch.Generator().manual_seed(SIGN_SEED)
-    return torch.randint(2, (width,), generator=generator, device="cpu") * 2.0 - 1.0
+def signs(spread: Tensor) -> Tensor:
+    """One fixed +-1 a latent dimension (D,), so that half of the variance keeps its sign and half is turned.
+
+    Dimensions come by falling deviation `spread` (D,), each with the sign that evens the two sums out.
+    """
+    out, sums = torch.ones(len(spread)), [0.0, 0.0]
+    variance = spread.detach().double().cpu().square()
+    for dimension in variance.argsort(descending=True, stable=True).tolist():
+        turned = sums[0] > sums[1]
+        out[dimension] = -1.0 if turned else 1.0
+        sums[turned] += variance[dimension].item()
+    return out
 
 
 def past_rows(history: int, steps: int) -> list[int]:

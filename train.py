@@ -21,6 +21,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,16 +29,16 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from arm import Arm, load_arm
-from data import Source, held_out
+from data import Source
 from files import Refused, read_json, read_tensors
 from model import masked_mean
 from ranks import Stop, Together, run_program, start_ranks, sum_over_ranks
-from readers.demos import Demos, chosen_statistics
+from readers.demos import Demos
 from readers.load import in_files
 from readers.prefetch import Loader
+from rollouts.conform import check_statistics
 from rollouts.facts import describe_data
 from smolvla import kernels
-from smolvla.config import PRESETS
 from training.diagnostics import (
     CollapseWatch,
     Usage,
@@ -47,7 +48,7 @@ from training.diagnostics import (
     world_diagnostics,
 )
 from training.flops import flops_per_sample, utilisation
-from training.held_out import measure
+from training.held_out import measure, world_cosine
 from training.optimise import Average, BadSteps, OptimiseConfig, lr_factor, make_optimizer
 from training.run_folder import (
     OPTIMIZER,
@@ -75,6 +76,7 @@ from training.start import (
     make_caches,
     open_data,
     record_demo,
+    whose_statistics,
 )
 
 # Options that --help begins with.
@@ -99,14 +101,11 @@ class TrainConfig(StartConfig, OptimiseConfig):
     """Only make, or check, what this training reads beside the data, world latents and the --features: for
     sweeps, whose runs share them, or before a GPU is paid for."""
 
+    accept: tuple[Literal["statistics"], ...] = ()
+    """With --statistics checkpoint: start although the data lie far outside of them."""
+
     flow_draws: int | None = None
     """Draws of noise and time a sample; they share one pass of the prefix. Default: the recipe's."""
-
-    val_every: int = 0
-    """Samples between two measurements on held-out episodes (held_out.py); 0: never, none are held out."""
-
-    val_share: float = 0.1
-    """Share of the episodes that are held out, where --val-every is set."""
 
     log_every: int = 20
     """Optimiser steps between two log lines."""
@@ -161,7 +160,7 @@ class TrainConfig(StartConfig, OptimiseConfig):
         return (
             "out", "data", "pictures", "workers", "features", "prepare", "log_every", "save_every",
             "save_minutes", "keep_every", "max_bad_steps", "compile", "threads", "accumulate", "world_model",
-            "data_facts", "flops_per_sample", "weights_fingerprint", "compared_with",
+            "data_facts", "flops_per_sample", "weights_fingerprint", "compared_with", "accept",
         )  # fmt: skip
 
     def stays(self, step: int) -> bool:
@@ -192,7 +191,7 @@ def main(config: TrainConfig) -> None:
     check_trunk(config)
     last = agree_on_checkpoint(config, rank, together)
     config, demos, features, latents = open_data(config, last, rank, ranks, say)
-    out_episodes = held_out(demos, config.val_share) if config.val_every else np.empty(0, np.int64)
+    out_episodes = np.array(config.held_out, np.int64)
     frames = np.flatnonzero(~np.isin(demos.episode, out_episodes))
 
     # arm, at its start or at the last checkpoint
@@ -202,6 +201,8 @@ def main(config: TrainConfig) -> None:
         progress = Progress(**read_json(last / STATE))
     else:
         arm, processor = build_arm(config, demos, latents, frames)
+        for note in processor.notes:
+            say(f"adapted: {note}")
     weights = fingerprint(arm.policy) if rank == 0 else ""
     if latents is not None:
         latents = latents.under(arm.encoder, demos)  # of a checkpoint that was trained on other data
@@ -227,6 +228,7 @@ def main(config: TrainConfig) -> None:
         "data_fingerprint": demos.fingerprint,
         "data_provenance": demos.provenance,
         "data_facts": describe_data(demos, pictures=features is None),
+        "statistics_of": whose_statistics(config, demos),
         "feature_cache": None if features is None else features.facts,
         "held_out": out_episodes.tolist(),
         "params_total": sum(p.numel() for p in arm.parameters()),
@@ -235,6 +237,9 @@ def main(config: TrainConfig) -> None:
         "flops_per_sample": flops_per_sample(arm, source),
         "weights_fingerprint": weights,
     }
+
+    if config.statistics == "checkpoint" and last is None:
+        check_statistics(arm.policy.config, processor, facts["data_facts"], config.accept)
 
     # run folder
     if rank == 0:
@@ -247,7 +252,10 @@ def main(config: TrainConfig) -> None:
     if len(config.sites) > 1:
         say(f"warning: {len(config.sites)} fusion sites at once: what helps is harder to attribute to one")
     if progress.samples >= config.total_samples:
-        say("nothing to do: the budget is spent")
+        say(
+            f"nothing to do: the budget of {config.total_samples:,} samples is spent; to go on, add --init "
+            f"{config.out / 'last'} --statistics checkpoint --out NEW"
+        )
         return
 
     # loop
@@ -260,7 +268,9 @@ def main(config: TrainConfig) -> None:
     if config.workers and features is None and in_files(demos):
         loader = Loader(demos, config.workers)
         source = dataclasses.replace(source, demos=loader.demos, loader=loader)
-    model = DistributedDataParallel(arm, gradient_as_bucket_view=True) if ranks > 1 else arm
+    model = arm
+    if ranks > 1:  # buffers are the same everywhere from the start on: partners alone can be 23 MB
+        model = DistributedDataParallel(arm, gradient_as_bucket_view=True, broadcast_buffers=False)
     spend(config, source, model, optimizer, average, progress, out_episodes, facts, rank, together)
     if source.loader is not None:
         source.loader.close()
@@ -429,14 +439,16 @@ def optimizer_step(
     counts = sum_over_ranks(sum(weight * count_terms(source, batch) for batch, weight in micro))
     optimizer.zero_grad(set_to_none=True)
     winners = []
-    logs = torch.zeros(3, device=source.device)  # action loss, world loss, world cosine: sums
+    # sums of action loss, world loss and world cosine, and memory rows that are not finite
+    logs = torch.zeros(4, device=source.device)
     for i, (batch, weight) in enumerate(micro):
         last = i == len(micro) - 1
         with nullcontext() if last or ranks == 1 else model.no_sync():
             out = model(*batch)
             action, _ = masked_mean(out["action"], batch[0]["is_pad"])
             loss = action / counts[0]
-            sums = [action.detach(), torch.zeros_like(action), torch.zeros_like(action)]
+            zero = torch.zeros_like(action)
+            sums = [action.detach(), zero, zero, out.get("bad_memory_rows", zero).float()]
             if "world" in out:
                 world = torch.where(out["counted"], out["world"], 0).sum()
                 loss = loss + config.lambda_world * world / counts[1].clamp(min=1)
@@ -445,9 +457,8 @@ def optimizer_step(
             (loss * ranks * weight).backward()  # DDP averages over ranks; times `ranks` makes it the sum
         logs += weight * torch.stack(sums)
     norms = gradient_norms(source.arm) if logged else {}  # before they are clipped
-    norm = torch.nn.utils.clip_grad_norm_(
-        [p for p in model.parameters() if p.requires_grad], config.grad_clip
-    )
+    live = [p for p in model.parameters() if p.requires_grad]
+    norm = torch.nn.utils.clip_grad_norm_(live, config.grad_clip)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * lr_factor(config, first)
     # Gradients are the sum over ranks by now, so all ranks see the same norm and skip the same steps. The
@@ -486,8 +497,6 @@ def banner(
     micro = -(-config.batch_size // (ranks * config.accumulate))
     most = "" if micro * ranks * config.accumulate == config.batch_size else "at most "
     tokens = f", tokens from {config.features}" if config.features else ""
-    fresh = config.init in PRESETS and start == config.init
-    floors = f"{config.state_std_floor:g} (state) and {config.action_std_floor:g} (action)"
     lines = [
         f"arm {facts['arm']}, seed {config.seed}, git {commit}; run folder {config.out}",
         f"device {env['device']} ({device.type}), {ranks} rank(s), {env['threads']} threads; {versions}",
@@ -497,10 +506,8 @@ def banner(
         f"budget {config.total_samples:,} samples at a peak rate of {config.lr:g}; a checkpoint every "
         f"{config.save_every:,} and {config.save_minutes:g} min",
         f"data {config.data}: {len(demos.first)} episodes, {len(demos):,} frames, fingerprint "
-        f"{demos.fingerprint}{tokens}; statistics: "
-        + (chosen_statistics(demos)[1] if fresh else "from the checkpoint"),
-        f"checkpoint {start}, fingerprint {facts['weights_fingerprint']}"
-        + (f"; deviations of at least {floors}" if fresh else ""),
+        f"{demos.fingerprint}{tokens}; statistics: {facts['statistics_of']}",
+        f"checkpoint {start}, fingerprint {facts['weights_fingerprint']}",
     ]
     if config.sites:
         ahead, chunk = config.future * config.world_stride, arm.policy.config.n_action_steps
@@ -514,8 +521,9 @@ def log_line(
     config: TrainConfig, arm: Arm, out: dict, progress: Progress, rate: float, ranks: int, facts: dict
 ) -> dict[str, float]:
     """Gather what is logged of a step; all ranks call it, since it sums over them."""
-    counts = out["counts"][[0, 1, 1]].clamp(min=1)
-    action, world, cosine = (sum_over_ranks(out["sums"].double()) / counts).tolist()
+    *sums, bad_rows = sum_over_ranks(out["sums"].double()).tolist()
+    terms, moving = out["counts"].clamp(min=1).tolist()
+    action, world, cosine = sums[0] / terms, sums[1] / moving, sums[2] / moving
     line = {"samples": progress.samples, "step": progress.step, "action_loss": action, "loss": action}
     line |= {"lr": out["lr"], "bad_steps": progress.bad_steps}
     line |= {name: float(norm) for name, norm in out["norms"].items()} | {"samples_per_second": rate}
@@ -525,7 +533,7 @@ def log_line(
     if arm.prophet is not None:
         line |= {"world_loss": world, "world_cos": cosine, "loss": action + config.lambda_world * world}
     if arm.policy.fusion is not None:
-        line |= arm.policy.fusion.gates() | diagnose(arm, out)
+        line |= {"bad_memory_rows": bad_rows} | arm.policy.fusion.gates() | diagnose(arm, out)
     return line
 
 
@@ -547,7 +555,12 @@ def validate(source: Source, episodes: np.ndarray, rank: int, ranks: int) -> dic
     sums = sum_over_ranks(
         torch.tensor([*sums, len(found.episodes)], dtype=torch.float64, device=source.device)
     )
-    return {f"val_loss_{mode}": value for mode, value in zip(modes, (sums[:-1] / sums[-1]).tolist())}
+    found = {f"val_loss_{mode}": value for mode, value in zip(modes, (sums[:-1] / sums[-1]).tolist())}
+    if arm.prophet is not None:
+        cosine = torch.tensor(world_cosine(source, episodes[rank::ranks]), dtype=torch.float64)
+        total, count = sum_over_ranks(cosine.to(source.device)).tolist()
+        found["val_world_cos"] = total / max(1, count)
+    return found
 
 
 if __name__ == "__main__":

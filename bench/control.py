@@ -197,7 +197,7 @@ def make_arm(samples: Samples, seed: int, **fields: object) -> Arm:
     torch.manual_seed(seed)
     policy = SmolVLA(POLICY).initialise()
     policy.freeze("none")
-    return Arm(config, policy, encoder, Summary(scale, change.mean(0), samples.z_hist[:16]), {})
+    return Arm(config, policy, encoder, Summary.of(scale, change.mean(0), samples.z_hist[:16]), {})
 
 
 def make_bank(samples: Samples, seed: int, count: int, loss: str) -> Arm:
@@ -296,11 +296,22 @@ def gain_interval(ours: Tensor, theirs: Tensor, seed: int) -> tuple[float, float
 # ---- checks -------------------------------------------------------------------------------------------
 
 
-def check_single(arm: Arm, samples: Samples) -> list[Check]:
-    """One hypothesis predicts the average of the branches, which is none of them."""
+def mean_cosine(arm: Arm, samples: Samples) -> float:
+    """The cosine of the first hypothesis' last change to the mean of the branches' last changes."""
     futures, present = imagined(arm, samples), samples.z_hist[:, -1]
     mean = samples.futures[:, :, -1].mean(1) - present  # (B, R, K, D) -> (B, D)
-    cosine = F.cosine_similarity(futures[:, 0, -1] - present, mean, dim=-1).mean().item()
+    return F.cosine_similarity(futures[:, 0, -1] - present, mean, dim=-1).mean().item()
+
+
+def check_untaught(arm: Arm, samples: Samples) -> Check:
+    """A prophet that the world loss never reached predicts nothing, whatever its memory does for actions."""
+    cosine = mean_cosine(arm, samples)
+    return Check("no world loss: cosine to the branches' mean", cosine, "within 0.5", abs(cosine) < 0.5)
+
+
+def check_single(arm: Arm, samples: Samples) -> list[Check]:
+    """One hypothesis predicts the average of the branches, which is none of them."""
+    futures, cosine = imagined(arm, samples), mean_cosine(arm, samples)
     error = branch_errors(futures, samples).amin((1, 2)).mean().item()
     return [
         Check("one hypothesis: error to the nearest branch", error, f"> {FAR}", error > FAR),
@@ -447,6 +458,9 @@ def main(args: list[str]) -> int:
         losses[name] = action_losses(arm, held, seed)
         print(f"{time.perf_counter() - start:5.0f} s  policy {name}", flush=True)
     checks.append(check_random(losses["random"], losses["zero"], seed))
+    untaught = train(make_arm(samples, seed, lambda_world=0.0, detach_memory=False), samples, steps, seed)
+    losses["pred, no world loss"] = action_losses(untaught, held, seed)
+    checks.append(check_untaught(untaught, held))
 
     # a policy with the bank, which must attend to the hypothesis that the cue names
     arm = train(banks["N = R"], samples, steps, seed)

@@ -6,7 +6,7 @@ rows go to the disk first, then their mark. The last step is a rename: under its
 tower.py and world.py write through this file; each keeps a sidecar, JSON that says what it was made from.
 
     torchrun --nproc-per-node 2 -m latents.world cache DATA     # each rank writes its share of the blocks
-    pytest tests/test_features.py tests/test_world.py
+    pytest tests/latents
 
 Shapes: F frames.
 """

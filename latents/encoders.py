@@ -36,6 +36,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import tyro
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -95,6 +96,9 @@ class WorldConfig:
     world_revision: str | None = None
     """Revision of the hub id, to pin it."""
 
+    held_out: tyro.conf.Suppress[tuple[int, ...]] = ()
+    """Episodes that nothing is fitted on; follows from --val-every and --val-share."""
+
     def __post_init__(self) -> None:
         if not self.world_camera or len(set(self.latent_cameras)) < len(self.world_camera):
             raise Refused(f"--world-camera needs different cameras, got {self.world_camera}: name each once")
@@ -138,6 +142,7 @@ class WorldConfig:
             "dim": self.world_dim,
             "resolution": self.world_resolution,
             "clip": self.world_clip,
+            **({"held_out": list(self.held_out)} if self.held_out else {}),
         }
 
 

@@ -75,7 +75,7 @@ def tower_identity(policy: SmolVLA, dtype: str) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "dtype": dtype,
-        "cameras": list(c.cameras),
+        "cameras": list(c.given_cameras),
         "pictures": PICTURES,
         **{name: getattr(c, name) for name in SIZES},
         "tokens": c.image_tokens,
@@ -239,12 +239,13 @@ def encode(policy: SmolVLA, processor: Processor, pictures: dict[str, Tensor]) -
     """Run the tower on pictures (b, 3, S, S) uint8 by camera, as training does: (b, V, n, W)."""
     device = policy.connector.proj.weight.device
     images, _ = processor.cameras({name: picture.to(device) for name, picture in pictures.items()})
-    return torch.stack(policy.embed_images(images), dim=1)  # V x (b, n, W) -> (b, V, n, W)
+    given = images[: len(pictures)]  # without the black ones behind them
+    return torch.stack(policy.embed_images(given), dim=1)  # V x (b, n, W) -> (b, V, n, W)
 
 
 def freeze(policy: SmolVLA, demos: Demos, dtype: torch.dtype, device: torch.device) -> None:
     """Bring a policy to a device, frozen, in the stored type, with the kernels of training."""
-    for camera in policy.config.cameras:
+    for camera in policy.config.given_cameras:
         if camera not in demos.images:
             raise Refused(
                 f"the policy's camera {camera} is not in the data, there are {', '.join(demos.images)}:"

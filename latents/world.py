@@ -106,13 +106,19 @@ def encode_demos(encoder: PCA | Learned, demos: Demos) -> Tensor:
 
 def fit(demos: Demos, config: WorldConfig) -> PCA:
     """Fit the encoder and its standardisation on the demonstrations; the same data give the same encoder."""
-    every = np.unique(np.linspace(0, len(demos) - 1, min(len(demos), FIT_FRAMES)).round().astype(np.int64))
-    batches = picture_batches(demos, config, every)
+    among = fitted_on(demos, config)
+    every = np.unique(np.linspace(0, len(among) - 1, min(len(among), FIT_FRAMES)).round().astype(np.int64))
+    batches = picture_batches(demos, config, among[every])
     pixels = torch.cat([shrink(views(frames, config), config.world_resolution) for frames in batches])
     mean, components = principal(pixels, config.world_dim)
     return PCA(
         config, picture_size(demos, config), mean, components, WorldStats.of((pixels - mean) @ components.T)
     )
+
+
+def fitted_on(demos: Demos, config: WorldConfig) -> np.ndarray:
+    """The frames that encoders and their statistics are fitted on: not those of held-out episodes."""
+    return np.flatnonzero(~np.isin(demos.episode, config.held_out))
 
 
 def picture_size(demos: Demos, config: WorldConfig) -> int:
@@ -340,7 +346,7 @@ def fill(
     blocks.write_blocks(part, layout, read, compute, rank, ranks)
     wait_for_ranks()
     if rank == 0:
-        complete(part, encoder)
+        complete(part, encoder, fitted_on(demos, config) if config.held_out else None)
 
 
 def open_part(
@@ -368,11 +374,13 @@ def read_pca(part: Path, config: WorldConfig) -> PCA:
         raise Refused(f"{part / ENCODER} is damaged ({error}): delete {part} and run again") from error
 
 
-def complete(part: Path, encoder: PCA | Learned) -> None:
+def complete(part: Path, encoder: PCA | Learned, among: np.ndarray | None = None) -> None:
     """Write what takes all rows to know: a learned encoder's statistics, and the CRCs."""
     rows = np.load(part / ROWS, mmap_mode="r")
     if isinstance(encoder, Learned):
-        encoder = dataclasses.replace(encoder, stats=WorldStats.of_each(rows))
+        encoder = dataclasses.replace(
+            encoder, stats=WorldStats.of_each(rows if among is None else rows[among])
+        )
         blocks.write_beside(part / ENCODER, save(encoder.state()))
     stored = json.loads((part / SIDECAR).read_text()) | stats_json(encoder.stats)
     stored["crc"] = checksums(part, rows)
@@ -384,20 +392,21 @@ def complete(part: Path, encoder: PCA | Learned) -> None:
 
 
 def change_statistics(
-    demos: Demos, z: Tensor, K: int, stride: int, delta: bool = True
+    demos: Demos, z: Tensor, K: int, stride: int, delta: bool = True, frames: np.ndarray | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return r (K,), the RMS of ||y_k||, and the mean of y_k (K, D), over the steps inside episodes; float32.
 
-    y_k = z_{t+ks} - z_t, or z_{t+ks} with delta false; z (F, D) are standardised latents.
+    y_k = z_{t+ks} - z_t, or z_{t+ks} with delta false; z (F, D) are standardised latents; frames, those that
+    are trained on, default all.
     """
     assert len(z) == len(demos), f"{len(z)} latents for {len(demos)} frames"
-    index = np.arange(len(demos))
+    index = np.arange(len(demos)) if frames is None else frames
     future, valid = demos.future(index, K, stride)  # (F, K)
     if not valid[:, -1].any():
-        longest = int((demos.last - demos.first).max()) + 1
+        longest = int((demos.last - demos.first)[demos.episode[index]].max()) + 1
         raise Refused(
-            f"the last future frame lies {K * stride} steps ahead, but the longest episode has {longest}"
-            " frames: lower the number of future frames or --world-stride"
+            f"the last future frame lies {K * stride} steps ahead, but the longest episode trained on has"
+            f" {longest} frames: lower the number of future frames or --world-stride"
         )
     rms, means = [], []
     for k in range(K):
@@ -410,6 +419,27 @@ def change_statistics(
         rms.append(torch.cat(squares).mean().sqrt())
         means.append(torch.stack(sums).sum(0))
     return torch.stack(rms).float(), torch.stack(means).float()
+
+
+def future_statistics(
+    demos: Demos, z: Tensor, K: int, stride: int, frames: np.ndarray | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the mean future (K, D), and a factor (K, K) that correlates noise over steps as futures are.
+
+    Over frames whose K futures all lie inside their episode; the correlation of steps k and l is that of all
+    dimensions together, each with its own variance: E[z_k . z_l] / sqrt(E[z_k . z_k] E[z_l . z_l]), centred.
+    """
+    index = np.arange(len(demos)) if frames is None else frames
+    future, valid = demos.future(index, K, stride)  # (F, K)
+    whole = torch.from_numpy(future[valid[:, -1]])
+    mean = torch.stack([z[whole[:, k]].double().mean(0) for k in range(K)])  # (K, D)
+    products = torch.zeros(K, K, dtype=torch.float64)
+    for part in whole.split(max(1, CHUNK // (K * z.shape[1]))):
+        centred = z[part].double() - mean  # (n, K, D)
+        products += torch.einsum("nkd,nld->kl", centred, centred)
+    scale = products.diagonal().sqrt().clamp(min=1e-12)
+    correlation = products / (scale[:, None] * scale) + 1e-6 * torch.eye(K, dtype=torch.float64)
+    return mean.float(), torch.linalg.cholesky(correlation).float()
 
 
 def write(

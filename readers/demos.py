@@ -56,6 +56,8 @@ class Demos:
     """Camera -> what `picture_checks` would give, where it is known already (latents/tower.py)."""
     own_stats: dict[str, dict[str, np.ndarray]] | None = None
     """The statistics that come with the data set, where they are complete and all of it is here."""
+    renamed: dict[str, str] = field(default_factory=dict)
+    """Cameras whose name is another one in the data: that name -> the one in `images`."""
 
     def __len__(self) -> int:
         """Return the number of frames F."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -39,8 +39,10 @@ def load(
     reader = layout(path)
     demos = reader.read(path, None if names is None else list(names.values()))
     if names is not None:  # two names may stand for one camera of the data
-        found = dict(zip(names, (demos.images[camera_key(old, demos.images)] for old in names.values())))
-        demos = replace(demos, images=found)
+        old = {new: camera_key(name, demos.images) for new, name in names.items()}
+        found = {new: demos.images[name] for new, name in old.items()}
+        renamed = {name: new for new, name in old.items() if new != name}
+        demos = replace(demos, images=found, renamed=renamed)
     chosen = choose_episodes(demos.tasks, demos.task, options, path)
     demos = demos if len(chosen) == len(demos.first) else demos.only(chosen)
     if in_memory is None:
@@ -51,6 +53,14 @@ def load(
         return demos
     check_memory(demos)
     return replace(demos, images={camera: pictures[:] for camera, pictures in demos.images.items()})
+
+
+def camera_names(path: Path) -> list[str]:
+    """Return the cameras of a data set, by their names in it."""
+    reader = layout(path)
+    return list(
+        reader.camera_features(reader.read_info(path)) if (path / "meta").is_dir() else reader.CAMERAS
+    )
 
 
 def layout(path: Path) -> ModuleType:
@@ -84,11 +94,19 @@ def in_files(demos: Demos) -> bool:
     return any(isinstance(pictures, StoredPictures) for pictures in demos.images.values())
 
 
-def remember_checks(demos: Demos, home: Path) -> Demos:
+def decode_all(demos: Demos) -> Demos:
+    """Give demonstrations the CRCs of all their pictures."""
+    return replace(demos, checks={camera: demos.picture_checks(camera) for camera in demos.images})
+
+
+def remember_checks(
+    demos: Demos, home: Path, decode: Callable[[Demos], Demos] = decode_all, writes: bool = True
+) -> Demos:
     """Give pictures that stay in the files their CRCs, from a file beside the data; where it knows nothing of
     these files (names, bytes, times of change), every picture is decoded once, and the file is written.
 
-    Args: home, as `DataConfig.cache_home` gives it.
+    Args: home, as `DataConfig.cache_home` gives it; decode, how that is done, ranks sharing the work say;
+    writes, whether this rank writes the file.
     """
     if not in_files(demos):
         return demos
@@ -101,13 +119,16 @@ def remember_checks(demos: Demos, home: Path) -> Demos:
         checks = stored["checks"] if stored["headers"] == headers else {}
     except (OSError, ValueError, KeyError, TypeError):
         checks = {}
-    if not set(demos.images) <= set(checks):
+    if set(demos.images) <= set(checks):
+        return replace(demos, checks={camera: checks[camera] for camera in demos.images})
+    if writes:
         print(f"data: decoding {len(demos):,} frames once, to fingerprint them: {path}", flush=True)
-        checks = {camera: demos.picture_checks(camera) for camera in demos.images}
-        beside = path.with_name(f"{path.name}.{os.getpid()}")
-        try:
-            beside.write_text(json.dumps({"headers": headers, "checks": checks}) + "\n")
+    demos = decode(demos)
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        if writes:
+            beside.write_text(json.dumps({"headers": headers, "checks": demos.checks}) + "\n")
             beside.replace(path)
-        except OSError as error:  # a folder that is only read; nothing but time is lost
-            print(f"data: the next run will do so again, {path} can't be written ({error.strerror})")
-    return replace(demos, checks={camera: checks[camera] for camera in demos.images})
+    except OSError as error:  # a folder that is only read; nothing but time is lost
+        print(f"data: the next run will do so again, {path} can't be written ({error.strerror})")
+    return demos

@@ -133,6 +133,38 @@ def choose_cameras(options: Iterable[str], wanted: Iterable[str] | None) -> dict
     return {camera_name(name): names[camera_key(name, names, "--cameras")] for name in wanted}
 
 
+def match_cameras(
+    known: Iterable[str],
+    renames: dict[str, str],
+    there: list[str],
+    asked: tuple[str, ...] = (),
+    besides: Iterable[str] = (),
+) -> tuple[str, ...]:
+    """Return the `--cameras` under which a data set's cameras have a checkpoint's names; empty: as they are.
+
+    Args: known, the checkpoint's cameras, of which some may be missing in the data; renames, its rename map,
+    which applies where `asked` (--cameras) names none; there, the data's; besides, what else may be named.
+    Raises Refused, with the flag to type, where cameras of both sides are left over: which is which?
+    """
+    known, names = list(known), choose_cameras(asked, None)
+    if names is None:
+        names = {}
+        for old in there:  # a camera that has a name already keeps it
+            new = renames.get(old, old)
+            names[old if new in there else new] = old
+    left = [name for name in known if name not in names]
+    over = [name for name in names if name not in {*known, *besides}]
+    if left and (over or len(left) == len(known)):
+        short = lambda cameras: [name.removeprefix("observation.images.") for name in cameras]  # noqa: E731
+        flag = " ".join(f"{new}={old}" for new, old in zip(short(known), short(there)))
+        raise Refused(
+            f"the checkpoint's cameras are {', '.join(short(known))}, those of the data "
+            f"{', '.join(short(names)) or 'none'}: say which is which, as in --cameras {flag}"
+        )
+    same = all(new == old for new, old in names.items())
+    return asked if asked or same else tuple(f"{new}={old}" for new, old in names.items())
+
+
 # ------------------------------------------------------------------------------------------------------------
 # episodes and tasks
 

@@ -1,8 +1,8 @@
 """Turns run folders into success tables, paired comparisons and figures, an interval beside every number.
 
-Two arms are compared on the same (suite, task, init state) pairs, within one training seed. Another sample
-budget gets a panel of its own, and so do checkpoints from elsewhere; another protocol or other data are
-refused. A simulator crash is neither a success nor a failure: it is counted beside them.
+Two arms are compared on the same (suite, task, init state) pairs, within one training seed; seeds are what
+verdicts rest on. Another sample budget gets a panel of its own, and so do checkpoints from elsewhere; another
+protocol or other data are set aside. A simulator crash is neither a success nor a failure.
 
     python -m report runs/demo                            # -> runs/demo/report/: report.html, table.md, ...
     python -m report runs/a runs/b/E2_s0 -o report   # any run folders, or folders that hold some
@@ -10,13 +10,13 @@ refused. A simulator crash is neither a success nor a failure: it is counted bes
     python -m report watch RUN                            # a run while it trains
 
 Reads JSON lines, pictures and videos; needs neither torch nor a simulator. reading.py reads run folders and
-refuses, tables.py and figures.py say and draw, page.py lays out; stats.py has the statistics and sources.
+sets aside, findings.py, tables.py and figures.py say and draw, page.py lays out; stats.py has the statistics.
 """
 
 import csv
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -25,18 +25,10 @@ from typing import Annotated
 import tyro
 
 from report import figures
+from report.findings import looks, partitions, sentences, signals
 from report.page import Bullets, Media, Plot, Section, Shot, Table, Text, markdown, markdown_table, page
-from report.reading import (
-    Refusal,
-    Rollout,
-    RunFolder,
-    check_comparable,
-    filmed,
-    find_runs,
-    imagined,
-    load_run,
-)
-from report.stats import Contrast, all_contrasts, by_arm, tally
+from report.reading import Aside, Refusal, Rollout, RunFolder, filmed, imagined, load_runs, plain
+from report.stats import LEAST_SEEDS, Contrast, all_contrasts, by_arm, tally
 from report.tables import (
     COLUMNS,
     contrast_blocks,
@@ -44,8 +36,10 @@ from report.tables import (
     growth_table,
     offline_lines,
     offline_table,
+    partition_table,
     reproduction,
     result_rows,
+    signal_table,
     success_table,
     suite_table,
     suites_of,
@@ -53,6 +47,7 @@ from report.tables import (
 )
 
 SUBCOMMANDS = ("power", "watch")  # each a module beside this one, with main(argv)
+TOLD = ("Success", "Paired comparisons", "What these tables can say", "Expected signals")  # at the terminal
 IMAGINED, FILMED = 2, 4  # pictures and videos shown of an arm
 
 
@@ -81,54 +76,36 @@ ELSEWHERE_SAYS = (
 
 
 def seeds_say(arms: dict[str, list[RunFolder]]) -> str:
-    if max(len(runs) for runs in arms.values()) == 1:
+    if max(len(runs) for runs in arms.values()) < LEAST_SEEDS:
         return (
-            "One training seed an arm: the intervals cover the choice of episodes only. Nothing here speaks "
-            "about the variation between training seeds, which may be as large as any difference above."
+            f"Fewer than {LEAST_SEEDS} training seeds an arm: no verdict on arms, only the tables. Wilson "
+            "intervals cover the choice of episodes, not what training seeds vary by, which may be as much."
         )
     counted = ", ".join(f"{arm} {len(runs)}" for arm, runs in arms.items())
     return (
-        f"Training seeds: {counted}. Wilson intervals and p pool the episodes of these seeds and speak about "
-        "these alone; the bootstrap in rows `all` speaks about new ones, roughly where they are fewer than 5."
+        f"Training seeds: {counted}. Verdicts on arms are t tests over seeds and speak about new seeds; "
+        "Wilson intervals pool the episodes of these seeds and speak about these alone."
     )
 
 
-def memory_helps_say(arms: dict[str, list[RunFolder]], found: dict[tuple[str, str], Contrast]) -> str:
-    needed = [found.get(("E2", other)) for other in ("E1", "E0")]
-    if None in needed:
-        verdict = "cannot be told, a comparison is missing"
-    elif all(c.shown and c.difference > 0 for c in needed):
-        verdict = "shown here"
-    else:
-        verdict = "not shown here"
-    details = "".join(f"; {c.verdict}" for c in needed if c)
-    return (
-        "That memory helps takes E2 above both E1 (the same fusion, fed zeros) and E0 (no memory): "
-        f"{verdict}{details}."
-    )
-
-
-def what_it_says(panel: list[RunFolder], contrasts: list[Contrast]) -> list[str]:
+def what_it_says(panel: list[RunFolder], contrasts: list[Contrast], looked: int) -> list[str]:
     """Return what follows from these runs and what does not."""
     arms = by_arm(panel)
-    found = {(c.a, c.b): c for c in contrasts if c.p_holm is not None}
     says = [ELSEWHERE_SAYS if panel[0].elsewhere else seeds_say(arms)]
-    for arm in arms:
-        if inside := [c.verdict for (a, b), c in found.items() if a.startswith(f"{arm} ")]:
-            says.append(
-                f"{'; '.join(inside)}. A difference here shows only that the policy of {arm} depends on "
-                "its memory, not that memory helps."
-            )
-    if any(runs[0].fusion for runs in arms.values()):
-        says.append(memory_helps_say(arms, found))
-    if blind := found.get(("E0", "E0b")):
+    if looked > 1:
+        says.append(f"Looked at {looked} times; each may give a false verdict, and p counts one alone.")
+    says += [f"{f.arm}: {f.what}: {f.answer}. {f.number}." for f in sentences(panel, contrasts)]
+    if any(run.unmet(mode) for run in panel for mode in ("off", "zero")):
         says.append(
-            f"{blind.verdict}. E0b sees no picture: success that it reaches too says nothing about seeing."
+            "An arm's fall from its own memory to `off` or `zero` shows that policy and memory grew used to "
+            "each other, not that memory helps, unless training met it (`off`: `--memory-dropout`)."
         )
-    elif "E0" in arms:
+    blind = [c for c in contrasts if (c.a, c.b) == ("E0", "E0b")]
+    says += [
+        f"{c}. E0b sees no picture: success that it reaches too says nothing about seeing." for c in blind
+    ]
+    if "E0" in arms and not blind:
         says.append("Without E0b, which is blind, nobody knows how much of this success needs eyes.")
-    if contrasts:
-        says.append("`not shown` is not `no difference`: see what each row can detect.")
     if crashes := tally([e for run in panel for e in run.episodes]).crashes:
         says.append(
             f"{crashes} episodes crashed and count neither way; crashes that favour an arm would bias this."
@@ -185,6 +162,8 @@ LEAD = (
 CAPTIONS = {
     "success": "Success and its 95 % Wilson interval, seeds and suites pooled. Filled: the arm's own memory "
     "mode; open: an intervention at rollout. Small dots: single seeds. Right: solved/ran.",
+    "dose": "Success with the gates' strength times S at rollout (`eval.py --gate-scale`); 1: the policy as "
+    "trained. Band: 95 % Wilson interval, seeds pooled.",
     "suites": "Success by suite under each arm's own memory mode; 95 % Wilson intervals; small dots: seeds.",
     "growth": "Success at every evaluated checkpoint, own memory mode, seeds and suites pooled; band: 95 % "
     "Wilson interval.",
@@ -218,18 +197,26 @@ def draw(name: str, panel: list[RunFolder], palette: dict, out: Path, *more: obj
     return [Plot(stem, CAPTIONS[name], name in WIDE)] if drawn else []
 
 
-def success_sections(panel: list[RunFolder], palette: dict, out: Path) -> list[Section]:
-    """Return what rollouts showed: success, comparisons, what these say, and the parts of success."""
+def success_sections(
+    panel: list[RunFolder], palette: dict, out: Path, looked: int
+) -> tuple[list[Section], list[dict]]:
+    """Return what rollouts showed (success, comparisons, what these say), and its rows of results.csv."""
     contrasts, suites, growth = all_contrasts(panel), suites_of(panel), growth_table(panel)
+    expected, spread = signals(panel, contrasts), partitions(panel, contrasts)
     by_suite = [*draw("suites", panel, palette, out), *([suite_table(panel)] if len(suites) > 1 else [])]
     blocks = {
         "Success": [*draw("success", panel, palette, out, panel_title(panel)), success_table(panel)],
-        "Paired comparisons": contrast_blocks(contrasts),
-        "What these tables can say": [Bullets(what_it_says(panel, contrasts))],
+        "Paired comparisons": contrast_blocks(panel, contrasts),
+        "What these tables can say": [Bullets(what_it_says(panel, contrasts, looked))],
+        "Expected signals": [signal_table(expected)] if expected else [],
+        "Dose and response": draw("dose", panel, palette, out),
+        "Where the spread comes from": [partition_table(spread)] if spread else [],
         "By suite and task": [*by_suite, *(task_table(panel, suite) for suite in suites)],
         "Over training samples": [*draw("growth", panel, palette, out), growth] if growth else [],
     }
-    return [Section(title, found, 3) for title, found in blocks.items() if found]
+    said = {"sentence": sentences(panel, contrasts), "signal": expected}
+    sections = [Section(title, found, 3) for title, found in blocks.items() if found]
+    return sections, result_rows(panel, contrasts, said)
 
 
 def training_sections(panel: list[RunFolder], palette: dict, out: Path) -> list[Section]:
@@ -262,50 +249,60 @@ def panels_of(runs: list[RunFolder]) -> dict[str, list[RunFolder]]:
 
 
 def for_terminal(sections: list[Section]) -> str:
-    """Return a panel's title and the tables of its first two parts: success, and comparisons."""
-    title, *parts = sections[:3]
-    first = [next(b for b in part.blocks if isinstance(b, Table | Text)) for part in parts]
-    tables = [markdown_table(block) if isinstance(block, Table) else block.text for block in first]
-    return "\n\n".join([title.title, *tables]) + "\n"
+    """Return a panel's title, and what its first parts say: success, comparisons, sentences, signals."""
+    title, *parts = sections
+    parts = [part for part in parts if part.title in TOLD]
+    told = [b for part in parts for b in part.blocks if isinstance(b, Table | Text | Bullets)]
+    return "\n\n".join([title.title, *map(terminal_block, told)]) + "\n"
 
 
-def write_report(runs: list[RunFolder], out: Path, title: str = "Report") -> str:
+def terminal_block(block: Table | Text | Bullets) -> str:
+    if isinstance(block, Bullets):
+        return "\n".join(f"- {item}" for item in block.items)
+    return markdown_table(block) if isinstance(block, Table) else block.text
+
+
+def write_report(runs: list[RunFolder], out: Path, title: str = "Report", aside: Sequence[Aside] = ()) -> str:
     """Write report.html, table.md, results.csv and the figures, and return what goes to the terminal."""
-    check_comparable(runs)
     panels = panels_of(runs)
     if not panels:
         names = ", ".join(run.name for run in runs)
         raise Refusal(f"no episodes in episodes.jsonl of {names}; run eval.py on a checkpoint first")
     out.mkdir(parents=True, exist_ok=True)
     palette = figures.looks(sorted({run.arm for run in runs}))
-    sections, printed = [Section("At a glance", [glance_table(panels)])], []
+    looked = looks(panels, out / "looks.json")
+    sections, printed, rows = [Section("At a glance", [glance_table(panels, looked)])], [], []
     if missing := [run.name for run in runs if not run.episodes]:
         sections[0].blocks.append(Text(f"Not evaluated: {', '.join(missing)}."))
+    if aside:
+        sections[0].blocks.append(Text(f"Set aside: {'; '.join(f'{a.name} ({a.why})' for a in aside)}."))
     for name, panel in panels.items():
-        found = [Section(name, []), *success_sections(panel, palette, out)]
+        found, more = success_sections(panel, palette, out, looked[name])
+        found, rows = [Section(name, []), *found], rows + more
         printed.append(for_terminal(found))
         sections += [*found, *training_sections(panel, palette, out)]
     sections.append(Section("Reproduction", reproduction(runs)))
     (out / "table.md").write_text(markdown(title, sections, out))
     with (out / "results.csv").open("w", newline="") as file:
-        rows = (row for panel in panels.values() for row in result_rows(panel))
-        csv.writer(file).writerows([COLUMNS, *rows])
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
     (out / "report.html").write_text(page(title, LEAD, sections, out))
-    printed += [block.text for block in sections[0].blocks[1:]]
+    printed += [f"Not evaluated: {', '.join(missing)}."] if missing else []
     size = (out / "report.html").stat().st_size / 1e6
     wrote = f"wrote {out}/report.html ({size:.1f} MB), table.md, results.csv and figures"
-    return "\n".join([*printed, wrote])
+    return "\n".join([*printed, *map(str, aside), wrote])
 
 
 def main() -> None:
     if sys.argv[1:2] and sys.argv[1] in SUBCOMMANDS:
         importlib.import_module(f"report.{sys.argv[1]}").main(sys.argv[2:])
         return
-    config = tyro.cli(Config, description=__doc__)
+    config = tyro.cli(Config, prog="python -m report", description=__doc__)
     try:
-        runs = [load_run(name, folder) for name, folder in find_runs(config.runs)]
-        title = " and ".join(path.resolve().name for path in config.runs)
-        print(write_report(runs, config.out or config.runs[0] / "report", title))
+        runs, aside = load_runs(config.runs)
+        title = " and ".join(plain(path.resolve().name) for path in config.runs)
+        print(write_report(runs, config.out or config.runs[0] / "report", title, aside))
     except Refusal as error:
         sys.exit(f"error: {error}")
 

@@ -10,6 +10,7 @@ and ink is a mid-tone, so that figures can be read on white and on black; page.p
 Source of the colours: Okabe and Ito, Color Universal Design (2008).
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from report.reading import RunFolder, checkpoints_of
-from report.stats import arm_modes, by_arm, in_mode, tally, wilson
+from report.stats import Tally, arm_modes, by_arm, in_mode, tally, wilson
 
 # Okabe and Ito's palette without its yellow and its black, which vanish on white and on black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -31,6 +32,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK = "#7f858c"
 WIDTH = 5.6  # inches; two stand side by side on a wide page, one is readable on a phone
 MOST_POINTS = 240  # of a line
+DOSE = re.compile(r"gate:(\d+(?:\.\d+)?)")  # a memory mode
 
 plt.rcParams.update(
     dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
@@ -214,8 +216,8 @@ def draw_pane(axis: plt.Axes, pane: Pane) -> None:
         axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_title(pane.title)
     axis.set_xlabel(pane.x)
-    axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g} M" if abs(x) >= 1e6 else f"{x:,.0f}")
+    axis.xaxis.set_major_locator(MaxNLocator(4, integer=not pane.x.startswith("gate")))
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g} M" if abs(x) >= 1e6 else f"{x:,g}")
     tidy(axis)
 
 
@@ -289,17 +291,33 @@ def suites_figure(panel: list[RunFolder], palette: dict[str, Look], path: Path) 
     return forest(columns, path, "success (%)")
 
 
+def rates_line(label: str, look: Look, found: dict[float, Tally]) -> list[Line]:
+    """Return success over some number, in per cent with Wilson's interval; none where one alone was tried."""
+    found = {x: t for x, t in found.items() if t.n}
+    if len(found) < 2:
+        return []
+    band = np.array([wilson(t.k, t.n) for t in found.values()]).T * 100
+    x, y = np.array([*found], float), np.array([100 * t.rate for t in found.values()])
+    return [Line(label, look, x, y, band=(band[0], band[1]), dots=True)]
+
+
 def growth_figure(panel: list[RunFolder], palette: dict[str, Look], path: Path) -> bool:
     """Draw success over training samples, where a run was evaluated at several checkpoints."""
     lines = []
     for arm, runs in by_arm(panel).items():
         found = {samples: tally(episodes) for samples, episodes in checkpoints_of(runs).items()}
-        found = {samples: t for samples, t in found.items() if t.n}
-        if len(found) > 1:
-            band = np.array([wilson(t.k, t.n) for t in found.values()]).T * 100
-            x, y = np.array([*found], float), np.array([100 * t.rate for t in found.values()])
-            lines.append(Line(arm, palette[arm], x, y, band=(band[0], band[1]), dots=True))
+        lines += rates_line(arm, palette[arm], found)
     return panes_figure([Pane("success (%), 95 % Wilson interval", lines)], path)
+
+
+def dose_figure(panel: list[RunFolder], palette: dict[str, Look], path: Path) -> bool:
+    """Draw success over the strength of the gates at rollout (modes `gate:S`; the own mode is 1)."""
+    lines = []
+    for arm, runs in by_arm(panel).items():
+        doses = {float(m[1]): m[0] for mode in arm_modes(runs) if (m := DOSE.fullmatch(mode))}
+        doses = dict(sorted(({1.0: runs[0].own} | doses).items()))
+        lines += rates_line(arm, palette[arm], {s: tally(in_mode(runs, mode)) for s, mode in doses.items()})
+    return panes_figure([Pane("success (%), 95 % Wilson interval", lines, x="gate strength S")], path)
 
 
 # --------------------------------------------------------------------------------------------------

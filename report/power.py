@@ -1,15 +1,14 @@
 """What a number of episodes and seeds can detect, and how many an effect would need.
 
-Within one training seed two arms are compared by exact McNemar on their paired episodes. Over seeds the claim
-is about new seeds, and the test is a t test of the seeds' differences. Its model: seed s differs by
-d + N(0, tau^2), and n pairs measure that with variance (psi - d^2) / n, psi the share of pairs that disagree.
-So T is noncentral t with S - 1 degrees of freedom, noncentrality d / sqrt((tau^2 + (psi - d^2) / n) / S);
-tests/test_power.py holds this against simulated episodes. The report's bootstrap over seeds approximates that
-test, and is more lenient where few seeds differ much.
+The test is the report's: a t test of the per-seed paired differences of two arms, 3 seeds or more. Its model:
+seed s differs by d + N(0, tau^2), and n pairs measure that with variance (psi - d^2) / n, psi the share of
+pairs that disagree. So T is noncentral t with S - 1 degrees of freedom, noncentrality
+d / sqrt((tau^2 + (psi - d^2) / n) / S). Seeds share their starts, so what starts differ by does not part
+seeds: the plan errs on the safe side.
 
-    python power.py                                                       # a plan, before any run
-    python power.py --episodes 500 --seeds 3 --base 0.8 --discordance 0.15 --seed-sd 0.03
-    python power.py runs/demo --effect 10 20                              # from runs: what they could show
+    python -m report power                                # a plan, before any run
+    python -m report power --episodes 500 --seeds 3 --base 0.8 --discordance 0.15 --seed-sd 0.03
+    python -m report power runs/demo --effect 10 20       # from runs: what they could show
     pytest tests/report/test_power.py
 """
 
@@ -27,8 +26,8 @@ import numpy as np
 import tyro
 from scipy.stats import chi2, norm, t
 
-from report.reading import Refusal, check_comparable, find_runs, load_run
-from report.stats import Contrast, Run, compare, mcnemar_power, named_contrasts, smallest_detectable
+from report.reading import Refusal, load_runs
+from report.stats import ALPHA, LEAST_SEEDS, Contrast, Run, all_contrasts
 
 MOST_EPISODES, MOST_SEEDS = 1_000_000, 1_000  # a search ends here
 PLAN = {"episodes": 500, "seeds": 3, "base": 0.8, "tasks": 10}  # where flags say nothing else
@@ -65,7 +64,7 @@ class Config:
     effect: tuple[float, ...] = (5, 10, 20)
     """Differences, in points of success, to say what they need."""
 
-    alpha: float = 0.05
+    alpha: float = ALPHA
     """Level of the two-sided test."""
 
     power: float = 0.8
@@ -130,23 +129,18 @@ class Design:
         """The share of discordant pairs: as told, but never less than the difference that they make."""
         return max(self.discordance, d)
 
-    def within(self, d: float, episodes: int) -> float:
-        """Return the power of exact McNemar on the pairs of one seed."""
-        return mcnemar_power(episodes, d, self.psi(d), self.alpha)
-
     def over(self, d: float, episodes: int, seeds: int) -> float:
-        """Return the power of the two-sided t test of the seeds' mean differences."""
+        """Return the power of the two-sided t test of the seeds' differences; 0 where there is none."""
+        if self.seed_sd is None or seeds < LEAST_SEEDS:
+            return 0.0
         variance = self.seed_sd**2 + (self.psi(d) - d * d) / episodes
         if variance < 1e-15:
             return 1.0
         return t_power(d / math.sqrt(variance / seeds), seeds - 1, self.alpha)
 
     def detects(self, episodes: int, seeds: int) -> float | None:
-        """Return the smallest difference that is found: within one seed by McNemar, over several by t."""
-        if seeds == 1:
-            alone = smallest_detectable(episodes, self.discordance, self.alpha, self.power)
-            return alone or smallest_detectable(episodes, None, self.alpha, self.power)
-        if self.seed_sd is None or self.over(1.0, episodes, seeds) < self.power:
+        """Return the smallest difference that is found."""
+        if self.over(1.0, episodes, seeds) < self.power:
             return None
         low, high = 0.0, 1.0
         for _ in range(20):  # power rises with the difference
@@ -156,17 +150,11 @@ class Design:
 
     def episodes_needed(self, d: float, seeds: int) -> int | None:
         """Return the episodes of a seed at which the power for difference d is reached."""
-        if seeds == 1:
-            return first(lambda n: self.within(d, n) >= self.power, 1, MOST_EPISODES)
-        if self.seed_sd is None:
-            return None
         return first(lambda n: self.over(d, n, seeds) >= self.power, 1, MOST_EPISODES)
 
     def seeds_needed(self, d: float, episodes: int) -> int | None:
-        """Return the seeds at which the t test's power for difference d is reached."""
-        if self.seed_sd is None:
-            return None
-        return first(lambda s: self.over(d, episodes, s) >= self.power, 2, MOST_SEEDS)
+        """Return the seeds at which the power for difference d is reached."""
+        return first(lambda s: self.over(d, episodes, s) >= self.power, LEAST_SEEDS, MOST_SEEDS)
 
 
 def t_power(noncentrality: float, freedom: int, alpha: float) -> float:
@@ -187,8 +175,7 @@ def denominators(freedom: int) -> np.ndarray:
 def first(holds: Callable[[int], bool], low: int, high: int) -> int | None:
     """Return a number where `holds` turns true, by doubling, then bisection; None if `high` is not enough.
 
-    The number returned holds and the one before does not: the power of an exact test may go up and down a
-    little from one number to the next.
+    The number returned holds and the one before does not.
     """
     if holds(low):
         return low
@@ -207,44 +194,12 @@ def first(holds: Callable[[int], bool], low: int, high: int) -> int | None:
 # what runs have shown so far
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What runs show of one contrast; `spread` is the deviation of the seeds' differences."""
-
-    a: str
-    b: str
-    seeds: int
-    episodes: int  # a seed, the mean
-    tasks: int
-    difference: float
-    discordance: float
-    spread: float | None
-    seed_sd: float | None  # of the spread, what episodes do not explain
-
-
-def seen(panel: list[Run], arm: str, rows: list[Contrast]) -> Seen:
-    """Gather the rows of one contrast into what it says of discordance and of the spread over seeds."""
-    rows = [row for row in rows if row.seed != "all"]
-    discordant = [row.counts[1] + row.counts[2] for row in rows]
-    differences = np.array([row.difference for row in rows])
-    pairs = np.array([row.n for row in rows])
-    spread = seed_sd = None
-    if len(rows) > 1:
-        spread = float(differences.std(ddof=1))
-        chance = (np.array(discordant) / pairs - differences**2) / pairs  # variance of each seed's difference
-        seed_sd = math.sqrt(max(0.0, spread**2 - float(chance.mean())))
-    tasks = {(e["suite"], e["task_id"]) for run in panel if run.arm == arm for e in run.episodes}
-    share = sum(discordant) / pairs.sum()
-    mean = float(differences @ pairs / pairs.sum())
-    return Seen(
-        rows[0].a, rows[0].b, len(rows), round(pairs.mean()), len(tasks), mean, share, spread, seed_sd
-    )
-
-
-def seen_in(panel: list[Run]) -> list[Seen]:
-    """Return what is seen of each named contrast that these runs can answer."""
-    found = [(named[0], compare(panel, *named)) for named in named_contrasts(panel)]
-    return [seen(panel, arm, rows) for arm, rows in found if rows]
+def seed_sd(contrast: Contrast) -> float | None:
+    """Return the deviation of the difference over seeds beyond what episodes explain; None for one seed."""
+    if len(contrast.seeds) == 1:
+        return None
+    chance = contrast.paired.var(axis=1) / contrast.n  # variance of each seed's difference
+    return math.sqrt(max(0.0, float(contrast.differences.var(ddof=1) - chance.mean())))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -283,24 +238,22 @@ def settings(config: Config) -> str:
     return f"alpha {config.alpha:g}{among}, power {config.power:.0%}"
 
 
-NOTES = """\
-One seed: exact McNemar, about the two policies of that seed; over seeds: a two-sided t test of the
-seeds' differences, about new seeds. Assumed: pairs are independent, as many disagree as said or
-seen (or as the difference itself needs), and seeds differ normally. In brackets: episodes a task,
-which has 50 init states in LIBERO. -: not to be found, or the spread over seeds is not known."""
+NOTES = f"""\
+A two-sided t test of the seeds' differences, {LEAST_SEEDS} seeds or more. Assumed: pairs are independent, as
+many disagree as said or seen (or as the difference itself needs), and seeds differ normally. In
+brackets: episodes a task, which has 50 init states in LIBERO. -: not to be found, or not known."""
 
 
-def needs(design: Design, effect: float, episodes: int, seeds: int, tasks: int) -> tuple[str, ...]:
-    """Return the cells of what one effect needs: episodes of one seed, of each of several, and seeds."""
-    alone = many(design.episodes_needed(effect, 1), tasks)
+def needs(design: Design, effect: float, episodes: int, seeds: int, tasks: int) -> tuple[str, str]:
+    """Return the cells of what one effect needs: episodes of each of these seeds, or seeds of so many."""
     each = many(design.episodes_needed(effect, seeds), tasks)
-    return alone, each, many(design.seeds_needed(effect, episodes))
+    return each, many(design.seeds_needed(effect, episodes))
 
 
 def plan_text(config: Config) -> str:
     """Return the plan: what a grid of episodes and seeds detects, and what each effect needs."""
     base, tasks = config.plan("base"), config.plan("tasks")
-    episodes, seeds = config.plan("episodes"), config.plan("seeds")
+    episodes, seeds = config.plan("episodes"), max(config.plan("seeds"), LEAST_SEEDS)
     discordance = 2 * base * (1 - base) if config.discordance is None else config.discordance
     seed_sd = SEED_SD if config.seed_sd is None else config.seed_sd
     design = Design(discordance, seed_sd, config.level, config.power)
@@ -308,20 +261,20 @@ def plan_text(config: Config) -> str:
     def possible(d: float | None) -> str:
         return points(d if d is not None and d <= 1 - base else None)
 
-    columns = sorted({1, 2, 3, 5, 10, seeds})
+    columns = sorted({3, 4, 5, 7, 10, seeds})
     sizes = sorted({max(1, round(episodes * share)) for share in (0.25, 0.5, 1, 2, 4)})
     grid = [(many(n, tasks), *(possible(design.detects(n, s)) for s in columns)) for n in sizes]
     wanted = []
     for effect in config.effect:
-        cells = needs(design, effect / 100, episodes, max(seeds, 2), tasks)
-        wanted.append((f"{effect:g}", *(cells if effect / 100 <= 1 - base + 1e-12 else "---")))
+        cells = needs(design, effect / 100, episodes, seeds, tasks)
+        wanted.append((f"{effect:g}", *(cells if effect / 100 <= 1 - base + 1e-12 else "--")))
     parts = [
         f"Two arms on the same episodes, the weaker at {base:.0%}; {discordance:.0%} of pairs disagree; over",
         f"seeds the difference deviates by {points(seed_sd)} points; {settings(config)}.\n",
         "The smallest difference that is found, in points:\n",
-        table(("episodes\na seed", *(f"{s}\nseed{'s' * (s > 1)}" for s in columns)), grid) + "\n",
+        table(("episodes\na seed", *(f"{s}\nseeds" for s in columns)), grid) + "\n",
         "What a difference needs:\n",
-        table(needs_header(max(seeds, 2), f"{episodes:,}"), wanted) + "\n",
+        table(needs_header(seeds, f"{episodes:,}"), wanted) + "\n",
         NOTES,
     ]
     return "\n".join(parts)
@@ -329,39 +282,39 @@ def plan_text(config: Config) -> str:
 
 def panel_text(config: Config, panel: list[Run]) -> str:
     """Return, for the runs of one budget, what their contrasts can detect and what each effect needs."""
-    found = seen_in(panel)
+    found = [contrast for contrast in all_contrasts(panel) if not contrast.within]
     if not found:
-        return "No two arms or modes share pairs."
-    most, able, wanted = max(c.seeds for c in found), [], []
+        return "No two arms that are compared share pairs."
+    most, able, wanted = max(LEAST_SEEDS, *(len(c.seeds) for c in found)), [], []
+    tasks = len({(e["suite"], e["task_id"]) for run in panel for e in run.episodes})
     for c in found:
-        seed_sd = c.seed_sd if config.seed_sd is None else config.seed_sd
-        design = Design(c.discordance, seed_sd, config.level, config.power)
-        over = design.detects(c.episodes, c.seeds) if c.seeds > 1 else None
-        name = f"{c.a} - {c.b}"
-        sizes = (str(c.seeds), many(c.episodes, c.tasks), points(c.difference, "+"), points(c.discordance))
-        spread = (points(c.spread), points(seed_sd))
-        able.append((name, *sizes, *spread, points(design.detects(c.episodes, 1)), points(over)))
+        seeds, disagree = len(c.seeds), float(abs(c.paired).mean())
+        tau = seed_sd(c) if config.seed_sd is None else config.seed_sd
+        design = Design(disagree, tau, config.level, config.power)
+        name, seen = f"{c.a} - {c.b}", float(c.differences.std(ddof=1)) if seeds > 1 else None
+        row = (name, str(seeds), many(c.n, tasks), points(c.difference, "+"), points(disagree))
+        able.append((*row, points(seen), points(tau), points(design.detects(c.n, seeds))))
         for i, effect in enumerate(config.effect):
-            cells = needs(design, effect / 100, c.episodes, max(most, 2), c.tasks)
+            cells = needs(design, effect / 100, c.n, most, tasks)
             wanted.append(("" if i else name, f"{effect:g}", *cells))
     header = ("contrast", "seeds", "pairs\na seed", "differ-\nence", "disagree,\n%")
-    header += ("deviation\nof seeds", "beyond\nepisodes", "found in\none seed", "found over\nthese seeds")
-    needed = table(("contrast", *needs_header(max(most, 2), "as many")), wanted, left=1)
+    header += ("deviation\nof seeds", "beyond\nepisodes", "found over\nthese seeds")
+    needed = table(("contrast", *needs_header(most, "as many")), wanted, left=1)
     parts = ["What these runs can find, in points:\n", table(header, able, left=1) + "\n"]
-    parts += ["What a difference needs:\n", needed + "\n", NOTES, spread_say(config, most)]
+    parts += ["What a difference needs:\n", needed + "\n", NOTES, spread_say(config, found)]
     if config.contrasts == 1 and len(found) > 1:
         worst = f"--contrasts {len(found)}"
-        parts.append(f"Holm's correction runs over {len(found)} contrasts here; its worst case: {worst}.")
+        parts.append(f"Holm's correction runs over up to {len(found)} of these; its worst case: {worst}.")
     return "\n".join(parts)
 
 
 def needs_header(seeds: int, episodes: str) -> tuple[str, ...]:
-    each = f"episodes of\neach of {seeds} seeds"
-    return "points", "episodes\nof one seed", each, f"seeds of\n{episodes} episodes"
+    return "points", f"episodes of\neach of {seeds} seeds", f"seeds of\n{episodes} episodes"
 
 
-def spread_say(config: Config, seeds: int) -> str:
+def spread_say(config: Config, found: list[Contrast]) -> str:
     """Return how well the spread over seeds is known."""
+    seeds = max(len(c.seeds) for c in found)
     if config.seed_sd is not None:
         return f"Beyond episodes: --seed-sd {config.seed_sd:g}, not what is seen."
     if seeds == 1:
@@ -372,13 +325,12 @@ def spread_say(config: Config, seeds: int) -> str:
 
 def main(args: list[str] | None = None) -> None:
     """Print the plan, or what the named runs can detect, a section a sample budget."""
-    config = tyro.cli(Config, args=args, description=__doc__)
+    config = tyro.cli(Config, args=args, prog="python -m report power", description=__doc__)
     if not config.runs:
         print(plan_text(config))
         return
     try:
-        runs = [load_run(name, folder) for name, folder in find_runs(config.runs)]
-        check_comparable(runs)
+        runs, aside = load_runs(config.runs)
         evaluated = [run for run in runs if run.episodes]
         if not evaluated:
             raise Refusal(
@@ -386,6 +338,8 @@ def main(args: list[str] | None = None) -> None:
             )
     except Refusal as error:
         sys.exit(f"error: {error}")
-    for budget in sorted({run.budget for run in evaluated}):
+    print("".join(f"{each}\n" for each in aside), end="", file=sys.stderr)
+    for budget in sorted({run.budget for run in evaluated}, key=lambda b: (b is None, b or 0)):
         panel = [run for run in evaluated if run.budget == budget]
-        print(f"{budget:,} training samples; {settings(config)}\n\n{panel_text(config, panel)}\n")
+        title = "Checkpoints from elsewhere" if budget is None else f"{budget:,} training samples"
+        print(f"{title}; {settings(config)}\n\n{panel_text(config, panel)}\n")

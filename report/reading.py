@@ -1,10 +1,11 @@
 """Reads run folders and says which of them may stand in one table.
 
 A run folder is one whose config.json names an arm. Of its episodes the newest checkpoint's are reported;
-those of earlier ones only show how success grew. Runs with another protocol or other data are refused, in one
-line. Checkpoints from elsewhere (no training budget in config.json) are compared among themselves only.
+those of earlier ones only show how success grew. What does not fit the rest (other data, another protocol,
+a line that is no episode) is set aside by name, with the command that removes it. Checkpoints from elsewhere
+(no training budget in config.json) are compared among themselves only.
 
-    python -c "import reading; print(reading.find_runs((reading.Path('runs'),)))"
+    python -c "from report import reading; print(reading.find_runs((reading.Path('runs'),)))"
     pytest tests/report/test_report.py
 
 Files: config.json, metrics.jsonl, episodes.jsonl, offline.jsonl, step_*/state.json, imagined/, videos/.
@@ -13,16 +14,56 @@ Files: config.json, metrics.jsonl, episodes.jsonl, offline.jsonl, step_*/state.j
 import hashlib
 import json
 import re
-import sys
-from dataclasses import dataclass
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from report.stats import Run, pair_key
 
+NUMBER = int | float
+NONE = type(None)
+CONFIG = {"arm": str, "seed": int, "total_samples": int | NONE}
+CONFIG_MAY = {
+    **{"fusion": list | str | NONE, "memory": str | NONE, "compared_with": list | NONE, "blind": bool | NONE},
+    **dict.fromkeys(("memory_dropout", "lambda_world", "flops_per_sample"), NUMBER | NONE),
+    **dict.fromkeys(("params_total", "params_trainable", "num_hypotheses"), int | NONE),
+}
+EPISODE = {
+    "suite": str,
+    "task_id": int,
+    "init_state": int,
+    "memory": str,
+    "checkpoint": str,
+    "protocol": dict,
+}
+OFFLINE = {"checkpoint": str, "data": str, "fingerprint": str, "episodes": list, "modes": dict}
+
 
 class Refusal(ValueError):
     """What a person can put right, in one line."""
+
+
+class Aside(NamedTuple):
+    """What a report leaves out: a run folder, or lines of one of its files."""
+
+    path: Path
+    why: str
+    lines: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The run folder, or its file and which lines, without the way there."""
+        if not self.lines:
+            return plain(self.path.name)
+        return f"{plain(self.path.parent.name)}/{self.path.name}, line {ranges(set(self.lines))}"
+
+    def __str__(self) -> str:
+        parts = ";".join(f"{part.replace('-', ',')}d" for part in ranges(set(self.lines)).split(", "))
+        command = f"sed -i '{parts}'" if self.lines else "rm -r"
+        return f"set aside {self.name}: {self.why}; remove it: {command} {quoted(self.path)}"
 
 
 class Checkpoint(NamedTuple):
@@ -37,7 +78,6 @@ class RunFolder(Run):
     """A run as the statistics see it, and what else its folder holds; from elsewhere, `budget` is None."""
 
     folder: Path
-    config: dict
     checkpoint: str  # of `episodes`; empty where there are none
     earlier: tuple[Checkpoint, ...]
     offline: tuple[dict, ...]
@@ -58,14 +98,69 @@ class RunFolder(Run):
 # files
 
 
+def plain(text: str) -> str:
+    """Leave out what steers a terminal or breaks a page: control, format and lone surrogate characters."""
+    return text if text.isprintable() else "".join(filter(str.isprintable, text))
+
+
+def quoted(path: Path) -> str:
+    """Return a path as bash reads it, however it is named."""
+    text = str(path)
+    if text.isprintable():
+        return shlex.quote(text)
+    return "$'" + text.encode("unicode_escape").decode().replace("'", "\\'") + "'"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Return sorted numbers with runs shortened: {0, 1, 2, 5} -> "0-2, 5"."""
+    parts: list[list[int]] = []
+    for x in sorted(numbers):
+        if parts and x == parts[-1][-1] + 1:
+            parts[-1].append(x)
+        else:
+            parts.append([x])
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
+
+
+def parse(text: str) -> dict:
+    """Return the object that JSON text holds, its strings made plain. Raises ValueError for anything else."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return value if text.isprintable() and "\\" not in text else made_plain(value)
+
+
+def made_plain(value: object) -> object:
+    if isinstance(value, dict):
+        return {plain(key): made_plain(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [made_plain(x) for x in value]
+    return plain(value) if isinstance(value, str) else value
+
+
+def wrong(row: dict, needed: dict, may: dict | None = None) -> str:
+    """Say what an object lacks, or what in it has another type; "" where it is as it should be."""
+    if missing := [key for key in needed if key not in row]:
+        return f"it has no {', '.join(missing)}"
+    for key, kind in (needed | (may or {})).items():
+        if key in row and not isinstance(row[key], kind):
+            return f"{key} is {row[key]!r:.40}"
+    return ""
+
+
 def find_runs(paths: tuple[Path, ...]) -> list[tuple[str, Path]]:
-    """Return (name, folder) of each run folder in or below `paths`: one whose config.json names an arm."""
+    """Return (name, folder) of each run folder in or below `paths`: one whose config.json names an arm.
+
+    One whose config.json cannot be read is named too.
+    """
     found: dict[Path, str] = {}
 
     def look(folder: Path, name: str, depth: int) -> None:
-        config = folder / "config.json"
-        if config.is_file() and "arm" in read_config(config):
-            found.setdefault(folder.resolve(), name)
+        if may_be_run(folder / "config.json"):
+            found.setdefault(folder.resolve(), plain(name))
         elif depth < 3:
             for child in sorted(p for p in folder.iterdir() if p.is_dir()):
                 look(child, f"{name}/{child.name}" if depth else child.name, depth + 1)
@@ -80,36 +175,43 @@ def find_runs(paths: tuple[Path, ...]) -> list[tuple[str, Path]]:
     return [(name, folder) for folder, name in found.items()]
 
 
-def read_config(path: Path) -> dict:
-    """Return the object that a JSON file holds; an empty one where it holds something else."""
+def may_be_run(path: Path) -> bool:
     try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise Refusal(f"{path}:{error.lineno}: not JSON ({error.msg}); train this run again") from None
-    return config if isinstance(config, dict) else {}
+        return path.is_file() and "arm" in read_config(path)
+    except Refusal:
+        return True
 
 
-def read_lines(path: Path) -> list[dict]:
-    """Return the objects of a JSONL file; a last line that was cut off is left out with a warning."""
-    lines = path.read_text().split("\n") if path.is_file() else []
-    rows = []
+def read_config(path: Path) -> dict:
+    """Return the object that a JSON file holds."""
+    try:
+        return parse(path.read_text())
+    except ValueError as error:
+        raise Refusal(f"{path}: not a JSON object ({error}); train this run again") from None
+
+
+def read_lines(
+    path: Path, needed: dict, aside: list[Aside], check: Callable[[dict], str] = wrong
+) -> list[dict]:
+    """Return the objects of a JSONL file, each with its number as `_line`; what is none is set aside."""
+    rows, bad = [], {}
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    lines = text.split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("not an object")
+            row = parse(line) | {"_line": number}
+            why = check(row, needed)
         except ValueError as error:
-            at = f"{path}:{number}"
-            if any(rest.strip() for rest in lines[number:]):
-                raise Refusal(
-                    f"{at}: malformed line ({error}); delete it and run that program again"
-                ) from None
-            print(f"warning: {at}: the last line is cut off and left out", file=sys.stderr)
-            continue
-        row["_at"] = f"{path}:{number}"
-        rows.append(row)
+            if number == len(lines):
+                continue  # its writer is not done with it
+            why = f"not a JSON object ({error})"
+        if why:
+            bad.setdefault(why, []).append(number)
+        else:
+            rows.append(row)
+    aside += [Aside(path, why, tuple(numbers)) for why, numbers in bad.items()]
     return rows
 
 
@@ -117,17 +219,14 @@ def read_lines(path: Path) -> list[dict]:
 # episodes
 
 
-def check_episode(row: dict) -> None:
-    """Raise Refusal unless an episode has what the tables need and either ran or crashed."""
-    needed = ("suite", "task_id", "init_state", "success", "steps", "memory", "checkpoint", "protocol")
-    if missing := [key for key in needed if key not in row]:
-        raise Refusal(
-            f"{row['_at']}: an episode without {', '.join(missing)}; evaluate again with this eval.py"
-        )
-    if not isinstance(row["success"], bool) and not row.get("crash"):
-        raise Refusal(
-            f"{row['_at']}: success is {row['success']!r} without a crash; delete it, evaluate again"
-        )
+def episode_wrong(row: dict, needed: dict) -> str:
+    """Say what keeps a line from being an episode that either ran or crashed; "" for one that is."""
+    if why := wrong(row, needed):
+        return why
+    if "/" in row["checkpoint"] or row["checkpoint"].startswith("."):
+        return f"checkpoint {row['checkpoint']!r:.40} is no name"
+    ran = isinstance(row.get("success"), bool) and isinstance(row.get("steps"), NUMBER)
+    return "" if ran or row.get("crash") else f"success is {row.get('success')!r} without a crash"
 
 
 def protocol_of(episode: dict) -> dict:
@@ -158,11 +257,10 @@ def age(checkpoint: str) -> list[int]:
     return [int(digits) for digits in re.findall(r"\d+", checkpoint)]
 
 
-def read_episodes(path: Path, has_memory: bool) -> dict[str, list[dict]]:
+def read_episodes(path: Path, has_memory: bool, aside: list[Aside]) -> dict[str, list[dict]]:
     """Return checkpoint -> its episodes as they stand in the file, the newest checkpoint last."""
     found: dict[str, list[dict]] = {}
-    for row in read_lines(path):
-        check_episode(row)
+    for row in read_lines(path, EPISODE, aside, episode_wrong):
         if not has_memory:
             row["memory"] = "off"  # an arm without fusion has nothing to intervene on
         found.setdefault(row["checkpoint"], []).append(row)
@@ -173,30 +271,8 @@ def samples_of(folder: Path, checkpoint: str, rows: list[dict]) -> int | None:
     """Return the samples behind a checkpoint: its own record's, else its episodes', else None."""
     state = folder / checkpoint / "state.json"
     recorded = read_config(state).get("samples") if state.is_file() else None
-    return rows[0].get("samples") if recorded is None and rows else recorded
-
-
-def earlier_checkpoints(
-    folder: Path, found: dict[str, list[dict]], current: list[dict]
-) -> tuple[list[Checkpoint], list[str]]:
-    """Return the earlier checkpoints that can stand beside the newest, whose episodes are `current`.
-
-    Those of another protocol, or of unknown age, are left out, and a note says so.
-    """
-    protocols = {row["suite"]: protocol_of(row) for row in current}
-    kept, notes = [], []
-    for checkpoint, rows in found.items():
-        samples = samples_of(folder, checkpoint, rows)
-        like = [row for row in rows if protocols.get(row["suite"]) == protocol_of(row)]
-        if samples is None:
-            notes.append(f"{len(rows)} of {checkpoint} left out, its samples are unknown")
-            continue
-        if other := len(rows) - len(like):
-            notes.append(f"{other} of {checkpoint} left out, of another protocol")
-        if like:
-            kept.append(Checkpoint(samples, tuple(first_of_each(like))))
-            notes.append(f"{len(kept[-1].episodes)} of {checkpoint} only in success over samples")
-    return kept, notes
+    samples = rows[0].get("samples") if recorded is None and rows else recorded
+    return samples if isinstance(samples, int) else None
 
 
 def checkpoints_of(runs: list[RunFolder]) -> dict[int, list[dict]]:
@@ -209,25 +285,33 @@ def checkpoints_of(runs: list[RunFolder]) -> dict[int, list[dict]]:
     return dict(sorted(found.items()))
 
 
-def load_run(name: str, folder: Path) -> RunFolder:
-    """Read one run folder; one without episodes.jsonl has no episodes."""
+def load_run(name: str, folder: Path, aside: list[Aside]) -> RunFolder:
+    """Read one run folder; one without episodes.jsonl has no episodes. Broken lines go to `aside`."""
     config = read_config(folder / "config.json")
-    for key in ("seed", "total_samples"):
-        if key not in config:
-            raise Refusal(f"{folder}/config.json has no {key}; train this run again with this train.py")
     sites = config.get("fusion") or []
-    fusion = tuple(s for s in ([sites] if isinstance(sites, str) else sites) if s != "none")
-    found = read_episodes(folder / "episodes.jsonl", bool(fusion))
+    sites = [sites] if isinstance(sites, str) else sites
+    why = wrong(config, CONFIG, CONFIG_MAY)
+    names = [config.get("compared_with") or [], sites] if not why else []
+    if why or not all(isinstance(x, str) for some in names for x in some):
+        raise Refusal(why or "fusion and compared_with must be lists of names")
+    fusion = tuple(s for s in sites if s != "none")
+    found = read_episodes(folder / "episodes.jsonl", bool(fusion), aside)
     newest, rows = found.popitem() if found else ("", [])
     episodes = first_of_each(rows)
     notes = [f"{twice} recorded twice, the first counts"] if (twice := len(rows) - len(episodes)) else []
-    earlier, left_out = earlier_checkpoints(folder, found, episodes)
+    earlier = []
+    for checkpoint, older in found.items():
+        if (samples := samples_of(folder, checkpoint, older)) is None:
+            notes.append(f"{len(older)} of {checkpoint} left out, its samples are unknown")
+        else:
+            earlier.append(Checkpoint(samples, tuple(first_of_each(older))))
+            notes.append(f"{len(earlier[-1].episodes)} of {checkpoint} only in success over samples")
     budget = config["total_samples"]
     if budget is not None and (seen := samples_of(folder, newest or "last", rows)) is not None:
         budget = seen  # fewer than the budget where it was saved half-way
     return RunFolder(
         name=name,
-        arm=str(config["arm"]),
+        arm=config["arm"],
         seed=config["seed"],
         budget=budget,
         fusion=fusion,
@@ -236,56 +320,100 @@ def load_run(name: str, folder: Path) -> RunFolder:
         fingerprint=json.dumps(config.get("data_fingerprint"), sort_keys=True),
         params=(config.get("params_total"), config.get("params_trainable")),
         episodes=tuple(episodes),
-        metrics=tuple(read_lines(folder / "metrics.jsonl")),
-        notes=tuple(notes + left_out),
+        metrics=tuple(read_lines(folder / "metrics.jsonl", {"samples": NUMBER}, aside)),
+        notes=tuple(notes),
         folder=folder,
         config=config,
         checkpoint=newest,
         earlier=tuple(earlier),
-        offline=tuple(read_lines(folder / "offline.jsonl")),
+        offline=tuple(read_lines(folder / "offline.jsonl", OFFLINE, aside)),
     )
+
+
+def load_runs(paths: tuple[Path, ...]) -> tuple[list[RunFolder], list[Aside]]:
+    """Return the runs in or below `paths` that fit together, and what is set aside."""
+    runs, aside = [], []
+    for name, folder in find_runs(paths):
+        try:
+            runs.append(load_run(name, folder, aside))
+        except Refusal as error:
+            aside.append(Aside(folder, f"config.json: {error}"))
+    return fitting(runs, aside), aside
 
 
 # --------------------------------------------------------------------------------------------------
 # what may stand in one table
 
 
-def same(what: str, a: object, name_a: str, b: object, name_b: str) -> None:
-    """Raise Refusal where two runs that are to be compared differ."""
-    if a != b:
-        raise Refusal(f"{what}: {a!r} in {name_a}, {b!r} in {name_b}; make them alike, or report them apart")
+def fitting(runs: list[RunFolder], aside: list[Aside]) -> list[RunFolder]:
+    """Return the runs that may stand in one table; of what differs, what most have stays.
 
-
-def check_comparable(runs: list[RunFolder]) -> None:
-    """Raise Refusal unless runs share data and protocol and an arm is one thing, once a seed and budget.
-
-    Checkpoints from elsewhere share no table with trained arms, and need to agree with one another only.
+    Runs share data, and an arm is one thing, once a seed and budget; episodes share a protocol within their
+    suite, since step limits belong to one. Checkpoints from elsewhere need to agree with one another only.
     """
-    check_alike([run for run in runs if not run.elsewhere])
-    check_alike([run for run in runs if run.elsewhere])
+    kept = []
+    for group in ([r for r in runs if not r.elsewhere], [r for r in runs if r.elsewhere]):
+        group = alike(group, lambda r: None, lambda r: ("data fingerprint", r.fingerprint), aside)
+        group = alike(group, lambda r: r.arm, lambda r: (f"arm {r.arm}", r.what), aside)
+        group = alike(group, lambda r: r.arm, lambda r: (f"size of arm {r.arm}", r.params), aside)
+        first: dict[tuple, RunFolder] = {}
+        for run in sorted(group, key=lambda r: -len(r.episodes)):  # stable
+            twin = first.setdefault((run.arm, run.seed, run.budget), run)
+            if twin is not run:
+                why = f"arm {run.arm}, seed {run.seed} is there twice, {twin.name} has no fewer episodes"
+                aside.append(Aside(run.folder, why))
+        kept += of_one_protocol([run for run in group if run in first.values()], aside)
+    return kept
 
 
-def check_alike(runs: list[RunFolder]) -> None:
-    """Raise Refusal unless these runs may stand in one table."""
-    arms: dict[str, RunFolder] = {}
-    seen: dict[tuple, str] = {}
-    protocols: dict[str, tuple[str, dict]] = {}
+def alike(
+    runs: list[RunFolder], within: Callable, what: Callable[[RunFolder], tuple], aside: list[Aside]
+) -> list[RunFolder]:
+    """Return the runs that have what most have, the first of equals, among those with the same `within`."""
+    counts: dict[object, Counter] = {}
     for run in runs:
-        first, twin = runs[0], arms.setdefault(run.arm, run)
-        same("data fingerprints differ", first.fingerprint, first.name, run.fingerprint, run.name)
-        same(f"arm {run.arm} means two things", twin.what, twin.name, run.what, run.name)
-        same(f"arm {run.arm} has two sizes", twin.params, twin.name, run.params, run.name)
-        other = seen.setdefault((run.arm, run.seed, run.budget), run.name)
-        if other != run.name:
-            budget = "budget unknown" if run.elsewhere else f"{run.budget} samples"
-            twice = f"arm {run.arm}, seed {run.seed}, {budget}"
-            raise Refusal(f"{twice} is there twice: {other} and {run.name}; report one of them")
-        for episode in run.episodes:  # step limits belong to a suite, so protocols are compared within one
-            suite, record = episode["suite"], protocol_of(episode)
-            name, expected = protocols.setdefault(suite, (run.name, record))
-            for key in sorted({*record, *expected}):
-                there, here = expected.get(key), record.get(key)
-                same(f"protocols of {suite} differ in {key}", there, name, here, run.name)
+        counts.setdefault(within(run), Counter())[what(run)] += 1
+    usual = {key: count.most_common(1)[0][0] for key, count in counts.items()}
+    for run in runs:
+        (name, here), (_, most) = what(run), usual[within(run)]
+        if here != most:
+            aside.append(Aside(run.folder, f"{name} is {here}, not {most} as in most runs here"))
+    return [run for run in runs if what(run) == usual[within(run)]]
+
+
+def of_one_protocol(runs: list[RunFolder], aside: list[Aside]) -> list[RunFolder]:
+    """Return the runs with the episodes alone whose suite's protocol is that of most."""
+    counts: dict[str, Counter] = {}
+    records: dict[str, dict] = {}
+    hashes = {id(e): protocol_hash(e) for run in runs for e in all_episodes(run)}
+    for run in runs:
+        for e in run.episodes:
+            counts.setdefault(e["suite"], Counter())[hashes[id(e)]] += 1
+            records.setdefault(hashes[id(e)], protocol_of(e))
+    usual = {suite: count.most_common(1)[0][0] for suite, count in counts.items()}
+    found = []
+    for run in runs:
+        other: dict[str, list[dict]] = {}
+        for e in all_episodes(run):
+            if hashes[id(e)] != usual.get(e["suite"], hashes[id(e)]):
+                other.setdefault(hashes[id(e)], []).append(e)
+        for episodes in other.values():
+            here, there = protocol_of(episodes[0]), records[usual[episodes[0]["suite"]]]
+            keys = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)]
+            said = ", ".join(f"{key} {here.get(key)!r:.40}, not {there.get(key)!r:.40}" for key in keys[:3])
+            lines = tuple(e["_line"] for e in episodes)
+            why = f"another protocol of {episodes[0]['suite']}: {said}"
+            aside.append(Aside(run.folder / "episodes.jsonl", why, lines))
+        out = {id(e) for episodes in other.values() for e in episodes}
+        fit = lambda some, out=out: tuple(e for e in some if id(e) not in out)  # noqa: E731
+        earlier = [Checkpoint(c.samples, fit(c.episodes)) for c in run.earlier]
+        earlier = tuple(c for c in earlier if c.episodes)
+        found.append(replace(run, episodes=fit(run.episodes), earlier=earlier) if out else run)
+    return found
+
+
+def all_episodes(run: RunFolder) -> list[dict]:
+    return [*run.episodes, *(e for c in run.earlier for e in c.episodes)]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,58 +1,49 @@
-"""The report's statistics: intervals, exact paired tests, what they can detect, and contrasts between arms.
+"""The report's statistics: intervals, tests over seeds and within a checkpoint, the contrasts tested.
 
-Two arms are compared on the same (suite, task, init state) pairs, within one training seed; a pair with a
-crash is left out. Over seeds, only pairs that every seed has are pooled, so that each seed weighs the same.
+Between arms seeds are the unit: the estimate is the mean of per-seed paired differences, p and interval are
+those of a t test over seeds. Fewer than 3 seeds, or seeds that do not differ at all, give no verdict. Within
+one checkpoint (its own memory mode against another, on the same weights) exact McNemar is the test. Both pair
+episodes by (suite, task, init state) within a seed; a pair with a crash, or that a seed lacks, is left out.
 
-Which contrasts are tested is the table below, fixed before any result is seen. Those that the runs can answer
-are one family, and Holm's correction runs over it. The family is small on purpose, since each contrast that
-finds nothing makes all others harder to show: with 40 of them the first to be shown needs p < 0.00125. So two
-sites are compared through `late` and not with one another, two banks through the single future, and of each
-arm's interventions only `off` is tested, but for E2 and for one bank, in which hypotheses are told apart.
-Everything else stands in the success table, with intervals and without a verdict.
+Contrasts are named before any result is seen, in families that Holm corrects each by itself: `primary` (what
+the study asks), `checks` (whether the manipulations did anything) and `signals`. To the named ones come those
+that a run's config.json names as `compared_with`. Everything else has an interval and no verdict.
 
-    python -c "import stats; print(stats.wilson(15, 20), stats.newcombe(12, 6, 1, 1))"
+    python -c "from report import stats; print(stats.wilson(15, 20), stats.newcombe(12, 6, 1, 1))"
     pytest tests/report/test_stats.py
 
 Sources: Wilson 1927; McNemar 1947, in its exact form; Holm 1979; for the interval of a paired difference
-Newcombe 1998 (Statistics in Medicine 17:2635), method 10; for resampling seeds and init states, which cross,
-Owen 2007 (Annals of Applied Statistics 1:386), the pigeonhole bootstrap.
+Newcombe 1998 (Statistics in Medicine 17:2635), method 10; for equivalence Schuirmann 1987 (TOST).
 """
 
 import math
-from collections import Counter
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import binom, binomtest
+from scipy.stats import binomtest, ttest_1samp
 
 SITES = ("F2", "F3a", "F3as", "F3b")
 BANKS = ("B4dropout", "B4noise", "B4ensemble", "B4mixture", "B4single", "B4mean", "B4min", "B4rwta")
-CONTRASTS = (
-    ("E0", "E0b"),  # does success need eyes at all?
-    ("E2", "E1"),  # does memory help: above the same fusion fed zeros,
-    ("E2", "E0"),  # and above no memory
-    ("E1", "E0"),  # what capacity alone does
-    ("E2", "E2c"),  # is it the prediction, or merely a second encoder's view of now,
-    ("E2", "E2h"),  # or of the past
-    ("E2d", "E1"),  # does prediction help that no action loss has shaped
-    # Where should memory enter? E1's capacity sits at `late` and is no control of another site,
-    *((site, other) for site in SITES for other in ("E0", "E2")),
-    *((site, f"{site}z") for site in ("F2", "F3a", "F3b")),  # which has one: the same site fed zeros
-    *((bank, "E2") for bank in BANKS),  # do several futures help more than one
-)
-# Within a memory arm: its own mode against these rollout modes. They show what a policy depends on.
-INTERVENTIONS = {"E2": ("off", "zero"), "B4ensemble": ("off", "best1", "mean1", "dup")}
-INTERVENTION = ("off",)  # of any other memory arm
-ALPHA, POWER = 0.05, 0.80
-BOOTSTRAP_DRAWS = 10_000
+CONTROLS = ("n", "c", "h")  # the same site: lambda 0, the present latent, past latents
+NAMED = {
+    "E0": ("E0b",),  # a check: the second is blind
+    "E2": ("E0", "E1s", "E2n", "E2c", "E2h"),
+    **{site: ("E0", *(site + control for control in CONTROLS)) for site in SITES},
+    **dict.fromkeys(BANKS, ("B4dup", "E2")),
+}
+MODES = {"checks": ("off", "shuffle", "stale"), "signals": ("zero", "random")}  # beside an arm's own
+FAMILIES = ("primary", *MODES)
+ALPHA, LEAST_SEEDS = 0.05, 3
 
 
-def wilson(k: int, n: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of the proportion k/n; (0, 1) for n = 0."""
+def wilson(k: int, n: int, level: float = 1 - ALPHA) -> tuple[float, float]:
+    """Return Wilson's interval of the proportion k/n; (0, 1) for n = 0."""
     if n == 0:
         return 0.0, 1.0
-    low, high = binomtest(k, n).proportion_ci(1 - ALPHA, method="wilson")
+    low, high = binomtest(k, n).proportion_ci(level, method="wilson")
     return float(low), float(high)
 
 
@@ -62,11 +53,13 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return float(binomtest(only_a, discordant).pvalue) if discordant else 1.0
 
 
-def newcombe(both: int, only_a: int, only_b: int, neither: int) -> tuple[float, float]:
-    """Return Newcombe's 95 % interval (1998, method 10) of the paired difference p_A - p_B."""
+def newcombe(
+    both: int, only_a: int, only_b: int, neither: int, level: float = 1 - ALPHA
+) -> tuple[float, float]:
+    """Return Newcombe's interval (1998, method 10) of the paired difference p_A - p_B."""
     n = both + only_a + only_b + neither
     a, b = both + only_a, both + only_b
-    (low_a, high_a), (low_b, high_b) = wilson(a, n), wilson(b, n)
+    (low_a, high_a), (low_b, high_b) = wilson(a, n, level), wilson(b, n, level)
     p_a, p_b = a / n, b / n
     # phi, the correlation of the two outcomes, corrected for continuity where it is positive
     q = both * neither - only_a * only_b
@@ -91,65 +84,41 @@ def holm(ps: list[float]) -> list[float]:
     return corrected
 
 
-def mcnemar_power(n: int, difference: float, discordance: float, alpha: float = ALPHA) -> float:
-    """Return the probability that exact McNemar finds p <= alpha in n pairs.
+class Test(NamedTuple):
+    """p, its 95 % interval, and the bound beyond which the data exclude differences at 95 % (TOST)."""
 
-    A pair disagrees with probability `discordance`, in favour of A `difference` more often than of B. The
-    number that do is Binomial(n, discordance); its tails below 1e-12 are left out.
+    p: np.ndarray
+    interval: tuple[np.ndarray, np.ndarray]
+    excluded: np.ndarray
+
+
+def over_seeds(differences: np.ndarray) -> Test:
+    """Test differences (..., S) of S seeds by a t test; NaN where there are fewer than 3 or all are alike."""
+    differences = np.asarray(differences, float)
+    flat = np.ptp(differences, axis=-1) == 0
+    if differences.shape[-1] < LEAST_SEEDS:
+        flat = np.ones_like(flat)
+        differences = np.repeat(differences[..., :1], LEAST_SEEDS, axis=-1)
+    with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
+        warnings.simplefilter("ignore", RuntimeWarning)  # of seeds that are alike
+        found = ttest_1samp(differences, 0, axis=-1)
+        intervals = [found.confidence_interval(level) for level in (1 - ALPHA, 1 - 2 * ALPHA)]
+    known = [np.where(flat, np.nan, x) for x in (found.pvalue, *intervals[0], *intervals[1])]
+    return Test(known[0], (known[1], known[2]), np.maximum(abs(known[3]), abs(known[4])))
+
+
+def partition(outcomes: np.ndarray) -> tuple[float, float, float]:
+    """Return the variances (seed, start, residual) of outcomes (S, n): a crossed two-way random model.
+
+    Those of seed and start are unbiased estimates, cut off at 0; what is left is the rollouts' own noise and
+    how seeds find different starts hard.
     """
-    if discordance == 0:
-        return 0.0
-    m = np.arange(binom.ppf(1e-12, n, discordance), binom.isf(1e-12, n, discordance) + 1)
-    # the largest number of losses among m discordant pairs that is still significant; -1 where none is
-    critical = binom.ppf(alpha / 2, m, 0.5)
-    critical -= 2 * binom.cdf(critical, m, 0.5) > alpha
-    wins = (discordance + difference) / (2 * discordance)  # probability that a discordant pair favours A
-    rejects = binom.cdf(critical, m, wins) + binom.sf(m - critical - 1, m, wins)
-    return float((binom.pmf(m, n, discordance) * rejects).sum())
-
-
-def smallest_detectable(
-    n: int, discordance: float | None = None, alpha: float = ALPHA, power: float = POWER
-) -> float | None:
-    """Return the smallest difference of proportions that exact McNemar detects with n pairs.
-
-    Detects: p <= alpha with probability `power`. `discordance` is the probability that a pair disagrees;
-    None is the most favourable case, where all disagreements point one way (discordance = difference).
-    None is returned where no difference is detectable.
-    """
-
-    def reached(d: float) -> bool:
-        return mcnemar_power(n, d, d if discordance is None else discordance, alpha) >= power
-
-    low, high = 0.0, 1.0 if discordance is None else discordance
-    if not reached(high):
-        return None
-    for _ in range(20):  # power rises with the difference
-        middle = (low + high) / 2
-        low, high = (low, middle) if reached(middle) else (middle, high)
-    return high
-
-
-def bootstrap(differences: list[np.ndarray]) -> tuple[float, float]:
-    """Return the 95 % interval of a mean difference: resamples seeds, then init states within task.
-
-    `differences` has an array (S, n) a task: of S seeds, the same in each, on n init states, -1, 0 or 1. An
-    init state that is drawn is drawn for all seeds, since it is the same one, hard or easy for all of them;
-    drawn for each seed anew, what init states differ by would look S times smaller than it is.
-    The interval is long where seeds hardly differ (it held the truth in 99 % of simulations) and short where
-    they differ many times more than by chance: 70 % with 2 seeds, 78 % with 3, 85 % with 5, 90 % with 10.
-    """
-    rng = np.random.default_rng(0)
-    seeds, pairs = len(differences[0]), sum(task.shape[1] for task in differences)
-    weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=BOOTSTRAP_DRAWS)  # (draws, S)
-    total = np.zeros(BOOTSTRAP_DRAWS)
-    for task in differences:
-        # init states that are alike in every seed are interchangeable: how many are drawn is multinomial
-        patterns, counts = np.unique(task, axis=1, return_counts=True)  # (S, n) -> (S, kinds)
-        drawn = rng.multinomial(task.shape[1], counts / task.shape[1], size=BOOTSTRAP_DRAWS)  # (draws, kinds)
-        total += ((weights @ patterns) * drawn).sum(1)
-    low, high = np.quantile(total / (seeds * pairs), (ALPHA / 2, 1 - ALPHA / 2))
-    return float(low), float(high)
+    seeds, starts = outcomes.shape
+    rows, columns = outcomes.mean(1, keepdims=True), outcomes.mean(0, keepdims=True)
+    rest = outcomes - rows - columns + outcomes.mean()
+    residual = (rest**2).sum() / ((seeds - 1) * (starts - 1))
+    seed, start = rows.var(ddof=1) - residual / starts, columns.var(ddof=1) - residual / seeds
+    return max(0.0, float(seed)), max(0.0, float(start)), float(residual)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -170,11 +139,26 @@ class Run:
     episodes: tuple[dict, ...]
     metrics: tuple[dict, ...]
     notes: tuple[str, ...]
+    config: dict
 
     @property
     def own(self) -> str:
         """The memory mode it was trained with."""
         return self.memory if self.fusion else "off"
+
+    @property
+    def role(self) -> str:
+        """What an arm is to others: none, or which control; `treated` for a memory that is meant to help."""
+        if not self.fusion:
+            return "blind" if self.blind else "none"
+        if self.memory == "pred":
+            return "treated" if self.config.get("lambda_world", 1) else "lambda 0"
+        return {"shuffle": "noise", "random": "noise"}.get(self.memory, self.memory)
+
+    def unmet(self, mode: str) -> bool:
+        """Whether a mode without memory is one that the policy never met in training."""
+        dropout = self.config.get("memory_dropout") or 0
+        return bool(self.fusion) and mode in {"off", "zero"} - {self.own, "off" if dropout else ""}
 
     @property
     def site(self) -> str:
@@ -232,103 +216,149 @@ def tally(episodes: list[dict]) -> Tally:
 
 
 def format_p(p: float | None) -> str:
-    return "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return "-" if p is None or math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Contrast:
+    """A against B: two arms over seeds, or (`within`) two memory modes of one checkpoint."""
+
+    family: str
     a: str
     b: str
-    seed: str  # a seed, or "all"
-    counts: tuple[int, int, int, int]  # both, only A, only B, neither
-    interval: tuple[float, float]
-    p: float
-    p_holm: float | None = None  # only on the row that stands for the contrast
+    seeds: tuple[int, ...]
+    won: np.ndarray  # (2, S, n): whether A, B solved start i under seed s
+    within: bool = False
+    arm: str = ""
+    role: str = ""  # what B is to A: a role of Run, or a memory mode
+    p_holm: float = math.nan
 
     @property
     def n(self) -> int:
-        return sum(self.counts)
+        """Pairs of each seed."""
+        return self.won.shape[2]
+
+    @property
+    def paired(self) -> np.ndarray:
+        """Differences (S, n): 1, 0 or -1."""
+        return self.won[0].astype(int) - self.won[1]
+
+    @property
+    def differences(self) -> np.ndarray:
+        return self.paired.sum(1) / self.n  # (S, n) -> (S,), alike to the bit where the counts are
 
     @property
     def difference(self) -> float:
-        return (self.counts[1] - self.counts[2]) / self.n
+        return float(self.differences.mean())
+
+    def cells(self, seed: int) -> tuple[int, int, int, int]:
+        """Count the pairs of the seed at this place: both solved, only A, only B, neither."""
+        a, b = self.won[:, seed]
+        return int((a & b).sum()), int((a & ~b).sum()), int((b & ~a).sum()), int((~a & ~b).sum())
+
+    @property
+    def test(self) -> Test:
+        if not self.within:
+            p, (low, high), excluded = over_seeds(self.differences)
+            return Test(p, (np.maximum(low, -1), np.minimum(high, 1)), np.minimum(excluded, 1))
+        cells = self.cells(0)
+        wide = newcombe(*cells, 1 - 2 * ALPHA)
+        return Test(mcnemar(*cells[1:3]), newcombe(*cells), max(map(abs, wide)))
+
+    @property
+    def told(self) -> bool:
+        """Whether there is a verdict at all."""
+        return not math.isnan(self.p_holm)
 
     @property
     def shown(self) -> bool:
-        """Whether A and B differ: by Holm's p and, over seeds, which p pools, by the bootstrap as well."""
-        low, high = self.interval
-        apart = self.seed != "all" or low > 0 or high < 0
-        return self.p_holm is not None and self.p_holm < ALPHA and apart
+        return self.told and self.p_holm < ALPHA
 
     @property
     def verdict(self) -> str:
-        found = ("higher" if self.difference > 0 else "lower") if self.shown else "not shown"
-        numbers = f"{100 * self.difference:+.0f} points, Holm p {format_p(self.p_holm)}"
-        return f"{self.a} against {self.b}: {numbers}, {found}"
+        if not self.told:
+            return "no verdict"
+        return "not shown" if not self.shown else "higher" if self.difference > 0 else "lower"
+
+    def __str__(self) -> str:
+        seed = f" (seed {self.seeds[0]})" if self.within else ""
+        said = f"{self.a} against {self.b}{seed}: {100 * self.difference:+.0f} points"
+        if not self.told:
+            few = len(self.seeds) < LEAST_SEEDS
+            why = f"{len(self.seeds)} of {LEAST_SEEDS} seeds" if few else "all seeds alike"
+            return f"{said}, no verdict ({why})"
+        beyond = f", beyond {100 * self.test.excluded:.0f} excluded" if not self.shown else ""
+        return f"{said}, Holm p {format_p(self.p_holm)}, {self.verdict}{beyond}"
 
 
-def named_contrasts(panel: list[Run]) -> list[tuple[str, str, str, str]]:
-    """Return (arm A, mode A, arm B, mode B) of each contrast that these runs could answer."""
-    arms = {run.arm: run for run in panel}
-    named = [(a, arms[a].own, b, arms[b].own) for a, b in CONTRASTS if a in arms and b in arms]
+class Named(NamedTuple):
+    family: str
+    arm_a: str
+    mode_a: str
+    arm_b: str
+    mode_b: str
+    role: str
+
+
+def named_contrasts(panel: list[Run]) -> list[Named]:
+    """Return the contrasts that these runs could answer: of arms, then of each memory arm's modes."""
+    arms = {run.arm: run for run in panel if run.episodes}
+    named = {}
     for arm, run in sorted(arms.items()):
-        if run.fusion:
-            others = INTERVENTIONS.get(arm, INTERVENTION)
-            named += [(arm, run.own, arm, mode) for mode in others if mode != run.own]
-    return named
+        others = [*NAMED.get(arm, ()), *(run.config.get("compared_with") or ())]
+        if run.role == "treated" and not others:
+            others = ["E0", "E2", *(arm + control for control in (*CONTROLS, "z"))]
+        for other in others:
+            if other in arms and other != arm and frozenset((arm, other)) not in named:
+                b = arms[other]
+                family = "checks" if "blind" in (run.role, b.role) else "primary"
+                named[frozenset((arm, other))] = Named(family, arm, run.own, other, b.own, b.role)
+    rank = {arm: i for i, arm in enumerate(NAMED)}
+    of_arms = sorted(named.values(), key=lambda c: (FAMILIES.index(c.family), rank.get(c.arm_a, 99), c.arm_a))
+    return of_arms + [
+        Named(family, arm, run.own, arm, mode, mode)
+        for family, modes in MODES.items()
+        for arm, run in sorted(arms.items())
+        for mode in modes
+        if run.fusion and mode != run.own
+    ]
 
 
 def outcomes(panel: list[Run], arm: str, mode: str) -> dict[int, dict[tuple, bool]]:
     """Return seed -> (suite, task, init state) -> success, without crashes."""
-    return {
+    found = {
         run.seed: {pair_key(e): e["success"] for e in in_mode([run], mode) if not e.get("crash")}
         for run in panel
         if run.arm == arm
     }
+    return {seed: episodes for seed, episodes in found.items() if episodes}
 
 
-def compare(panel: list[Run], arm_a: str, mode_a: str, arm_b: str, mode_b: str) -> list[Contrast]:
-    """Return the paired comparison of each seed that both sides have, then, for several seeds, of all.
-
-    The last row pools the pairs that all these seeds have; it is absent where there are none.
-    """
-    side_a, side_b = outcomes(panel, arm_a, mode_a), outcomes(panel, arm_b, mode_b)
-    labels = (f"{arm_a} {mode_a}", f"{arm_a} {mode_b}") if arm_a == arm_b else (arm_a, arm_b)
-    pairs = {}  # seed -> (suite, task, init state) -> success of A, of B
-    for seed in sorted(side_a.keys() & side_b.keys()):
-        a, b = side_a[seed], side_b[seed]
-        if both := a.keys() & b.keys():
-            pairs[seed] = {key: (a[key], b[key]) for key in both}
-    rows = []
-    for seed, cells in pairs.items():
-        counts = count_cells(cells.values())
-        rows.append(Contrast(*labels, str(seed), counts, newcombe(*counts), mcnemar(*counts[1:3])))
-    common = sorted(set.intersection(*map(set, pairs.values()))) if len(pairs) > 1 else []
-    if common:
-        counts = count_cells(cells[key] for cells in pairs.values() for key in common)
-        tasks = [[key for key in common if key[:2] == task] for task in sorted({key[:2] for key in common})]
-        differences = [
-            np.array([[int(cells[key][0]) - int(cells[key][1]) for key in keys] for cells in pairs.values()])
-            for keys in tasks
-        ]
-        rows.append(Contrast(*labels, "all", counts, bootstrap(differences), mcnemar(*counts[1:3])))
-    return rows
-
-
-def count_cells(cells: Iterable[tuple[bool, bool]]) -> tuple[int, int, int, int]:
-    """Count pairs of outcomes: both succeed, only A, only B, neither."""
-    count = Counter(cells)
-    return count[True, True], count[True, False], count[False, True], count[False, False]
+def compare(panel: list[Run], named: Named) -> Iterator[Contrast]:
+    """Yield a named contrast as runs can answer it: one over the seeds of two arms, or one a checkpoint."""
+    a, b = (outcomes(panel, *side) for side in (named[1:3], named[3:5]))
+    within, seeds = named.arm_a == named.arm_b, sorted(a.keys() & b.keys())
+    names = [f"{named.arm_a} {mode}" for mode in (named.mode_a, named.mode_b)] if within else named[1:5:2]
+    for group in [[seed] for seed in seeds] if within else [seeds] if seeds else []:
+        keys = sorted(set.intersection(*({*a[seed]} & {*b[seed]} for seed in group)))
+        won = np.array([[[side[seed][key] for key in keys] for seed in group] for side in (a, b)], bool)
+        if keys:
+            yield Contrast(named.family, *names, tuple(group), won, within, named.arm_a, named.role)
 
 
 def all_contrasts(panel: list[Run]) -> list[Contrast]:
-    """Return the rows of every named contrast; the last row of each carries the Holm-corrected p.
+    """Return every named contrast, with the p that Holm corrects within its family.
 
-    Seeds that share no pair have no row in common, and none of theirs stands for the contrast.
+    A contrast of fewer than 3 seeds is no test; one whose seeds are alike is one that finds nothing.
     """
-    groups = [rows for named in named_contrasts(panel) if (rows := compare(panel, *named))]
-    family = [rows for rows in groups if len(rows) == 1 or rows[-1].seed == "all"]
-    corrected = holm([rows[-1].p for rows in family])
-    for rows, p in zip(family, corrected, strict=True):
-        rows[-1] = replace(rows[-1], p_holm=p)
-    return [row for rows in groups for row in rows]
+    found = [contrast for named in named_contrasts(panel) for contrast in compare(panel, named)]
+    for family in FAMILIES:
+        tests = [i for i, c in enumerate(found) if c.family == family and is_test(c)]
+        ps = [float(found[i].test.p) for i in tests]
+        for i, p, corrected in zip(tests, ps, holm([1.0 if math.isnan(p) else p for p in ps]), strict=True):
+            found[i] = replace(found[i], p_holm=math.nan if math.isnan(p) else corrected)
+    return found
+
+
+def is_test(contrast: Contrast) -> bool:
+    return contrast.within or len(contrast.seeds) >= LEAST_SEEDS

@@ -9,25 +9,25 @@ data, which page.py lays out as HTML and as markdown.
 Source of the interval of an average over suites: Zou and Donner 2008 (Statistics in Medicine 27:1693).
 """
 
-import functools
 import json
 import math
 from collections import defaultdict
 from pathlib import Path
 
-from report import stats
+import numpy as np
+
+from report.findings import Finding, estimate
 from report.page import Record, Table, Text
-from report.reading import RunFolder, checkpoints_of, protocol_hash, protocol_of
+from report.reading import RunFolder, checkpoints_of, protocol_hash, protocol_of, ranges
 from report.stats import (
-    ALPHA,
-    BOOTSTRAP_DRAWS,
-    POWER,
+    LEAST_SEEDS,
     Contrast,
     Tally,
     arm_modes,
     by_arm,
     format_p,
     in_mode,
+    newcombe,
     tally,
     wilson,
 )
@@ -54,13 +54,25 @@ def of_suite(episodes: list[dict], suite: str) -> list[dict]:
     return [e for e in episodes if e["suite"] == suite]
 
 
+def mode_said(run: RunFolder, mode: str, panel: list[RunFolder]) -> str:
+    """Name a memory mode; beside one that the policy never met in training stands E0's success."""
+    if mode == run.own:
+        return f"{mode} (own)"
+    if not run.unmet(mode):
+        return mode
+    plain = [other for other in panel if other.arm == "E0"]
+    beside = f"; E0: {count(tally(in_mode(plain, 'off')))}" if plain else ""
+    return f"{mode} (never met in training{beside})"
+
+
 CELLS = "Cells: solved/ran (95 % Wilson interval, in %)."
 SUCCESS_NOTES = """\
 **success**: episodes solved of those that ran to an end, all suites and seeds pooled. **95 % (Wilson)**: \
 interval of that rate, in %. **(own)**: the memory the arm was trained with; other modes are interventions \
-at rollout. **steps to success**: mean control steps of solved episodes, {hz}. **crashes**: of the \
-simulator, counted neither way. **trained**: parameters with a gradient. **GFLOP a sample**: of training, \
-forward and backward, 10^9 operations. **-**: not recorded."""
+at rollout. **(never met in training)**: a fall under such a mode is mostly that policy and memory grew \
+used to each other; E0 is what a policy without memory reaches. **steps to success**: mean control steps \
+of solved episodes, {hz}. **crashes**: of the simulator, counted neither way. **trained**: parameters with a \
+gradient. **GFLOP a sample**: of training, forward and backward, 10^9 operations. **-**: not recorded."""
 
 
 def success_table(panel: list[RunFolder]) -> Table:
@@ -73,7 +85,7 @@ def success_table(panel: list[RunFolder]) -> Table:
             t = tally(in_mode(runs, mode))
             low, high = wilson(t.k, t.n)
             seeds = " ".join(points(tally(in_mode([run], mode)).rate) for run in runs)
-            name = f"{mode} (own)" if mode == runs[0].own else mode
+            name = mode_said(runs[0], mode, panel)
             interval = f"{points(low)} to {points(high)}"
             row = (arm, runs[0].what, name, f"{t.k}/{t.n}", points(t.rate), interval, seeds)
             rows.append((*row, "-" if t.steps is None else f"{t.steps:.0f}", t.crashes, *size))
@@ -103,7 +115,7 @@ def suite_table(panel: list[RunFolder]) -> Table:
     for arm, runs in by_arm(panel).items():
         for mode in arm_modes(runs):
             parts = [tally(of_suite(in_mode(runs, mode), suite)) for suite in suites]
-            name = f"{mode} (own)" if mode == runs[0].own else mode
+            name = mode_said(runs[0], mode, panel)
             rows.append((arm, name, *map(count, parts), average(parts)))
     notes = (
         f"{CELLS} **average over suites**: the mean of the suites' rates, in %, each suite weighing the "
@@ -143,41 +155,78 @@ def growth_table(panel: list[RunFolder]) -> Table | None:
 # comparisons and held-out losses
 
 
-smallest_detectable = functools.cache(stats.smallest_detectable)  # contrasts often have as many pairs
+CONTRASTS = {"primary": "Primary contrasts", "checks": "Manipulation checks"}
+CONTRAST_NOTES = f"""\
+**pairs a seed** share suite, task and init state; pairs with a crash, or that a seed lacks, are left out. \
+**A - B**: the mean over seeds of the paired differences, with the t interval of these; **p**: t test over \
+seeds, which needs {LEAST_SEEDS} of them. Where one seed is named, A and B are one checkpoint under two \
+memory modes, p is exact McNemar's and the interval Newcombe's (1998, method 10). **Holm p**: corrected over \
+this table. **excluded beyond**: the data exclude larger differences, either way, at 95 % (two one-sided \
+tests): where this is small, a null is a result. **no verdict**: too few seeds, or all alike."""
 
 
-def contrast_table(contrasts: list[Contrast]) -> Table:
-    header = ("A", "B", "seed", "pairs", "both", "only A", "only B", "neither", "A - B in points (95 %)", "p")
+def contrast_table(contrasts: list[Contrast], names: dict[str, str]) -> Table:
+    """Return rows of contrasts; `names` has what is said of a side instead of its own name."""
     rows = []
     for c in contrasts:
-        low, high = (f"{100 * x:+.0f}" for x in c.interval)
-        difference = f"{100 * c.difference:+.0f} ({low} to {high})"
-        best = smallest_detectable(c.n)
-        here = smallest_detectable(c.n, (c.counts[1] + c.counts[2]) / c.n)
-        row = (c.a, c.b, c.seed, c.n, *c.counts, difference, format_p(c.p), format_p(c.p_holm))
-        rows.append((*row, points(best), points(here)))
-    return Table((*header, "Holm p", "detects at best", "detects here"), rows)
+        test, each = c.test, " ".join(f"{100 * d:+.0f}" for d in c.differences)
+        excluded = "-" if np.isnan(test.excluded) else points(float(test.excluded))
+        seeds = " ".join(map(str, c.seeds))
+        row = (c.a, names.get(c.b, c.b), f"seed {seeds}" if c.within else seeds, c.n, each)
+        rows.append((*row, estimate(c), format_p(test.p), format_p(c.p_holm), c.verdict, excluded))
+    header = ("A", "B", "seeds", "pairs a seed", "A - B per seed", "A - B in points (95 %)", "p", "Holm p")
+    return Table((*header, "verdict", "excluded beyond"), rows)
 
 
-CONTRAST_NOTES = f"""\
-**pairs** share suite, task, init state and training seed; pairs with a crash are left out. **both**, \
-**only A**, **only B**, **neither**: which side solved them. **p**: exact McNemar, two-sided. **A - B**: \
-Newcombe 1998, method 10, for paired proportions; in rows `all` a bootstrap of {BOOTSTRAP_DRAWS:,} draws \
-that resamples seeds and, the same ones for all seeds, init states within task; they pool the pairs that \
-every seed has. **Holm p**: corrected over the contrasts of this table. \
-**detects**: the smallest true difference, in points, that exact McNemar at alpha {ALPHA} finds with \
-{POWER:.0%} power in this many pairs, the discordant ones being Binomial(pairs, discordance); **at best**: \
-all disagreements point one way; **here**: as many pairs disagree as in this row (-: none can be found)."""
+def seed_table(contrasts: list[Contrast]) -> Table:
+    """Return each seed's pairs of two arms: descriptions, without a verdict."""
+    rows = []
+    for c in contrasts:
+        for i, seed in enumerate(c.seeds):
+            low, high = (f"{100 * x:+.0f}" for x in newcombe(*c.cells(i)))
+            rows.append((c.a, c.b, seed, *c.cells(i), f"{100 * c.differences[i]:+.0f} ({low} to {high})"))
+    return Table(("A", "B", "seed", "both", "only A", "only B", "neither", "A - B in points (95 %)"), rows)
 
 
-def contrast_blocks(contrasts: list[Contrast]) -> list:
-    """Return the rows that stand for contrasts, with notes, and each seed's own rows folded."""
-    if not contrasts:
-        return [Text("No two arms or modes share pairs.")]
-    whole = contrast_table([c for c in contrasts if c.p_holm is not None])
-    single = [c for c in contrasts if c.p_holm is None]
-    folded = [Record("The same within each seed", contrast_table(single))] if single else []
-    return [whole._replace(notes=CONTRAST_NOTES), *folded]
+def contrast_blocks(panel: list[RunFolder], contrasts: list[Contrast]) -> list:
+    """Return a table a family, and each seed's own pairs folded."""
+    names = {
+        f"{arm} {mode}": f"{arm} {mode_said(runs[0], mode, panel)}"
+        for arm, runs in by_arm(panel).items()
+        for mode in arm_modes(runs)
+    }
+    found = []
+    for family, title in CONTRASTS.items():
+        if rows := [c for c in contrasts if c.family == family]:
+            found.append(contrast_table(rows, names)._replace(title=title, notes=CONTRAST_NOTES))
+    if arms := [c for c in contrasts if not c.within]:
+        found.append(Record("The same within each seed, which is no verdict on arms", seed_table(arms)))
+    return found or [Text("No two arms or modes share pairs.")]
+
+
+def signal_table(signals: list[Finding]) -> Table:
+    notes = (
+        "What the experiment would show if it went as hoped. Success: **yes** or **no** by the verdicts of "
+        "its contrasts (zero and random: exact McNemar in each checkpoint, Holm over these). Gates: by "
+        "ctx_norm/act_norm above 1 % in the last tenth of each run's log. The rest: a t test over seeds, "
+        "uncorrected. **spike**: (share of the most attended hypothesis - 1/N)/(1 - 1/N)."
+    )
+    return Table(("arm", "signal", "number", "answer"), [tuple(signal) for signal in signals], notes)
+
+
+def partition_table(found: list[tuple]) -> Table:
+    """Return standard deviations, in points, of what varies success and differences."""
+    rows = [
+        (what, seeds, starts, *(f"{100 * math.sqrt(x):.1f}" for x in variances))
+        for what, seeds, starts, variances in found
+    ]
+    notes = (
+        "Standard deviations, in points, of an episode's success (or of a pair's difference): between "
+        "training seeds, between starts whatever the seed, and the rest: rollouts' own noise, and seeds that "
+        "find other starts hard. A two-way random model; 0.0: no more than the rest explains. More seeds "
+        "help against **seed** and **rest**, more starts against **start** and **rest**."
+    )
+    return Table(("of", "seeds", "starts", "seed", "start", "rest"), rows, notes)
 
 
 def offline_lines(panel: list[RunFolder]) -> list[tuple[RunFolder, dict]]:
@@ -199,7 +248,8 @@ def offline_table(measured: list[tuple[RunFolder, dict]]) -> Table:
             if mode != "off" and "from_off" in found:
                 low, high = found["from_off_interval"]
                 cells[1] = f"{found['from_off']:+.4f} ({low:+.4f} to {high:+.4f})"
-            rows.append((run.arm, run.seed, Path(line["data"]).name, len(line["episodes"]), mode, *cells))
+            name = f"{mode} (never met in training)" if run.unmet(mode) else mode
+            rows.append((run.arm, run.seed, Path(line["data"]).name, len(line["episodes"]), name, *cells))
     notes = (
         "Action loss: mean squared error of the velocity, the same frames, noise and times under each mode. "
         "Intervals: 95 % of the bootstrap over episodes. oracle: the true futures, which no rollout has. "
@@ -213,7 +263,7 @@ def offline_table(measured: list[tuple[RunFolder, dict]]) -> Table:
 # what a repetition needs
 
 
-def glance_table(panels: dict[str, list[RunFolder]]) -> Table:
+def glance_table(panels: dict[str, list[RunFolder]], looks: dict[str, int]) -> Table:
     """Return how much stands behind each panel."""
     rows = []
     for title, panel in panels.items():
@@ -221,9 +271,13 @@ def glance_table(panels: dict[str, list[RunFolder]]) -> Table:
         t, seeds = tally(episodes), max(len(runs) for runs in arms.values())
         tasks = {(e["suite"], e["task_id"]) for e in episodes}
         row = (title, len(arms), seeds, " ".join(suites_of(panel)), len(tasks), f"{t.n:,}", t.crashes)
-        rows.append(row)
-    header = ("panel", "arms", "seeds an arm", "suites", "tasks", "episodes", "crashes")
-    return Table(header, rows, "Panels are never compared with one another. **seeds an arm**: at most.")
+        rows.append((*row, looks[title]))
+    header = ("panel", "arms", "seeds an arm", "suites", "tasks", "episodes", "crashes", "looks")
+    notes = (
+        "Panels are never compared with one another. **seeds an arm**: at most. **looks**: reports on other "
+        "episodes than before, and checkpoints on the way that were rolled out; each may be stopped at."
+    )
+    return Table(header, rows, notes)
 
 
 MEASURED = {"params_total", "params_trainable", "flops_per_sample"}
@@ -294,26 +348,38 @@ def protocol_blocks(episodes: list[dict], title: str) -> list:
     return found
 
 
-def ranges(numbers: set[int]) -> str:
-    """Return sorted numbers with runs shortened: {0, 1, 2, 5} -> "0-2, 5"."""
-    parts: list[list[int]] = []
-    for x in sorted(numbers):
-        if parts and x == parts[-1][-1] + 1:
-            parts[-1].append(x)
-        else:
-            parts.append([x])
-    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
-
-
 COLUMNS = (
-    *("arm", "memory", "own", "suite", "samples", "seed", "checkpoint", "successes", "episodes", "crashes"),
-    *("rate", "wilson_low", "wilson_high", "mean_steps_to_success", "parameters", "trainable"),
-    *("flops_per_sample", "protocol"),
+    *(
+        "kind",
+        "samples",
+        "arm",
+        "memory",
+        "own",
+        "suite",
+        "seed",
+        "checkpoint",
+        "successes",
+        "episodes",
+        "crashes",
+    ),
+    *(
+        "rate",
+        "low",
+        "high",
+        "mean_steps_to_success",
+        "parameters",
+        "trainable",
+        "flops_per_sample",
+        "protocol",
+    ),
+    *("family", "a", "b", "difference", "p", "p_holm", "excluded", "what", "number", "answer"),
 )
 
 
-def result_rows(panel: list[RunFolder]) -> list[tuple]:
-    """Return a panel's rows of results.csv, as COLUMNS names them; `all` pools suites, or seeds."""
+def result_rows(
+    panel: list[RunFolder], contrasts: list[Contrast], findings: dict[str, list[Finding]]
+) -> list[dict]:
+    """Return a panel's rows of results.csv: success (`all` pools suites, or seeds), contrasts, findings."""
     rows = []
     for arm, runs in by_arm(panel).items():
         for mode in arm_modes(runs):
@@ -322,18 +388,37 @@ def result_rows(panel: list[RunFolder]) -> list[tuple]:
                 for suite in [*sorted({e["suite"] for e in episodes}), "all"]:
                     here = episodes if suite == "all" else of_suite(episodes, suite)
                     if here:
-                        rows.append((arm, mode, int(mode == runs[0].own), suite, runs[0].budget, seed))
-                        rows[-1] += result(some, here)
-    return rows
+                        row = {"arm": arm, "memory": mode, "own": int(mode == runs[0].own), "suite": suite}
+                        rows.append(row | {"seed": seed} | result(some, here))
+    rows += map(contrast_result, contrasts)
+    for kind, found in findings.items():
+        rows += [{"kind": kind} | finding._asdict() for finding in found]
+    return [{"samples": panel[0].budget} | row for row in rows]
 
 
-def result(runs: list[RunFolder], episodes: list[dict]) -> tuple:
-    """Return what results.csv has behind the six columns that name a row; None for what is unknown."""
+def decimals(x: float | None) -> str | None:
+    return None if x is None or math.isnan(x) else f"{x:.6f}"
+
+
+def contrast_result(c: Contrast) -> dict:
+    low, high = c.test.interval
+    row = {"kind": "contrast", "arm": c.arm, "family": c.family, "a": c.a, "b": c.b, "episodes": c.n}
+    row |= {"seed": " ".join(map(str, c.seeds)), "answer": c.verdict, "difference": decimals(c.difference)}
+    numbers = {"low": low, "high": high, "p": c.test.p, "p_holm": c.p_holm, "excluded": c.test.excluded}
+    return row | {key: decimals(x) for key, x in numbers.items()}
+
+
+def result(runs: list[RunFolder], episodes: list[dict]) -> dict:
+    """Return what a row of success has behind what names it; None for what is unknown."""
     t = tally(episodes)
     low, high = wilson(t.k, t.n)
-    checkpoints = " ".join(sorted({e["checkpoint"] for e in episodes}))
-    protocols = " ".join(sorted({protocol_hash(e) for e in episodes}))
-    rate = (f"{t.rate:.6f}" if t.n else None, f"{low:.6f}", f"{high:.6f}")
-    steps = None if t.steps is None else f"{t.steps:.2f}"
-    size = (*runs[0].params, runs[0].config.get("flops_per_sample"))
-    return (checkpoints, t.k, t.n, t.crashes, *rate, steps, *size, protocols)
+    return {
+        "kind": "success",
+        "checkpoint": " ".join(sorted({e["checkpoint"] for e in episodes})),
+        **{"successes": t.k, "episodes": t.n, "crashes": t.crashes},
+        **{"rate": decimals(t.rate), "low": decimals(low), "high": decimals(high)},
+        "mean_steps_to_success": None if t.steps is None else f"{t.steps:.2f}",
+        **dict(zip(("parameters", "trainable"), runs[0].params, strict=True)),
+        "flops_per_sample": runs[0].config.get("flops_per_sample"),
+        "protocol": " ".join(sorted({protocol_hash(e) for e in episodes})),
+    }

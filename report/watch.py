@@ -3,9 +3,9 @@
 One run is drawn in full, several (or a folder of runs) in a line each. The view is redrawn in place; where
 the output is no terminal, or with --once, it is printed once.
 
-    python watch.py runs/demo/E2-n64000-s0            # one run, every 5 seconds, until Ctrl-C
-    python watch.py runs/demo                         # all of them
-    python watch.py runs/demo --once | tee view.txt
+    python -m report watch runs/demo/E2-n64000-s0     # one run, every 5 seconds, until Ctrl-C
+    python -m report watch runs/demo                  # all of them
+    python -m report watch runs/demo --once | tee view.txt
 
 Reads config.json, metrics.jsonl and episodes*.jsonl, only what they have gained since the last look, and
 where `last` points; needs neither torch nor a simulator. A log line has no time of its own: speed is what
@@ -32,7 +32,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from report.reading import Refusal, find_runs, read_config
+from report.reading import Refusal, find_runs, plain, read_config
 from report.stats import wilson
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -195,8 +195,8 @@ class Rollouts:
         if not row.keys() >= EPISODE_NEEDS:
             self.broken += 1
             return
-        checkpoint = row[b"checkpoint"].decode().strip('"')
-        mode = row[b"memory"].decode().strip('"') if has_memory else "off"
+        checkpoint = plain(row[b"checkpoint"].decode(errors="replace").strip('"'))
+        mode = plain(row[b"memory"].decode(errors="replace").strip('"')) if has_memory else "off"
         key = (checkpoint, mode, row[b"suite"], row[b"task_id"], row[b"init_state"], row.get(b"seed"))
         if key in self.seen:
             return
@@ -498,7 +498,7 @@ def draw(lines: list[str], rows: int) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Show the runs once, or again and again until Ctrl-C where the output is a terminal."""
-    config = tyro.cli(Config, args=args, description=__doc__)
+    config = tyro.cli(Config, args=args, prog="python -m report watch", description=__doc__)
     known: dict[Path, Watched] = {}
     try:
         runs = look(config.runs, known)

@@ -18,7 +18,7 @@ of 8 of them also fast and small, and by 3.3.7, whose floor is darker. What was 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
 from typing import Any, Literal, NamedTuple
@@ -28,9 +28,12 @@ import numpy as np
 from files import Refused
 from readers.selection import plain_text
 from rollouts.facts import STATE_DIM, Facts, describe_checkpoint, describe_data, describe_environment, unpack
+from smolvla.config import SmolVLAConfig
+from smolvla.processor import Processor
 
 __all__ = [  # all that a rollout needs
-    "check", "compare", "describe_checkpoint", "describe_data", "describe_environment", "record", "table",
+    "check", "check_statistics", "compare", "describe_checkpoint", "describe_data", "describe_environment",
+    "record", "table",
 ]  # fmt: skip
 
 Verdict = Literal["agrees", "differs", "not stated"]
@@ -150,9 +153,18 @@ def turn_text(number: int) -> str:
 # ---- items --------------------------------------------------------------------------------------------
 
 
-def compare(checkpoint: Facts, data: dict[str, Any] | None, environment: Facts) -> list[Line]:
-    """Lay the three sides beside each other, a line an item; data: what `describe_data` gave, or None."""
-    known = Facts.read(data).renamed(checkpoint.rename) if data else None
+def compare(
+    checkpoint: Facts,
+    data: dict[str, Any] | None,
+    environment: Facts,
+    prompt: Callable[[str], Any] = str,
+) -> list[Line]:
+    """Lay the three sides beside each other, a line an item.
+
+    Args: data, what `describe_data` gave, or None; prompt, what the policy makes of an instruction.
+    """
+    ours = {old: new for old, new in checkpoint.rename.items() if old not in checkpoint.cameras}
+    known = Facts.read(data).renamed(ours) if data else None  # a run's own have the policy's names
     environment = environment.renamed(checkpoint.rename)
     fit = fit_pictures(known, environment) if known else None
     return [
@@ -164,7 +176,7 @@ def compare(checkpoint: Facts, data: dict[str, Any] | None, environment: Facts) 
         compare_statistics(checkpoint, known, environment),
         compare_rate(known, environment),
         compare_steps(checkpoint, environment),
-        compare_instructions(known, environment),
+        compare_instructions(known, environment, prompt),
         compare_drawing(checkpoint, known, environment, fit),
     ]
 
@@ -176,6 +188,9 @@ def compare_cameras(checkpoint: Facts, data: Facts | None, environment: Facts, f
         missing = [short(name) for name in checkpoint.cameras if facts and name not in facts.cameras]
         if len(missing) > checkpoint.absent:
             why.append(f"not in the {side}: {', '.join(missing)}")
+            if side == "environment":
+                pairs = zip(map(short, checkpoint.cameras), map(short, facts.cameras))
+                why[-1] += f" (--cameras {' '.join(f'{a}={b}' for a, b in pairs)} would say which is which)"
     if fit and fit.wrong:
         pairs = [(short(a), short(b)) for a, b in zip(fit.cameras, fit.taken) if a != b]
         why += [f"{a} looks like the data's {b}, {fit.figures}" for a, b in pairs[:1]]
@@ -228,6 +243,8 @@ def compare_action(checkpoint: Facts, data: Facts | None, environment: Facts) ->
             why.append(f"the {side}'s {found} is not {width}: another robot?")
         elif facts and (problem := action_problem(facts.action)):
             why.append(f"the {side}'s {problem}")
+    if data and data.action.get("closes") == -1:
+        why.append("the data's gripper closes at -1, as their fingers show; here -1 opens it")
     cells = (width_text(side and side.action) for side in (checkpoint, data, environment))
     stated = any(facts and "mean" in facts.action for facts in (checkpoint, data))
     return Line("action", *cells, verdict_of(why, stated), "; ".join(why))
@@ -258,16 +275,40 @@ def compare_statistics(checkpoint: Facts, data: Facts | None, environment: Facts
     for feature in ("state", "action"):
         a, b = getattr(checkpoint, feature), getattr(data, feature) if data else {}
         strange = feature == "action" and any(map(action_problem, (a, b)))  # said under action
-        if "mean" in a and "mean" in b and a["width"] == b["width"] and not strange:
-            off = float(deviations(a, b["mean"]).max())
-            wider = float((np.array(b["std"]) / np.maximum(a["std"], STD_FLOOR)).max())
-            notes.append(f"the data's {feature} is {off:.1f} std off, {wider:.1f} x as wide")
-            why += notes[-1:] if off > OFF or wider > WIDER else []
+        if not strange and (found := apart(feature, a, b)):
+            notes.append(found[0])
+            why += notes[-1:] if found[1] else []
     mode = checkpoint.state["mode"] + ("" if "mean" in checkpoint.state else ", no statistics")
     frames = f"{data.about.get('frames', 0):,} frames" if data else "-"
     cells = (mode, frames, "first state" if first else "-")
     reasons = why[:1] or list(dict.fromkeys(notes))
     return Line("statistics", *cells, verdict_of(why, bool(notes)), "; ".join(reasons))
+
+
+def apart(feature: str, own: dict[str, Any], data: dict[str, Any]) -> tuple[str, bool] | None:
+    """Say how far data lie outside of a checkpoint's statistics, and whether too far; None: unknown."""
+    if "mean" not in own or "mean" not in data or own["width"] != data["width"]:
+        return None
+    off = float(deviations(own, data["mean"]).max())
+    wider = float((np.array(data["std"]) / np.maximum(own["std"], STD_FLOOR)).max())
+    return f"the data's {feature} is {off:.1f} std off, {wider:.1f} x as wide", off > OFF or wider > WIDER
+
+
+def check_statistics(
+    config: SmolVLAConfig, processor: Processor, data: dict[str, Any], accept: Collection[str] = ()
+) -> None:
+    """Raise Refused where training data lie far outside of a checkpoint's statistics, before any step.
+
+    Args: data, as `describe_data` gives them; accept, ("statistics",) to train all the same.
+    """
+    own, known = describe_checkpoint(config, processor, {}), Facts.read(data)
+    found = [apart(name, getattr(own, name), getattr(known, name)) for name in ("state", "action")]
+    why = [text for text, far in filter(None, found) if far]
+    if why and "statistics" not in accept:
+        raise Refused(
+            f"--statistics checkpoint: {'; '.join(why)}; use --statistics data, or go on with "
+            "--accept statistics"
+        )
 
 
 def deviations(state: dict[str, Any], values: Sequence[float]) -> np.ndarray:
@@ -319,15 +360,23 @@ def compare_steps(checkpoint: Facts, environment: Facts) -> Line:
     return Line("n_action_steps", *cells, verdict_of(why), "".join(why))
 
 
-def compare_instructions(data: Facts | None, environment: Facts) -> Line:
-    """Look for the suite's instructions among the data's."""
-    known = set(map(plain_text, data.tasks or ())) if data else set()
-    asked, suite = set(map(plain_text, environment.tasks or ())), " ".join(environment.suites)
-    both = known & asked
+def compare_instructions(data: Facts | None, environment: Facts, prompt: Callable[[str], Any] = str) -> Line:
+    """Look for the suite's instructions among the data's; those that are there must be the same tokens."""
+    known: dict[str, list[str]] = {}
+    for text in (data.tasks if data else None) or ():
+        known.setdefault(plain_text(text), []).append(text)
+    asked, suite = {plain_text(text): text for text in environment.tasks or ()}, " ".join(environment.suites)
+    both = sorted(known.keys() & asked.keys())
     why = [f'none of {suite} is among the data\'s, such as "{min(known)}"'] if known and not both else []
+    other = [key for key in both if prompt(asked[key]) not in map(prompt, known[key])]
+    if other:
+        said, here = known[other[0]][0], asked[other[0]]
+        why.append(
+            f'{len(other)} of {len(both)} are other tokens: the data say "{said}", here it is "{here}"'
+        )
     note = f"{len(both)} of {suite} are among the data's" if both else ""
     cells = ("-", f"{len(known)} known" if known else "-", f"{len(asked)} of {suite}")
-    return Line("instruction", *cells, verdict_of(why, bool(known)), "".join(why) or note)
+    return Line("instruction", *cells, verdict_of(why, bool(known)), "; ".join(why) or note)
 
 
 def compare_drawing(checkpoint: Facts, data: Facts | None, environment: Facts, fit: Fit | None) -> Line:

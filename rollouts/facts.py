@@ -23,13 +23,13 @@ from PIL import Image
 from torch import Tensor
 
 from readers.demos import Demos, statistics
-from readers.selection import suite_instructions
-from simulator.env import CAMERAS, CONTROL_HZ, SimConfig, versions
+from simulator.env import CAMERAS, CONTROL_HZ, SimConfig, task_instructions, versions
 from simulator.pool import Observation
 from smolvla.config import SmolVLAConfig
-from smolvla.processor import ACTION, STATE, Processor, find_step
+from smolvla.processor import ACTION, STATE, Processor, rename_map
 
 SKETCH, FRAMES, SCENES = 8, 16, 10  # a sketch's side; frames decoded a camera; sketches kept a camera
+GRIP = 8  # control steps in which fingers answer a command
 INSTRUCTIONS = 100  # more are not kept
 LAYOUT = "position 3, axis-angle 3, gripper 2"
 STATE_DIM, ACTION_DIM = 8, 7
@@ -46,7 +46,7 @@ class Facts:
     state: dict[str, Any]
     """`width`; where known `mean`, `std`, `min`, `max` (lists), `mode`, `layout`, an episode's `first`."""
     action: dict[str, Any]
-    """The same."""
+    """The same; of data, where the fingers show it, the sign of the command that `closes` the gripper."""
     sketches: dict[str, list[str]] = field(default_factory=dict)
     """Camera -> sketches of first frames, one a task, in base64."""
     tasks: list[str] | None = None
@@ -97,7 +97,7 @@ def describe_data(demos: Demos, pictures: bool = True) -> dict[str, Any]:
     facts = Facts(
         cameras={name: list(images.shape[1:3]) for name, images in demos.images.items()},
         state=moments(values[STATE]) | ({"layout": LAYOUT} if libero else {}),
-        action=moments(values[ACTION]),
+        action=moments(values[ACTION]) | gripper(demos),
         sketches=sketch_scenes(demos) if pictures else {},
         tasks=[demos.tasks[i] for i in tasks] if len(tasks) <= INSTRUCTIONS else None,
         control_hz=single(record.get("control_hz") for record in records),
@@ -110,6 +110,22 @@ def describe_data(demos: Demos, pictures: bool = True) -> dict[str, Any]:
         **recorded(records),
     )
     return dataclasses.asdict(facts)
+
+
+def gripper(demos: Demos) -> dict[str, int]:
+    """Say which sign of the gripper's command `closes` it, by what the fingers do after it changes.
+
+    Empty where states and actions are not LIBERO's in width, where it never changes, and where they disagree.
+    """
+    if (demos.state.shape[1], demos.action.shape[1]) != (STATE_DIM, ACTION_DIM):
+        return {}
+    sign, width = np.sign(demos.action[:, 6]), demos.state[:, 6] - demos.state[:, 7]
+    changes = 1 + np.flatnonzero((sign[1:] * sign[:-1] < 0) & (np.diff(demos.episode) == 0))
+    after = np.minimum(changes + GRIP, demos.last[demos.episode[changes]])
+    moved = sign[changes] * (width[after] - width[changes])  # positive: what is positive opens
+    if not np.abs(moved).sum() > 0 or abs(share := moved.sum() / np.abs(moved).sum()) < 0.5:
+        return {}
+    return {"closes": -int(np.sign(share))}
 
 
 def recorded(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -169,10 +185,9 @@ def unpack(text: str) -> np.ndarray:
 def describe_checkpoint(config: SmolVLAConfig, processor: Processor, run: dict[str, Any]) -> Facts:
     """Say what a checkpoint expects; run: its run folder's config.json, {} of a published checkpoint."""
     inputs, records = processor.raw["input_features"], run.get("data_provenance") or []
-    named = [name for name in config.cameras if "empty_camera_" not in name]
+    named = config.given_cameras
     shapes = {name: inputs.get(name, {}).get("shape") for name in named}
     size = single(record.get("size") for record in records)  # config.json's may be of an earlier training
-    rename = find_step(processor.before, "rename_observations_processor").get("config", {})
     return Facts(
         cameras={n: [size] * 2 if size else shape and list(shape[-2:]) for n, shape in shapes.items()},
         state={"width": config.state_dim} | normalisation(processor, STATE, processor.stats),
@@ -180,7 +195,7 @@ def describe_checkpoint(config: SmolVLAConfig, processor: Processor, run: dict[s
         n_action_steps=config.n_action_steps,
         chunk=config.chunk_size,
         absent=max(0, config.empty_cameras - (len(config.cameras) - len(named))),
-        rename=rename.get("rename_map", {}),
+        rename=rename_map(processor.before),
         **recorded(records),
     )
 
@@ -221,7 +236,7 @@ def describe_environment(
     frames = {} if observation is None else {c: f for (at, c), f in observation.frames.items() if at == 0}
     first = {} if observation is None else {"first": [float(x) for x in observation.state]}
     ambiguous = plan_sim.either and observation is not None  # another instruction than any of the suite's
-    instructions = [observation.language] if ambiguous else sorted(suite_instructions(plan_sim.suite))
+    instructions = [observation.language] if ambiguous else sorted(task_instructions(plan_sim.suite))
     return Facts(
         cameras={name: [plan_sim.size] * 2 for name in CAMERAS}
         | {name: list(frame.shape[:2]) for name, frame in frames.items()},

@@ -28,7 +28,7 @@ from simulator.env import (
     check_task,
     parse_ids,
 )
-from smolvla.checkpoint import find_folder
+from smolvla.checkpoint import find_folder, holds_weights
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,10 @@ class ProtocolConfig:
     out: Path | None = None
     """Folder that gets episodes.jsonl; default: the run folder, or runs/eval/NAME for a checkpoint without
     one."""
+
+    cameras: tuple[str, ...] = ()
+    """Which of LIBERO's cameras (image, image2) is which of the checkpoint's, where it does not say so:
+    NAME=CAMERA, as in camera1=image camera2=image2; its others are left out. With --offline: the data's."""
 
     suite: tuple[str, ...] = ()
     """LIBERO suites, one after the other: spatial, object, goal, 10, 90; default: the training data's."""
@@ -149,17 +153,15 @@ def find_target(config: ProtocolConfig, sited: bool = False) -> Target:
     given = config.checkpoint or str(newest_run(Path("runs"), sited))
     path = Path(given)
     title = path.name if path.is_dir() else given.partition("@")[0].replace("/", "-")
-    if path.is_dir() and not (path / "model.safetensors").is_file():
+    folder = find_folder(given, config.revision).resolve()
+    if path.is_dir() and not holds_weights(folder):
         inside = sorted(str(link.parent) for link in path.glob("*/last"))
-        path = path / "last"
-        if not path.is_dir() and inside:
+        if inside:
             raise Refused(f"{given} holds {len(inside)} runs, name one: {' '.join(inside)}")
-        if not path.is_dir():
-            raise Refused(
-                f"{given} is neither a run folder (with `last`) nor a checkpoint folder "
-                "(with model.safetensors)"
-            )
-    folder = find_folder(str(path), config.revision).resolve()
+        raise Refused(
+            f"{given} is neither a run folder (with `last`, or lerobot's checkpoints/last) nor a checkpoint "
+            "folder (with model.safetensors)"
+        )
     record = folder.parent / "config.json"
     if record.is_file() and "arm" in (run := read_json(record)):
         return Target(folder, config.out or folder.parent, folder.name, run)
@@ -200,6 +202,7 @@ class Plan:
     n_action_steps: int
     policy_batch: int
     dtype: str = "float32"
+    cameras: tuple[str, ...] = ()  # --cameras, where it was needed
 
     def __str__(self) -> str:
         """The protocol in a line."""
@@ -210,7 +213,8 @@ class Plan:
 
     def record(self) -> dict:
         """The protocol, as it is stored with every result."""
-        return self.sim.record() | {
+        named = {"cameras": " ".join(sorted(self.cameras))} if self.cameras else {}
+        return self.sim.record() | named | {
             "n_action_steps": self.n_action_steps, "policy_batch": self.policy_batch, "dtype": self.dtype,
         }  # fmt: skip
 
@@ -257,7 +261,7 @@ def make_plan(config: ProtocolConfig, suite: str, mine: dict[int, dict], arm: Ar
         raise Refused(
             f"--n-action-steps {steps}: a chunk of this policy has {chunk} actions, ask for no more"
         )
-    return Plan(sim, starts, seen, steps, config.policy_batch, config.dtype)
+    return Plan(sim, starts, seen, steps, config.policy_batch, config.dtype, config.cameras)
 
 
 def chosen_starts(config: ProtocolConfig, task: int, used: set[int]) -> list[int]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,14 +22,15 @@ import torch
 from torch import Tensor
 
 from arm import Arm, ArmConfig
-from data import CHANCE, FLOW, MEMORY, PARTNER, ROLLOUT, chance, memory_noise, sample_rng, stack
-from prophet import NEEDS
+from data import CHANCE, FLOW, MEMORY, ROLLOUT, chance, memory_noise, partner_rows, sample_rng, stack
+from files import Refused
+from prophet import NEEDS, gate_scale
 from rollouts.film import Film
 from rollouts.imagine import Decision, decisions_of, future_plan
 from rollouts.plan import Plan
 from simulator.env import CAMERAS, CONTROL_HZ, SUITES
 from simulator.pool import EnvPool, Observation, SimCrash
-from smolvla.processor import Processor
+from smolvla.processor import Processor, rename_map
 from training.diagnostics import most_attended, rows_attended
 
 # ---- one episode --------------------------------------------------------------------------------------
@@ -64,8 +65,10 @@ class Episode:
     fingerprint: dict[str, list[float]] = field(default_factory=dict)
     prompt: str = ""
     retried: bool = False
+    first: Tensor | None = None  # the past (T, D) of its first decision
     imagined: list[Decision] | None = None  # where its futures are to be drawn
     film: Film | None = None  # where it is filmed
+    names: dict[str, str] = field(default_factory=dict)  # environment's cameras -> the policy's names
 
     def see(self, observation: Observation, arm: Arm, keep_history: bool) -> None:
         """Take in an observation: timings, the first pictures' mean colours, pictures for the history."""
@@ -86,7 +89,8 @@ class Episode:
         """Keep the observation's pictures, and drop those that no later decision will read."""
         config = arm.config
         for offset in sorted({k for k, _ in observation.frames}):
-            frames = {c: as_images(f)[0] for (k, c), f in observation.frames.items() if k == offset}
+            seen = {c: as_images(f)[0] for (k, c), f in observation.frames.items() if k == offset}
+            frames = {self.names.get(c, c): f for c, f in seen.items()}
             if all(camera in frames for camera in config.latent_cameras):
                 self.frames[before + offset] = {camera: frames[camera] for camera in config.latent_cameras}
         if self.imagined is None:
@@ -142,14 +146,30 @@ class Rollout:
         self.arm, self.processor, self.mode = arm, processor, mode
         self.plan, self.pool, self.device = plan, pool, device
         self.needs = arm.needs(mode)
-        self.keep_history = "z_hist" in self.needs
-        known = () if arm.config.blind else arm.policy.config.cameras
-        self.cameras = tuple(c for c in CAMERAS if set(processor.rename({c: None})) & set(known))
-        self.world_cameras = arm.config.latent_cameras if self.keep_history else ()
+        self.keep_history = bool({"z_hist", "z_first"} & set(self.needs))
+        self.scale = 1.0 if gate_scale(mode) is None else gate_scale(mode)
+        names = rename_map(processor.before)
+        self.names = {camera: names.get(camera, camera) for camera in CAMERAS}
+        known = () if arm.config.blind else arm.policy.config.given_cameras
+        self.cameras = self.drawn(known)
+        self.world_cameras = self.drawn(arm.config.latent_cameras) if self.keep_history else ()
+        if self.keep_history and len(self.world_cameras) < len(arm.config.latent_cameras):
+            short = lambda names: [name.removeprefix("observation.images.") for name in names]  # noqa: E731
+            pairs = zip(short(arm.policy.config.given_cameras), short(CAMERAS))
+            raise Refused(
+                f"the world latents' {', '.join(short(arm.config.latent_cameras))} are not among LIBERO's "
+                f"{', '.join(short(CAMERAS))}: --cameras {' '.join(f'{a}={b}' for a, b in pairs)} would say "
+                "which is which"
+            )
         self.at_decision = tuple(dict.fromkeys((*self.cameras, *self.world_cameras)))
         self.gates = {} if mode == "off" or arm.policy.fusion is None else arm.policy.fusion.gates()
         self.running: dict[int, Episode] = {}
         self.waiting: deque[tuple[int, Observation]] = deque()
+
+    def drawn(self, known: Iterable[str]) -> tuple[str, ...]:
+        """The environment's cameras that have these names in the policy, in their order."""
+        own = {new: old for old, new in self.names.items()}
+        return tuple(own[name] for name in known if name in own)
 
     def run(
         self, starts: list[tuple[int, int]], imagine: int = 0, film: float = 0.0
@@ -191,7 +211,8 @@ class Rollout:
     def episode(self, task: int, init_state: int, imagine: bool, film: float) -> Episode:
         """A new episode of this mode, whose imagined futures are kept, or that is filmed."""
         shot = Film(round(CONTROL_HZ / film), self.gates) if film else None
-        return Episode(task, init_state, self.mode, imagined=[] if imagine else None, film=shot)
+        kept = [] if imagine else None
+        return Episode(task, init_state, self.mode, imagined=kept, film=shot, names=self.names)
 
     def begin(self, i: int, episode: Episode) -> None:
         self.running[i] = episode
@@ -209,12 +230,17 @@ class Rollout:
             "task": [o.language for _, o in padded],
         }
         for camera in self.cameras:
-            batch[camera] = torch.cat([as_images(latest(o, camera)) for _, o in padded])
+            batch[self.names[camera]] = torch.cat([as_images(latest(o, camera)) for _, o in padded])
         batch = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         inputs = self.processor(self.arm.blindfold(batch))
         noise, world = self.draw(episodes)
         if self.keep_history:
             world["z_hist"] = histories(self.arm, episodes).to(self.device)
+            for episode, past in zip(episodes, world["z_hist"], strict=True):
+                episode.first = past if episode.decisions == 0 else episode.first
+            world["z_first"] = torch.stack([episode.first for episode in episodes])
+        if self.arm.policy.fusion is not None:
+            self.arm.policy.fusion.rescale(self.scale)
         best = most_attended(self.arm, inputs, world, noise) if self.mode == "best1" else None
         chunk = self.arm.act(inputs, noise, self.mode, world, best)
         actions = self.processor.unnormalise(chunk).clamp(-1, 1).cpu().numpy()
@@ -272,9 +298,12 @@ class Rollout:
         if "chance" in self.needs:  # without the decision: a hypothesis stays what it is for an episode
             rows = (chance(config, [rng(CHANCE, *key[:-1], n) for n in many]) for key in keys)
             world["chance"] = stack(rows).to(self.device)  # (B, N, ., h)
-        if "z_partner" in self.needs:
-            chosen = [int(rng(PARTNER, *key).integers(len(self.arm.partners))) for key in keys]
-            world["z_partner"] = self.arm.partners[chosen]  # (B, T, D)
+        at = self.arm.partner_at.cpu()
+        for name in {"z_partner", "z_other"} & set(self.needs):  # one episode, met at this one's step
+            told = [e.prompt if name == "z_other" else None for e in episodes]
+            pairs = zip(keys, episodes, told, strict=True)
+            chosen = [partner_rows(at, key[:-1], seed, e.steps, text) for key, e, text in pairs]
+            world[name] = self.arm.partners[chosen]  # (B, T, D)
         return torch.from_numpy(np.stack(flow)).to(self.device), world
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors
@@ -25,8 +26,9 @@ import torch.nn as nn
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from files import Refused, read_json, read_tensors, save_tensors, to_json
-from smolvla.config import SmolVLAConfig
+from files import Refused, plain_name, read_json, read_tensors, save_tensors, to_json
+from smolvla.config import EMPTY, SmolVLAConfig
+from smolvla.fit import Fit, adapt, own_fit
 from smolvla.language import Language, fresh_language, language_config, language_sizes, read_language
 from smolvla.processor import (
     ACTION,
@@ -37,10 +39,13 @@ from smolvla.processor import (
     Statistics,
     choose_statistics,
     read_statistics,
+    rename_map,
     sort_statistics,
 )
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, SHARDS, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+# Where a checkpoint lies in what a person names: itself, a run folder of ours, one of lerobot's.
+PLACES = ("", "last", "pretrained_model", "last/pretrained_model", "checkpoints/last/pretrained_model")
 # Ours -> lerobot's, longest first; what is not listed sits directly under `model.`.
 KEY_NAMES = {
     "vision.layers.": "model.vlm_with_expert.vlm.model.vision_model.encoder.layers.",
@@ -98,7 +103,7 @@ def find_folder(
         raise Refused(f"{name!r} is no name: give a checkpoint folder, or a hub id of the form owner/name")
     for path in ([relative_to / name] if relative_to else []) + [Path(name)]:
         if path.is_dir():
-            return path
+            return checkpoint_in(path)
     repo, _, pinned = name.partition("@")
     if repo.startswith((".", "/", "~")) or repo.count("/") != 1:
         raise Refused(f"no folder {name!r}: give a checkpoint folder, or a hub id of the form owner/name")
@@ -110,6 +115,16 @@ def find_folder(
             f"{name} is no folder here and cannot be fetched from the hub ({reason}): give a folder"
         ) from error
     return Path(found)
+
+
+def checkpoint_in(folder: Path) -> Path:
+    """Find the checkpoint in a run folder, ours or lerobot's (outputs/train/x); else the folder itself."""
+    return next((folder / place for place in PLACES if holds_weights(folder / place)), folder)
+
+
+def holds_weights(folder: Path) -> bool:
+    """Say whether a folder is a checkpoint, or an adapter that could be merged into one."""
+    return any((folder / name).is_file() for name in (WEIGHTS, SHARDS, ADAPTER))
 
 
 def lerobot_key(name: str) -> str:
@@ -136,6 +151,11 @@ def plain_key(key: str) -> str:
 # ---- config -------------------------------------------------------------------------------------------
 
 
+def check_type(raw: dict) -> None:
+    if raw["type"] != "smolvla":
+        raise Refused(f"config.json is of a policy of type {raw['type']!r}: only smolvla is read here")
+
+
 def policy_config(raw: dict, language: Language) -> SmolVLAConfig:
     """Join a checkpoint's config.json and its language model's into the sizes of a policy.
 
@@ -143,8 +163,7 @@ def policy_config(raw: dict, language: Language) -> SmolVLAConfig:
     project does not do (another policy, Aloha adaptation, pictures as they come).
     """
     raw = LEROBOT_DEFAULTS | raw
-    if raw["type"] != "smolvla":
-        raise Refused(f"config.json is of a policy of type {raw['type']!r}: only smolvla is read here")
+    check_type(raw)
     if raw["adapt_to_pi_aloha"] or raw["use_delta_joint_actions_aloha"]:
         raise Refused(
             "config.json asks for adapt_to_pi_aloha, another robot's conventions: not supported here"
@@ -154,7 +173,7 @@ def policy_config(raw: dict, language: Language) -> SmolVLAConfig:
         if name not in features:
             raise Refused(f"config.json has no feature {name} among {', '.join(features) or 'none'}")
     cameras = [name for name, feature in inputs.items() if feature["type"] == "VISUAL"]
-    empty = [f"observation.images.empty_camera_{i}" for i in range(raw["empty_cameras"])]
+    empty = [f"{EMPTY}{i}" for i in range(raw["empty_cameras"])]
     sizes = language_sizes(language.config, raw)
     return SmolVLAConfig(
         cameras=tuple(dict.fromkeys(cameras + empty)),
@@ -192,21 +211,52 @@ def multiplier(part: int, whole: int) -> float:
 # ---- weights ------------------------------------------------------------------------------------------
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Read a file's weights, under lerobot's present names, and the statistics that older ones keep there."""
+def read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Read a folder's weights, in one file or in shards, memory-mapped.
+
+    Raises Refused for files that are missing or broken, for an index that names anything but files beside
+    it or tensors that these lack, and for an adapter, whose weights are no policy's.
+    """
+    if (folder / WEIGHTS).is_file() or not (folder / SHARDS).is_file():
+        refuse_adapter(folder)
+        yield from read_tensors(folder / WEIGHTS).items()
+        return
+    table = read_json(folder / SHARDS).get("weight_map")
+    if not isinstance(table, dict):
+        raise Refused(f"{folder / SHARDS} has no weight_map of names and files: copy the checkpoint again")
+    for name in sorted({plain_name(file, folder / SHARDS) for file in table.values()}):
+        tensors = read_tensors(folder / name)
+        if lost := [key for key, file in table.items() if file == name and key not in tensors]:
+            raise Refused(f"{folder / name} lacks {lost[0]!r}, which {SHARDS} says it has: copy it again")
+        yield from ((key, tensor) for key, tensor in tensors.items() if table.get(key) == name)
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise Refused where a folder holds a PEFT adapter instead of weights."""
+    if (folder / ADAPTER).is_file() and not (folder / WEIGHTS).is_file():
+        base = read_json(folder / ADAPTER).get("base_model_name_or_path") or "an unnamed base"
+        raise Refused(
+            f"{folder} is a PEFT adapter of {base!r}, no policy: merge it where lerobot and peft are, "
+            "PeftModel.from_pretrained(SmolVLAPolicy.from_pretrained(BASE), ADAPTER).merge_and_unload()"
+            ".save_pretrained(NEW), and copy its policy_*processor* files to NEW"
+        )
+
+
+def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Read weights, under lerobot's present names, and the statistics that older ones keep among them."""
     tensors, statistics = {}, {}
-    for key, value in read_tensors(path).items():
+    for key, value in read_folder(folder):
         plain = plain_key(key)
         if plain in tensors:
-            raise Refused(f"{path} has two tensors for {plain}, one of them {key}: keep one")
+            raise Refused(f"{folder} has two tensors for {plain}, one of them {key}: keep one")
         (statistics if "normalize_" in plain else tensors)[plain] = value
     return tensors, statistics
 
 
-def read_language_weights(path: Path, layers: int) -> dict[str, Tensor]:
+def read_language_weights(folder: Path, layers: int) -> dict[str, Tensor]:
     """Read a language model's own weights under lerobot's names, the first text layers alone."""
     tensors = {}
-    for key, value in read_tensors(path).items():
+    for key, value in read_folder(folder):
         key = plain_key(f"model.vlm_with_expert.vlm.{key}")
         layer = re.search(r"text_model\.layers\.(\d+)\.", key)
         if layer is None or int(layer[1]) < layers:
@@ -263,11 +313,23 @@ def open_checkpoint(
 ) -> tuple[Path, dict, Language, SmolVLAConfig]:
     """Find a checkpoint, a run folder's last one too, and read what it is: config, language model, sizes."""
     folder = find_folder(name, revision)
-    if (folder / "last").is_dir():
-        folder = folder / "last"
+    refuse_adapter(folder)
     raw = LEROBOT_DEFAULTS | read_json(folder / "config.json")
     language = find_language(raw["vlm_model_name"], folder, vlm)
     return folder, raw, language, policy_config(raw, language)
+
+
+def read_cameras(name: str, revision: str | None) -> tuple[list[str], dict[str, str]]:
+    """Give the cameras that a checkpoint's config.json names, and its rename map, without its weights."""
+    folder = find_folder(name, revision)
+    refuse_adapter(folder)
+    raw = LEROBOT_DEFAULTS | read_json(folder / "config.json")
+    check_type(raw)
+    cameras = [
+        n for n, f in raw["input_features"].items() if f["type"] == "VISUAL" and not n.startswith(EMPTY)
+    ]
+    path = folder / f"{PRE}.json"
+    return cameras, rename_map(read_json(path)) if path.is_file() else {}
 
 
 def find_language(name: str, folder: Path, vlm: str | None) -> Language:
@@ -286,8 +348,12 @@ def load_processor(
     among_weights: dict[str, Tensor],
     stats_of: str | None,
     allow_missing: bool,
+    fit: Fit | None = None,
 ) -> Processor:
-    """Read both processors with their statistics; before there were processors, the weights held these."""
+    """Read both processors with their statistics; before there were processors, the weights held these.
+
+    Args: fit, what the checkpoint is brought to; default: what its own statistics know better.
+    """
     features = [*raw["input_features"], *raw["output_features"]]
     before, after, found, found_after = {}, {}, sort_statistics(among_weights, features), {}
     if (folder / f"{PRE}.json").is_file():
@@ -296,7 +362,12 @@ def load_processor(
         found_after = read_statistics(folder, after, features)
     try:
         stats, stats_after = (choose_statistics(x, stats_of) for x in (found, found_after or found))
-        return Processor(config, raw, language, stats, before, after, stats_after, allow_missing)
+        fit, notes = fit or own_fit(config, before, stats), []
+        if fit is not None:
+            config, raw, before, after, notes = adapt(config, raw, before, after, fit)
+            stats, stats_after = (fit.stats or x for x in (stats, stats_after))
+        made = (config, raw, language, stats, before, after, stats_after, allow_missing)
+        return Processor(*made, notes=notes)
     except Refused as error:
         named = ", ".join(sorted(name for name in found if name))
         hint = f"; there are those of {named}: choose with --stats-of" if named and stats_of is None else ""
@@ -342,7 +413,7 @@ def save_policy(folder: Path, policy: nn.Module, processor: Processor) -> None:
 def describe_checkpoint(folder: Path, policy: nn.Module, processor: Processor) -> str:
     """Say what a checkpoint is, in a screenful: sizes, pattern, cameras, widths, statistics, tokenizer."""
     c, raw, language = policy.config, processor.raw, processor.language
-    stored = sorted({str(t.dtype).removeprefix("torch.") for t in read_tensors(folder / WEIGHTS).values()})
+    stored = sorted({str(t.dtype).removeprefix("torch.") for _, t in read_folder(folder)})
     total = sum(p.numel() for p in policy.parameters())
     rows = [
         ("checkpoint", f"{folder}, stored in {', '.join(stored)}"),
@@ -351,12 +422,13 @@ def describe_checkpoint(folder: Path, policy: nn.Module, processor: Processor) -
         ("pictures", f"{c.image_size} x {c.image_size} by {c.patch_size}, {c.image_tokens} tokens"),
         ("text", f"{c.layers} layers of width {c.width}, {c.heads} heads ({c.kv_heads} key) of {c.head_dim}"),
         ("expert", f"{c.expert_layers} layers of width {c.expert_width}: {describe_pattern(c)}"),
-        *(("camera", f"{name} {describe_camera(raw, name)}") for name in c.cameras),
+        *(("camera", f"{name} {describe_camera(processor, name)}") for name in c.cameras),
         ("state", f"{c.state_dim} of at most {c.max_state_dim}; {describe_statistics(processor, STATE)}"),
         ("action", f"{c.action_dim} of at most {c.max_action_dim}; {describe_statistics(processor, ACTION)}"),
         ("chunk", f"{c.chunk_size} actions, n_action_steps {c.n_action_steps}, {c.num_steps} Euler steps"),
         ("language", f"at most {c.tokenizer_max_length} tokens, padded to {raw['pad_language_to']}"),
         ("tokenizer", f"{language.tokenizer.get_vocab_size():,} of {c.vocab_size:,} ids, {language.source}"),
+        *(("note", note) for note in processor.notes),
     ]  # fmt: skip
     if (folder / "world.safetensors").is_file():
         with safetensors.safe_open(folder / "world.safetensors", "pt") as file:
@@ -382,9 +454,12 @@ def describe_pattern(config: SmolVLAConfig) -> str:
     return f"{''.join(kinds)} (s self and prefix, c prefix alone), beside {beside}"
 
 
-def describe_camera(raw: dict, name: str) -> str:
-    shape = raw["input_features"].get(name, {}).get("shape")
-    return f"{shape[1]} x {shape[2]}" if shape else "(a black picture stands in)"
+def describe_camera(processor: Processor, name: str) -> str:
+    if name not in processor.config.given_cameras:
+        return "(a black picture stands in)"
+    shape = processor.raw["input_features"][name]["shape"]
+    outside = [old for old, new in rename_map(processor.before).items() if new == name]
+    return f"{shape[1]} x {shape[2]}" + f", named {' or '.join(outside)} outside" * bool(outside)
 
 
 def describe_statistics(processor: Processor, feature: str) -> str:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from files import Refused, number_from_environment
 
+EMPTY = "observation.images.empty_camera_"  # begins the names that lerobot gives to cameras that nobody has
+
 
 @dataclass(frozen=True)
 class SmolVLAConfig:
@@ -95,6 +97,11 @@ class SmolVLAConfig:
                 f"layers over {self.layers} text layers: lerobot builds expert layers by their own number "
                 "and runs them by the text layer's, and the two differ; 0 (cross attention only) works"
             )
+
+    @property
+    def given_cameras(self) -> tuple[str, ...]:
+        """Cameras whose pictures data and environment give; for the others a black one stands in."""
+        return tuple(name for name in self.cameras if not name.startswith(EMPTY))
 
     @property
     def image_tokens(self) -> int:

@@ -120,13 +120,16 @@ def fresh_language(config: dict, instructions: list[str]) -> Language:
         "pad_token": "<|im_end|>",
     } | SPECIAL_TOKENS  # fmt: skip
     side = config["vision_config"]["image_size"]
+    pictures = {
+        "size": {"longest_edge": side}, "max_image_size": {"longest_edge": side}, "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }  # fmt: skip
     images = {
         "processor_class": "SmolVLMProcessor",
-        "image_processor": {
-            "image_processor_type": "SmolVLMImageProcessor", "size": {"longest_edge": side},
-            "max_image_size": {"longest_edge": side}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-        },
-    }  # fmt: skip
+        "image_processor": {"image_processor_type": "SmolVLMImageProcessor"} | pictures,
+        # lerobot never shows it a video, but transformers makes no processor without.
+        "video_processor": {"video_processor_type": "SmolVLMVideoProcessor"} | pictures,
+    }
     contents = {"config.json": config, "tokenizer_config.json": settings, "processor_config.json": images}
     files = {name: to_json(content).encode() for name, content in contents.items()}
     return Language(config, files | {"tokenizer.json": tokenizer.to_str().encode()}, tokenizer)

@@ -124,7 +124,21 @@ def describe_processing(raw: dict) -> tuple[dict, dict]:
 
 def find_step(description: dict, name: str) -> dict:
     """Give a step of a description by its registry name; empty when there is none."""
-    return next((step for step in description["steps"] if step.get("registry_name") == name), {})
+    return next((step for step in description.get("steps", ()) if step.get("registry_name") == name), {})
+
+
+def rename_map(before: dict) -> dict[str, str]:
+    """Give the names that a preprocessor's description gives to features: outside -> the policy's."""
+    return find_step(before, "rename_observations_processor").get("config", {}).get("rename_map", {})
+
+
+def with_rename(before: dict, names: dict[str, str]) -> dict:
+    """Give a preprocessor's description that renames so, as lerobot's training writes it."""
+    if rename_map(before) == names:
+        return before
+    step = {"registry_name": "rename_observations_processor", "config": {"rename_map": names}}
+    others = [s for s in before["steps"] if s.get("registry_name") != step["registry_name"]]
+    return before | {"steps": [step, *others]}
 
 
 def check_steps(description: dict) -> None:
@@ -157,6 +171,7 @@ class Processor:
     stats_after: Statistics = field(default_factory=dict)  # the postprocessor's own
     allow_missing: bool = False
     pad_to: int = 0  # tokens that instructions are padded to at least, so that batches share one length
+    notes: list[str] = field(default_factory=list)  # a line for each thing in which it differs from its files
 
     def __post_init__(self) -> None:
         self._ids: dict[str, list[int]] = {}
@@ -179,8 +194,8 @@ class Processor:
             sizes = {len(stats[feature][name]) for name in self.used(feature, stats)} - {width}
             if sizes:
                 raise Refused(
-                    f"statistics of {feature} are {sizes.pop()} wide, config.json says {width}: "
-                    "one of them is of another robot or data set"
+                    f"statistics of {feature} are {sizes.pop()} wide, not {width}, and of another robot: in "
+                    "training, --statistics data takes the data's"
                 )
 
     @property
@@ -268,13 +283,12 @@ class Processor:
         return tokens, mask
 
     def rename(self, batch: dict) -> dict:
-        """Give features the names that the checkpoint knows, by the preprocessor's own map."""
-        step = find_step(self.before, "rename_observations_processor")
-        names = step.get("config", {}).get("rename_map", {})
+        """Give features from outside the names that the checkpoint knows, by the preprocessor's own map."""
+        names = rename_map(self.before)
         return {names.get(key, key): value for key, value in batch.items()} if names else batch
 
     def __call__(self, batch: dict) -> dict:
-        """Make the policy's inputs from a batch under lerobot's feature names.
+        """Make the policy's inputs from a batch under the checkpoint's feature names (`rename`).
 
         Args: batch with camera images (B, 3, h, w) uint8 or float in [0, 1], or a camera's tokens (B, n, W)
         (latents/tower.py), which pass as they are; "observation.state" (B, S), "task" (list of str), and for
@@ -282,7 +296,6 @@ class Processor:
         Images and states may have an axis of observations after the first: the last one counts.
         Raises Refused for cameras that the checkpoint does not know and for other widths than its own.
         """
-        batch = self.rename(batch)
         state = self.last(batch[STATE], 2).float()
         self.check_width(STATE, state, self.config.state_dim)
         images, masks = self.cameras(batch)

@@ -92,7 +92,7 @@ def recompute_double(folder: Path) -> dict[str, Tensor]:
     policy, processor = load_policy(folder / "checkpoint")
     given, info = load_file(folder / "inputs.safetensors"), json.loads((folder / "info.json").read_text())
     policy.freeze(frozen_part(processor.raw), train_state_proj=processor.raw["train_state_proj"])
-    inputs = processor(batch_of(given, info))
+    inputs = processor(processor.rename(batch_of(given, info)))
     stored = load_file(folder / "expected.safetensors")
     inputs |= {"state": processor.last(stored["pre.state"], 2), "action": stored["pre.action"]}
     wide = lambda x: x.double() if isinstance(x, Tensor) and x.dtype == torch.float32 else x  # noqa: E731
@@ -132,7 +132,7 @@ def recompute_there(folder: Path, device: str) -> tuple[dict[str, Tensor], dict[
     expected = load_file(folder / "expected.safetensors")
     policy.freeze(frozen_part(processor.raw), train_state_proj=processor.raw["train_state_proj"])
     batch = batch_of(given, info)
-    inputs = processor(batch)
+    inputs = processor(processor.rename(batch))
 
     out = preprocessing(policy, inputs, processor.rename(batch), info["cams"])
     out |= prefix_tensors(policy, inputs)

@@ -42,7 +42,13 @@ def log_lines(config: dict, count: int = 25) -> list[dict]:
             }
             line |= {f"world_cos_k{k}": 0.9 - 0.1 * k for k in range(1, FUTURE + 1)}
             line |= {"world_cos_mean_change": 0.1, "world_cos_linear": -0.2}
-            found = {"attn_entropy": 0.9, "attn_entropy_step": 0.8, "attn_pmax": 0.2, "ctx_norm": 0.3 * i}
+            found = {
+                "attn_entropy": 0.9,
+                "attn_entropy_step": 0.8,
+                "attn_pmax": 0.2,
+                "ctx_norm": 0.3 * i,
+                "act_norm": 40.0,
+            }
             if config["num_hypotheses"] > 1:
                 found |= {"attn_entropy_hyp": 0.7, "spike": 0.3, "choose_best": 0.4}
                 line |= {"usage_ppl": 2.8, "dead": 0, "div_cos": 0.7, "oracle_gap": 0.1}
@@ -147,7 +153,8 @@ def write_study(
         for i in range(arms):
             site = SITES[i % 4] if i else None
             name = f"E{i}" if i < 3 else f"bank-{site}-ensemble-softmin-{i}"
-            modes = {"pred": 0.3 + 0.02 * i, "off": 0.3, "zero": 0.25} if site else {"off": 0.35}
+            modes = {"pred": 0.3 + 0.02 * i, "off": 0.3, "shuffle": 0.3, "zero": 0.25, "gate:0.5": 0.3}
+            modes = modes if site else {"off": 0.35}
             for seed in range(seeds):
                 config = config_of(name, seed, site, budget, 1 if i < 3 else 4)
                 early, late = (

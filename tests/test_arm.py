@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny import STATS
 
 from arm import WORLD_FILE, ArmConfig, Summary, load_arm, save_arm
+from files import Refused
 from smolvla.checkpoint import WEIGHTS, fresh_processor
 
 
@@ -80,7 +81,63 @@ def test_arms_whose_memory_needs_no_prophet_build_none():
     assert tiny.arm("zero").prophet is None and tiny.arm("current").prophet is None
     assert tiny.arm("pred").prophet is not None
     out = tiny.arm("zero")(tiny.inputs(), {}, *tiny.flow())
-    assert set(out) == {"action"}
+    assert set(out) == {"action", "bad_memory_rows"}
+
+
+@pytest.mark.parametrize("site", ["late", "suffix_in", "prefix_tokens", "prefix_cross"])
+def test_a_sample_whose_memory_is_dropped_trains_as_without_memory(site):
+    arm = tiny.arm("pred", fusion=(site,), memory_dropout=0.5, prefix_tokens=4)
+    tiny.open_gates(arm.policy.fusion)
+    world, (noise, time) = tiny.world(), tiny.flow()
+    dropped = torch.tensor([True, False])
+    out = arm(tiny.inputs(), world | {"dropped": dropped}, noise, time)["action"]
+    whole = arm(tiny.inputs(), world, noise, time)["action"]
+    off = arm.policy(tiny.inputs(), noise, time, None)
+    torch.testing.assert_close(out[0], off[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out[1], whole[1], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(off[0], whole[0], atol=1e-3)
+
+
+def test_memory_rows_that_are_not_finite_are_counted():
+    arm, world = tiny.arm("pred"), tiny.world()
+    assert arm(tiny.inputs(), world, *tiny.flow())["bad_memory_rows"] == 0
+    world["z_hist"][1] = torch.nan
+    assert arm(tiny.inputs(), world, *tiny.flow())["bad_memory_rows"] == tiny.FUTURE
+
+
+def test_random_memory_has_the_datas_correlation_over_steps_and_spread_over_dimensions():
+    arm = tiny.arm("random")
+    wanted = 0.9 ** (torch.arange(tiny.FUTURE)[:, None] - torch.arange(tiny.FUTURE)).abs().float()
+    arm.step_factor.copy_(torch.linalg.cholesky(wanted))
+    noise = torch.randn(4000, tiny.FUTURE, tiny.LATENT, generator=torch.Generator().manual_seed(0))
+    rows = arm.memory("random", torch.zeros(4000, tiny.LATENT), {"noise": noise}).rows
+    spread = rows.std(0)  # (K, D)
+    torch.testing.assert_close(spread, arm.encoder.stats.dim_std.expand_as(spread), atol=0, rtol=0.05)
+    scaled = (rows / spread).double()
+    found = torch.einsum("nkd,nld->kl", scaled, scaled) / scaled[:, 0].numel()
+    torch.testing.assert_close(found.float(), wanted, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["zero", "gate:0.5", "mean", "random"])
+def test_an_arm_without_a_site_refuses_every_memory(mode):
+    with pytest.raises(Refused, match=f"--memory {mode}: this arm has no fusion site"):
+        tiny.arm("off", fusion=("none",)).needs(mode)
+
+
+@pytest.mark.parametrize("site", ["late", "suffix_in", "prefix_tokens", "prefix_cross"])
+def test_a_rescaled_gate_is_a_dose(site):
+    arm = tiny.arm("pred", fusion=(site,), prefix_tokens=4)
+    tiny.open_gates(arm.policy.fusion)
+    arm.eval()
+    inputs, world, noise = tiny.inputs(), tiny.world(), tiny.flow()[0][:, 0]
+    chunks = {}
+    for scale in (0.0, 0.5, 1.0):
+        arm.policy.fusion.rescale(scale)
+        chunks[scale] = arm.act(inputs, noise, f"gate:{scale:g}", world)
+    arm.policy.fusion.rescale(1.0)
+    assert torch.equal(chunks[1.0], arm.act(inputs, noise, "pred", world))
+    torch.testing.assert_close(chunks[0.0], arm.act(inputs, noise, "off"), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(chunks[0.5], chunks[1.0], atol=1e-4)
 
 
 def test_every_trained_parameter_gets_a_gradient():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,6 +19,8 @@ from tiny import run_config
 from arm import save_arm
 from eval import EvalConfig, by_taken, make_fast
 from rollouts.plan import make_plans
+from simulator.env import CAMERAS
+from smolvla.fit import Fit, refit
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,7 +68,7 @@ def test_a_mode_that_the_arm_lacks_is_one_line_before_any_simulator_starts(tmp_p
     assert done.returncode == 1
     assert done.stderr.strip() == (
         "error: --memory pred needs a prophet, and this arm has none: "
-        "choose off, zero, random, current, history"
+        "choose off, zero, random, mean, current, history"
     )
 
 
@@ -85,6 +88,48 @@ def test_success_is_counted_by_what_was_taken_and_crashes_count_nowhere():
     lines = [("milk", True, None), ("milk", False, None), (None, False, None), (None, None, "it died")]
     named = [dict(zip(("taken", "success", "crash"), line)) for line in lines]
     assert by_taken(named) == "milk 1/2, nothing 0/1"
+
+
+@pytest.mark.slow
+def test_renamed_cameras_act_and_remember_as_those_that_keep_their_names(tmp_path):
+    """The same policy under other names, known by its rename map, or told by --cameras: the same episode."""
+    names = dict(zip(CAMERAS, ("observation.images.camera1", "observation.images.camera2")))
+    found = {}
+    for case in ("own", "map", "flag"):
+        arm, made = tiny.arm(), processor()
+        tiny.open_gates(arm)
+        if case != "own":
+            shapes = {new: made.raw["input_features"][old] for old, new in names.items()}
+            made.raw["input_features"] = shapes | made.raw["input_features"]
+            made.config = dataclasses.replace(made.config, cameras=tuple(names.values()))
+            made = refit(made, Fit(dict.fromkeys(shapes), 8, 7, names if case == "map" else {}))
+            arm.policy.config = made.config
+            arm.config = dataclasses.replace(arm.config, world_camera=("observation.images.camera1",))
+        run = tmp_path / case
+        save_arm(run / "step_000001", arm, made)
+        (run / "last").symlink_to("step_000001")
+        (run / "config.json").write_text(json.dumps(run_config()))
+        flags = [
+            "--episodes-per-task",
+            "1",
+            "--num-envs",
+            "1",
+            "--imagine",
+            "1",
+            "--accept",
+            "action",
+            "statistics",
+        ]
+        if case == "flag":
+            done = evaluate(run, *flags, check=False)
+            assert "--cameras camera1=image camera2=image2 would say which is which" in done.stderr
+            flags += ["--cameras", "camera1=image", "camera2=image2"]
+        evaluate(run, *flags)
+        found[case] = episodes(run)["pred", 3]
+        assert list((run / "imagined").glob("*.png"))
+    assert found["map"]["final_state"] == found["own"]["final_state"] == found["flag"]["final_state"]
+    assert found["flag"]["protocol"].pop("cameras") == "camera1=image camera2=image2"
+    assert found["map"]["protocol"] == found["own"]["protocol"] == found["flag"]["protocol"]
 
 
 @pytest.mark.slow

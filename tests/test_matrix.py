@@ -84,7 +84,7 @@ def test_a_dry_run_lists_every_cell_and_runs_nothing(matrix, tmp_path):
         "demo", "--dry-run", SEEDS="0 1", TOTAL_SAMPLES="16 32", OUT=str(out), DATA=str(tmp_path / "data")
     )
     trained = trainings(done)
-    assert len(trained) == 4 * 2 * 2
+    assert len(trained) == 5 * 2 * 2
     assert sum("--fusion late --memory zero" in line for line in trained) == 4
     assert not list(tmp_path.iterdir())
 
@@ -140,8 +140,9 @@ def test_times_come_from_earlier_runs_and_none_is_made_up(matrix, tmp_path):
 @pytest.mark.parametrize(
     ("preset", "arms"),
     [
-        ("fusion", "E0 E0b E1 E2 F2 F3a F3b"),
-        ("bank", "E0 E2 B4dropout B4noise B4ensemble B4mixture B4single B4mean B4min B4rwta"),
+        ("fusion", "E0 E0b E1 E1s E2 E2n F2 F2n F3a F3an F3b F3bn"),
+        ("bank", "E0 E2 B4dup B4dropout B4noise B4ensemble B4mixture B4single B4mean B4min B4rwta"),
+        ("either", "E0 E2 E2n B4ensemble B4mixture B4dup"),
     ],
 )
 def test_presets_train_their_arms_and_roll_out_controls(matrix, preset, arms):
@@ -149,11 +150,14 @@ def test_presets_train_their_arms_and_roll_out_controls(matrix, preset, arms):
     trained = trainings(done)
     assert [line.split("--arm ")[1].split()[0] for line in trained] == arms.split()
     banks = [line for line in trained if "--arm B4" in line]
-    assert all("--num-hypotheses 4" in line and "--world-loss" in line for line in banks)
+    assert all("--num-hypotheses 4" in line for line in banks)
     for line in commands(done, "eval.py"):
         modes = line.split("--memory ")[1].split(" --")[0]
-        bank = " best1 mean1 dup" if "/B4" in line else ""
-        assert modes in ("off", "zero", f"pred off zero{bank} random signflip"), line
+        bank = " best1 mean1 dup" if "/B4" in line and "/B4dup" not in line else ""
+        bank = " shuffle" if re.search(r"/(E2|F2|F3a|F3b)-n", line) else bank
+        assert modes in ("off", "zero", "shuffle off", f"pred off zero{bank} random signflip stale"), line
+    recorded = commands(done, "simulator record")
+    assert all(("--either cream_cheese,milk" in line) == (preset == "either") for line in recorded)
 
 
 def test_every_arm_is_one_that_train_takes(matrix, tmp_path):
@@ -162,13 +166,21 @@ def test_every_arm_is_one_that_train_takes(matrix, tmp_path):
     done = matrix("full", "--dry-run", SEEDS="0")
     table = program.read_arms(settings(tmp_path, "full")["ARM_TABLE"], [])
     trained = trainings(done)
-    assert len(trained) == 22 and sum("--features" in line for line in trained) == 21  # E0b sees no picture
+    assert len(trained) == 40 and sum("--features" in line for line in trained) == 39  # E0b sees no picture
     for line in trained:
         flags = line.split("train.py ")[1].split()
         config = tyro.cli(TrainConfig, args=flags)
         assert config.world_stride == 4 and config.batch_size == 64 and config.freeze == "expert"
         assert config.compared_with == tuple(table[config.arm].controls)
     assert all("--suite libero_spatial libero_object" in line for line in commands(done, "eval.py"))
+
+
+def test_one_variable_chooses_the_world_encoder_for_caches_and_training_alike(matrix):
+    encoder = "--world-encoder vjepa2 --world-clip 4"
+    done = matrix("full", "--dry-run", SEEDS="0", ARMS="E0 E2", DATA_FLAGS=encoder)
+    lines = commands(done, "train.py")
+    assert sum("--prepare" in line for line in lines) == 1 and all(encoder in line for line in lines)
+    assert all("--lr-world 1e-3" in line and "--total-samples 3200000" in line for line in trainings(done))
 
 
 def test_data_that_are_given_are_not_recorded_and_need_suites(matrix):
@@ -356,7 +368,7 @@ def test_a_dry_run_and_a_list_need_no_package(tmp_path):
     bare.chmod(0o755)
     for action, times in (("--list", 1), ("--dry-run", 3)):  # two commands and how far
         done = script("full", action, PYTHON=str(bare), VENV=str(tmp_path / "none"))
-        assert done.returncode == 0 and done.stdout.count("E2h-n100000-s2") == times, done.stderr
+        assert done.returncode == 0 and done.stdout.count("E2h-n3200000-s2") == times, done.stderr
     assert not (tmp_path / "none").exists()
 
 
@@ -367,10 +379,11 @@ def test_help_is_the_scripts_own_first_lines_and_the_script_stays_short():
     assert len((ROOT / "run_matrix.sh").read_text().splitlines()) <= 90
 
 
-def test_the_table_compares_what_the_report_does(tmp_path):
+def test_the_table_compares_what_the_report_names_beforehand(tmp_path):
     table = program.read_arms(settings(tmp_path, "full")["ARM_TABLE"], [])
-    pairs = [(arm.name, control) for arm in table.values() for control in arm.controls]
-    assert sorted(pairs) == sorted(stats.CONTRASTS)
+    pairs = {(arm.name, control) for arm in table.values() for control in arm.controls}
+    named = {(arm, other) for arm, others in stats.NAMED.items() for other in others}
+    assert {pair for pair in named if table.keys() >= {*pair}} <= pairs
 
 
 @pytest.mark.parametrize(
@@ -393,7 +406,7 @@ def test_a_line_of_the_table_that_cannot_be_is_named(line, words):
         (["smoke", "--dry-run"], {"ARMS": "E0 E9"}, "arm 'E9' is not in the table"),
         (["smoke", "--now"], {}, "'--now' is unknown"),
         (["smoke", "--cell"], {}, "--cell needs a name or number"),
-        (["smoke", "--cell", "5"], {}, "cell '5' is not in the list"),
+        (["smoke", "--cell", "6"], {}, "cell '6' is not in the list"),
         (["smoke", "--list", "x"], {}, "'--list x' is unknown"),
         (["smoke", "--dry-run"], {"EVAL_AT": "32 40"}, "EVAL_AT '40' is no multiple of the batch size, 16"),
         (["smoke"], {"EVAL_FLAGS": "--a 'b"}, 'EVAL_FLAGS "--a \'b" cannot be split into flags'),

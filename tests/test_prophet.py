@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import tiny
@@ -14,11 +15,14 @@ from prophet import (
     MODES,
     NEEDS,
     ROLLOUT_MODES,
+    MemoryMode,
     Prophet,
     absolute,
     change_target,
     counted_steps,
+    gate_scale,
     make_memory,
+    parse_mode,
     signs,
     world_loss,
 )
@@ -62,7 +66,10 @@ def test_each_mode_is_what_it_says():
         memory = make(mode, futures=futures)
         assert torch.equal(memory[:, tiny.FUTURE + 1], futures[:, 1, 1])  # flat index n*K + k
     assert torch.equal(make("oracle", z_future=world["z_future"])[:, tiny.FUTURE :], world["z_future"])
-    assert torch.equal(make("random", noise=world["noise"]), world["noise"])
+    noise = torch.randn(2, 2 * tiny.FUTURE, tiny.LATENT)
+    assert torch.equal(make("random", noise=noise), noise)
+    mean = torch.randn(tiny.FUTURE, tiny.LATENT)
+    assert torch.equal(make("mean", mean=mean), mean.repeat(2, 1).expand(2, -1, -1))
 
 
 def test_history_repeats_the_oldest_latent_and_keeps_time_order():
@@ -72,16 +79,21 @@ def test_history_repeats_the_oldest_latent_and_keeps_time_order():
     assert torch.equal(make_memory("history", 2, like=like, z_hist=past), past[:, 1:])  # the newest
 
 
-def test_signflip_flips_some_dimensions_of_every_future_and_always_the_same():
+def test_signflip_turns_half_of_the_variance_of_every_future_and_always_the_same():
     futures, like = torch.randn(2, 3, tiny.FUTURE, tiny.LATENT), torch.zeros(2, tiny.LATENT)
-    plain, flipped = (make_memory(m, tiny.FUTURE, like=like, futures=futures) for m in ("pred", "signflip"))
+    given = {"like": like, "futures": futures, "spread": torch.linspace(2, 0.1, tiny.LATENT)}
+    plain, flipped = (make_memory(m, tiny.FUTURE, **given) for m in ("pred", "signflip"))
     sign = (flipped / plain)[0, 0].round()
-    assert set(sign.tolist()) == {-1.0, 1.0}
-    assert torch.equal(flipped, plain * sign)
-    assert torch.equal(signs(tiny.LATENT), sign)
-    state = torch.get_rng_state()
-    signs(7)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(flipped, plain * sign) and torch.equal(signs(given["spread"]), sign)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.integers(16, 128))
+def test_a_flipped_memorys_expected_cosine_with_the_plain_one_is_zero(seed, width):
+    g = torch.Generator().manual_seed(seed)
+    spread = torch.linspace(1, 0.05, width) * (0.5 + torch.rand(width, generator=g))
+    variance = spread.square()
+    assert abs((signs(spread) * variance).sum() / variance.sum()) < 0.05
 
 
 def test_unknown_modes_and_a_missing_prophet_are_errors():
@@ -92,6 +104,16 @@ def test_unknown_modes_and_a_missing_prophet_are_errors():
             with pytest.raises(ValueError, match=f"'{mode}' needs {needs[0]}"):
                 make_memory(mode, 4, like=torch.zeros(1, 2))
     assert set(MODES) - set(ROLLOUT_MODES) == {"oracle"}
+    assert set(MODES) - set(get_args(MemoryMode)) == {"stale"}
+
+
+@pytest.mark.parametrize(("name", "scale"), [("gate:0.5", 0.5), ("gate:0", 0.0), ("gate:12", 12.0)])
+def test_a_gates_strength_is_a_mode_like_any_other(name, scale):
+    assert gate_scale(name) == scale and parse_mode(name, 1, own="zero") == ("zero", name)
+    for bad in ("gate:", "gate:-1", "gate:x", "gate:1e9", "gates:1"):
+        assert gate_scale(bad) is None
+        with pytest.raises(ValueError, match="is unknown"):
+            parse_mode(bad, 1)
 
 
 @settings(max_examples=40, deadline=None)

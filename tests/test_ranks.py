@@ -48,6 +48,7 @@ def test_a_config_without_flags_is_the_plain_one_and_flags_win():
         (("--data", "README.md"), "README.md is no HDF5 file"),
         (("--fusion", "late", "--num-hypotheses", "4"), "dropout, noise, ensemble or mixture"),
         (("--memory", "pred"), "--memory pred with --fusion none: there is no site for it"),
+        (("--fusion", "late", "--memory", "off"), "--memory off with --fusion late: the site would never"),
         (("--freeze", "expert"), "--init tiny --freeze expert: all but the expert stays random"),
     ],
 )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tiny
@@ -9,12 +11,15 @@ import torch
 from test_data import write_task
 from tiny import STATS
 
-from data import HELD_OUT, Source, held_out, saved_partners
+from data import HELD_OUT, Source, held_out, partner_rows, saved_partners
+from files import Refused
 from latents.world import latents_of
 from prophet import NEEDS
 from readers.load import load
 from smolvla.checkpoint import fresh_processor
 
+OWN = {"prophet", "mean", "z_first"}  # of the arm and of rollouts, not of data
+NEEDED = tuple({name for names in NEEDS.values() for name in names} - OWN)
 LENGTHS = (9, 24, 12, 5)
 
 
@@ -25,10 +30,23 @@ def demos(tmp_path_factory):
     return load(folder)
 
 
+@pytest.fixture(scope="module")
+def two_tasks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_task(folder / "soup_demo.hdf5", lengths=LENGTHS[:2], size=32)
+    write_task(folder / "can_demo.hdf5", lengths=LENGTHS[2:], size=32)
+    return load(folder)
+
+
 def source(demos, memory: str = "shuffle", **fields) -> Source:
     arm = tiny.arm(memory)
     processor = fresh_processor(arm.policy.config, STATS, demos.tasks, (3, 32, 32))
     return Source(arm, processor, demos, latents_of(arm.encoder, demos), torch.device("cpu"), 0, **fields)
+
+
+def dropping(made: Source) -> Source:
+    made.arm.config = dataclasses.replace(made.arm.config, memory_dropout=0.5)
+    return made
 
 
 def test_a_partner_is_never_of_the_samples_own_episode_and_any_other_may_be(demos):
@@ -45,25 +63,25 @@ def test_one_episode_has_no_partner_and_says_so(demos):
         alone.partners(np.arange(2), np.arange(2))
 
 
-def test_a_samples_tensors_depend_on_its_number_alone(demos):
-    needed = tuple({name for names in NEEDS.values() for name in names} - {"prophet"})
-    made = source(demos, draws=2)
+def test_a_samples_tensors_depend_on_its_number_alone(two_tasks):
+    needed = (*NEEDED, "dropped")
+    made = dropping(source(two_tasks, draws=2))
     index, keys = np.array([3, 40, 11, 20]), np.array([7, 2, 9, 4])
     together, (noise, times) = made.world(index, keys, needed), made.flow(keys)
-    assert set(together) == {"z_hist", "z_future", "valid", "z_partner", "noise"}
+    assert set(together) == {"z_hist", "z_future", "valid", "z_partner", "z_other", "noise", "dropped"}
     for i in range(4):
-        alone = source(demos, draws=2)
+        alone = dropping(source(two_tasks, draws=2))
         apart = alone.world(index[i : i + 1], keys[i : i + 1], needed)
         assert all(torch.equal(together[name][i : i + 1], apart[name]) for name in together)
         n, t = alone.flow(keys[i : i + 1])
         assert torch.equal(noise[i : i + 1], n) and torch.equal(times[i : i + 1], t)
 
 
-def test_every_modes_memory_is_the_same_alone_and_in_a_batch(demos):
-    made = source(demos, memory="pred")
+def test_every_modes_memory_is_the_same_alone_and_in_a_batch(two_tasks):
+    made = source(two_tasks, memory="pred")
     index = np.arange(5) * 7
-    needed = tuple({name for names in NEEDS.values() for name in names} - {"prophet"})
-    world = made.world(index, index, needed)
+    world = made.world(index, index, NEEDED)
+    world["z_first"] = world["z_hist"]
     like = torch.zeros(5, tiny.LATENT)
     for mode in NEEDS:
         together = made.arm.memory(mode, like, world)
@@ -100,6 +118,23 @@ def test_held_out_episodes_are_the_same_for_everyone_and_never_all(demos):
 
 def test_saved_pasts_are_histories_of_training_frames(demos):
     z, frames = torch.randn(len(demos), 3), np.arange(9, 33)
-    saved = saved_partners(demos, z, history=2, stride=1, frames=frames)
-    assert saved.shape == (24, 2, 3)
+    saved, at = saved_partners(demos, z, history=2, stride=1, frames=frames)
+    assert saved.shape == (24, 2, 3) and at.shape == (24, 3)
     assert torch.equal(saved[0], z[[9, 9]]) and torch.equal(saved[-1], z[[31, 32]])
+    assert torch.equal(at[:, 1] + torch.from_numpy(demos.first)[at[:, 0]], torch.from_numpy(frames))
+
+
+def test_a_rollouts_partner_stays_one_episode_at_the_rollouts_step_and_may_be_of_another_task(two_tasks):
+    _, at = saved_partners(two_tasks, torch.randn(len(two_tasks), 3), 2, 1, np.arange(len(two_tasks)))
+    rows = [partner_rows(at, (0, 1, 7), seed=7, step=step) for step in range(60)]
+    assert len(at[rows, 0].unique()) == 1
+    last = int(at[at[:, 0] == at[rows[0], 0], 1].max())
+    assert at[rows, 1].tolist() == [min(step, last) for step in range(60)]
+    episodes = {int(at[partner_rows(at, (0, 1, start), 7, 0), 0]) for start in range(40)}
+    assert len(episodes) > 1
+    for text in two_tasks.tasks:
+        other = partner_rows(at, (0, 1, 7), 7, 3, instruction=text.upper())
+        assert two_tasks.tasks[two_tasks.task[at[other, 0]]] != text
+    one = at[at[:, 2] == at[0, 2]]
+    with pytest.raises(Refused, match="--memory wrong_task: this arm was trained on one task alone"):
+        partner_rows(one, (0,), 7, 0, two_tasks.tasks[two_tasks.task[one[0, 0]]])

@@ -104,7 +104,7 @@ def arm(
     )
     g = torch.Generator().manual_seed(8)
     partners = torch.randn(5, HISTORY, LATENT, generator=g)
-    summary = Summary(torch.ones(FUTURE), torch.randn(FUTURE, LATENT, generator=g) * 0.1, partners)
+    summary = Summary.of(torch.ones(FUTURE), torch.randn(FUTURE, LATENT, generator=g) * 0.1, partners)
     return Arm(config, policy(policy_config), encoder, summary, images)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from arm import Arm
 from fusion import GatedCrossAttention, Memory, MemoryCache, SiteMemory, with_bias
 from model import SmolVLA, flow_target, prefix_inputs
-from prophet import change_target, counted_steps, world_loss
+from prophet import change_target, counted_steps, signs, world_loss
 from smolvla.layers import Block, WorldMask
 
 CONTROL_SEED = 0xC0  # of the matched control's noise: the same in every run
@@ -73,13 +73,21 @@ def world_diagnostics(arm: Arm, world: dict[str, Tensor], predicted: Tensor) -> 
 
 @torch.no_grad()
 def memory_norm(arm: Arm, world: dict[str, Tensor], noise: Tensor) -> dict[str, float]:
-    """Give `norm_memory`, the mean length of the finite rows that the arm's own mode hands to the policy."""
+    """Give `norm_memory`, the mean length of the finite rows that the arm's own mode hands to the policy.
+
+    Where that is `pred`, `signflip_cos` too: the control's mean cosine with it, 0 as far as the data's spread
+    tells the rows'.
+    """
     memory = arm.memory(arm.config.mode, arm.like(noise), world)
     if memory is None:
         return {}
     finite = memory.rows.isfinite().all(-1)
-    found = sample_mean(torch.where(finite[..., None], memory.rows, 0.0).norm(dim=-1), finite)
-    return {} if found is None else {"norm_memory": found}
+    rows = torch.where(finite[..., None], memory.rows, 0.0)
+    found = {"norm_memory": sample_mean(rows.norm(dim=-1), finite)}
+    if arm.config.mode == "pred" and arm.encoder is not None:
+        turned = rows * signs(arm.encoder.stats.dim_std).to(rows)
+        found["signflip_cos"] = sample_mean(F.cosine_similarity(rows, turned, dim=-1), finite)
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def baselines(arm: Arm, past: Tensor) -> dict[str, Tensor]:

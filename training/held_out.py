@@ -24,7 +24,7 @@ from arm import Arm
 from data import HELD_OUT, Source
 from files import Refused
 from model import sample_means
-from prophet import MODES
+from prophet import CHANCE, MODES
 from readers.demos import Demos
 from training.diagnostics import most_attended
 
@@ -49,8 +49,8 @@ class Offline:
         return bootstrap(values)
 
 
-def measurable(arm: Arm) -> list[str]:
-    """Name the modes that an arm can be measured under, oracle among them."""
+def measurable(arm: Arm, tasks: int) -> list[str]:
+    """Name the modes that an arm can be measured under on data of some tasks, oracle among them."""
     found = []
     count = arm.config.num_hypotheses
     for mode in (*MODES, "best1", "mean1", "dup", *(f"drop:{i}" for i in range(count))):
@@ -58,7 +58,8 @@ def measurable(arm: Arm) -> list[str]:
             arm.needs(mode, rollout=False)
         except Refused:
             continue
-        found.append(mode)
+        if mode != "wrong_task" or tasks > 1:
+            found.append(mode)
     return found if arm.config.sites else ["off"]
 
 
@@ -82,10 +83,26 @@ def measure(
         arm.train(training)
     losses = {mode: np.concatenate([np.empty(0), *(part[mode] for part in parts)]) for mode in modes}
     of = demos.episode[index]
-    return Offline(
-        np.asarray(episodes),
-        {mode: np.array([rows[of == e].mean() for e in episodes]) for mode, rows in losses.items()},
-    )
+    by_episode = {mode: np.array([rows[of == e].mean() for e in episodes]) for mode, rows in losses.items()}
+    return Offline(np.asarray(episodes), by_episode)
+
+
+@torch.no_grad()
+def world_cosine(source: Source, episodes: np.ndarray, frames: int = 16) -> tuple[float, int]:
+    """Measure how well an arm's prophet predicts episodes: the sum of cosines, and over how many samples.
+
+    On the same frames as `measure`; the mean over hypotheses, where a future moves at all.
+    """
+    arm, demos = source.arm, source.demos
+    total, count = 0.0, 0
+    for episode in episodes:
+        index = spread(demos, int(episode), frames)
+        needed = ("z_hist", "z_future", *(("chance",) if arm.config.hypothesis_method in CHANCE else ()))
+        world = dataclasses.replace(source, seed=SEED, stream=HELD_OUT).world(index, index, needed)
+        losses = arm.world_losses(arm.imagine(world["z_hist"], world), world)
+        total += losses["world_cos"].mean(1).sum().item()
+        count += int(losses["counted"].sum())
+    return total, count
 
 
 def spread(demos: Demos, episode: int, frames: int) -> np.ndarray:

@@ -61,7 +61,8 @@ class OptimiseConfig:
 def make_optimizer(config: OptimiseConfig, arm: Arm) -> torch.optim.AdamW:
     """AdamW in three groups: the policy's own weights; the new modules'; their gates, without decay."""
     new = {id(p) for module in arm.new_modules() for p in module.parameters()}
-    lr_world, decay = config.lr_world or config.lr, config.weight_decay
+    lr_world = config.lr if config.lr_world is None else config.lr_world
+    decay = config.weight_decay
     own, world, gates = groups = (
         {"params": [], "lr": config.lr, "peak": config.lr, "weight_decay": decay},
         {"params": [], "lr": lr_world, "peak": lr_world, "weight_decay": decay},

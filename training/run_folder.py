@@ -330,8 +330,10 @@ def log_validation(out: Path, line: dict[str, float]) -> None:
     """Append a measurement to metrics.jsonl and print it."""
     with writing(out):
         append_json(out / "metrics.jsonl", line)
-    losses = "".join(f"  {k.removeprefix('val_loss_')} {line[k]:.4f}" for k in line if k.startswith("val_"))
-    print(f"{line['samples']:>9,} samples  held-out action loss{losses}", flush=True)
+    named = {k.removeprefix("val_loss_"): line[k] for k in line if k.startswith("val_loss_")}
+    said = "".join(f"  {mode} {loss:.4f}" for mode, loss in named.items())
+    cosine = f"; world cos {line['val_world_cos']:+.3f}" if "val_world_cos" in line else ""
+    print(f"{line['samples']:>9,} samples  held-out action loss{said}{cosine}", flush=True)
 
 
 # Key of metrics.jsonl -> how the console shows it, in this order, where a line has it.

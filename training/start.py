@@ -11,31 +11,41 @@ Shapes: T history, K future, S side of a picture.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from arm import Arm, ArmConfig, Summary, load_arm, stored_config
-from data import saved_partners
+from data import held_out, saved_partners
 from files import Refused
 from latents import tower, world
+from latents.blocks import with_checks
 from latents.encoders import open_backbone, resolved
 from latents.tower import Features, load_with
-from latents.world import Latents, cache_path, change_statistics, prepare
+from latents.world import Latents, cache_path, change_statistics, future_statistics, prepare
 from model import SmolVLA, load_policy, start_from_vlm
 from prophet import MemoryMode
-from ranks import Together, wait_for_ranks
+from ranks import Together
 from readers.demos import Demos, chosen_statistics
-from readers.load import load, remember_checks
-from readers.selection import DataConfig, find_data
-from smolvla.checkpoint import fresh_processor
+from readers.load import camera_names, load, remember_checks
+from readers.selection import (
+    DataConfig,
+    camera_key,
+    choose_cameras,
+    find_data,
+    match_cameras,
+    split_camera,
+)
+from smolvla.checkpoint import fresh_processor, read_cameras
 from smolvla.config import PRESETS, PRETRAINED, RECIPES
-from smolvla.processor import Processor
+from smolvla.fit import Fit
+from smolvla.processor import Processor, Statistics, with_rename
 
 DEMO = Path("data/demo")
 
@@ -58,8 +68,12 @@ class StartConfig(ArmConfig, DataConfig):
     """Folder or hub id of the language model. With a checkpoint: its sizes and tokenizer, instead of what the
     checkpoint names. With a preset: its weights too, and a fresh expert beside them."""
 
+    statistics: Literal["data", "checkpoint"] = "data"
+    """Whose statistics normalise states and actions: the data's, as lerobot's fine-tuning has it, or those of
+    the checkpoint that --init names."""
+
     stats_of: str | None = None
-    """Data set whose statistics to use, where a checkpoint holds those of several."""
+    """With --statistics checkpoint: data set whose statistics to use, where it holds those of several."""
 
     allow_missing: bool = False
     """Go on when tensors or statistics of a checkpoint are missing, or tensors unexpected."""
@@ -75,7 +89,7 @@ class StartConfig(ArmConfig, DataConfig):
     """Control steps (1/20 s) between two world latents; default: the recipe's of --init."""
 
     state_std_floor: float | None = None
-    """Smallest deviation that a fresh policy's states are divided by, metres or radians. A dimension that the
+    """Smallest deviation that --statistics data divides states by, metres or radians. A dimension that the
     demonstrations hardly use would otherwise be blown up: far outside of unit scale in a rollout. Default:
     the recipe's."""
 
@@ -84,6 +98,12 @@ class StartConfig(ArmConfig, DataConfig):
 
     seed: int = 0
     """Seed of weights, data order and noise."""
+
+    val_every: int = 0
+    """Samples between two measurements on held-out episodes (held_out.py); 0: never, none are held out."""
+
+    val_share: float = 0.1
+    """Share of the episodes that are held out, where --val-every is set."""
 
     features: Path | None = None
     """Folder of the frozen tower's tokens for this --data, --init and --seed, as --prepare writes them: they
@@ -101,8 +121,20 @@ class StartConfig(ArmConfig, DataConfig):
                 "--fusion late, or leave --memory out"
             )
         self.settle({"memory": "pred" if self.sites else "off"})
+        if self.memory == "off" and self.sites:
+            raise Refused(
+                f"--memory off with --fusion {' '.join(self.sites)}: the site would never be used; train "
+                "--fusion none, or --memory zero for its capacity alone"
+            )
         super().__post_init__()
         DataConfig.__post_init__(self)
+        if self.statistics == "checkpoint" and self.init in PRESETS:
+            raise Refused(f"--statistics checkpoint with --init {self.init}: only a checkpoint has its own")
+        if self.stats_of is not None and self.statistics == "data":
+            raise Refused(
+                f"--stats-of {self.stats_of} chooses among a checkpoint's statistics, the data's are used: "
+                "add --statistics checkpoint, or leave it out"
+            )
         if self.features is not None and self.freeze != "expert":
             raise Refused(
                 f"--features with --freeze {self.freeze}: what makes the tokens would train, and theirs grow "
@@ -121,6 +153,11 @@ class StartConfig(ArmConfig, DataConfig):
         for name, value in defaults.items():
             if getattr(self, name, value) is None:
                 object.__setattr__(self, name, value)
+
+    def without(self, demos: Demos) -> StartConfig:
+        """The same, with the episodes named that are held out: nothing is fitted on them."""
+        out = held_out(demos, self.val_share).tolist() if self.val_every else ()
+        return dataclasses.replace(self, held_out=tuple(out))
 
     def precision(self, device: torch.device) -> torch.dtype:
         """The type to compute in on a device."""
@@ -146,7 +183,9 @@ def record_demo(rank: int, together: Together) -> None:
 def make_caches(config: StartConfig, rank: int, ranks: int, device: torch.device) -> list[str]:
     """Make what this training reads beside the data, or check it, all ranks together; a line for each."""
     folder, lines = find_data(config.data, config.data_revision), []
+    config = settle_cameras(config, folder, config.init)
     demos = load(folder, in_memory=False, options=config)
+    config = config.without(demos)
     if config.sites:
         backbone = open_backbone(config, own_policy(config, demos))
         if backbone is not None:
@@ -169,24 +208,50 @@ def open_data(
     features and their latents.
     """
     folder = find_data(config.data, config.data_revision)
+    config = settle_cameras(config, folder, config.init if last is None else str(last))
     home = config.cache_home(folder)
+    if config.val_every:
+        config = config.without(load(folder, in_memory=False, options=config))
     writes = config.sites and config.world_encoder == "pca" and not cache_path(home, config).exists()
     if config.features is not None and writes:
         say("there are no world latents yet: pictures are read once, to make them")
     demos, features = load_with(config.features, folder, bool(writes), config)
     backbone = None  # of the world latents
     if config.sites:
-        start = {} if last is None else {"init": str(last), "stats_of": None}
+        start = {} if last is None else {"init": str(last), "revision": None, "stats_of": None}
         backbone = open_backbone(config, own_policy(dataclasses.replace(config, **start), demos))
         config = resolved(config, backbone)
-    if rank:
-        wait_for_ranks()  # the first rank checks the pictures, the others find that it did
     if features is None:
-        demos = remember_checks(demos, home)
-    if rank == 0:
-        wait_for_ranks()
+        demos = remember_checks(demos, home, lambda data: with_checks(data, rank, ranks), writes=rank == 0)
     latents = prepare(home, demos, config, backbone, rank, ranks) if config.sites else None
     return config, demos, features, latents
+
+
+def settle_cameras(config: StartConfig, folder: Path, start: str) -> StartConfig:
+    """Give the data's cameras the names of the checkpoint that a run starts from, or goes on from.
+
+    Raises Refused, with the flag to type, where nobody says which is which.
+    """
+    there = camera_names(folder)
+    names = choose_cameras(config.cameras, None) or {}
+    if config.init not in PRESETS:
+        if "/" not in config.init and not Path(config.init).is_dir():
+            raise Refused(
+                f"--init {config.init} is no preset ({', '.join(PRESETS)}), no folder and no hub id "
+                "(owner/name): name one"
+            )
+        known, renames = read_cameras(start, config.revision if start == config.init else None)
+        besides = config.latent_cameras if config.sites else ()
+        cameras = match_cameras(known, renames, there, config.cameras, besides)
+        config, names = dataclasses.replace(config, cameras=cameras), dict(map(split_camera, cameras))
+    new = {camera_key(old, there): name for name, old in names.items()}
+    if len(new) < len(names):
+        raise Refused(
+            f"--cameras {' '.join(config.cameras)} gives one camera two names: a rollout gives it only one"
+        )
+    pairs = zip(config.world_camera, config.latent_cameras, strict=True)
+    world = tuple(asked if name in names else new.get(name, asked) for asked, name in pairs)
+    return dataclasses.replace(config, world_camera=world)
 
 
 # ---- the arm ------------------------------------------------------------------------------------------
@@ -207,21 +272,23 @@ def build_arm(
     """Build the arm at its start; arms of one seed share the policy's initial weights."""
     stored = None if config.init in PRESETS else stored_config(Path(config.init))
     if stored is not None and stored.sites:
-        return continue_arm(config, stored)
+        return continue_arm(config, stored, demos)
     policy, processor = build_policy(config, demos)
     images = {}
     if config.blind:
-        images = {name: mean_image(demos, name) for name in policy.config.cameras}
+        images = {name: mean_image(demos, name) for name in policy.config.given_cameras}
     summary, encoder = Summary.none(config), None
     if latents is not None:
-        scale, mean = change_statistics(demos, latents.z, config.future, config.world_stride, config.delta)
+        ahead = demos, latents.z, config.future, config.world_stride
+        scale, mean = change_statistics(*ahead, config.delta, frames)
         partners = saved_partners(demos, latents.z, config.history, config.world_stride, frames)
-        summary, encoder = Summary(scale, mean, partners), latents.encoder
-    torch.manual_seed(config.seed + 1)
+        summary = Summary(scale, mean, *partners, *future_statistics(*ahead, frames))
+        encoder = latents.encoder
+    torch.manual_seed(keyed_seed(config.seed, "memory"))
     return Arm(arm_config(config), policy, encoder, summary, images), processor
 
 
-def continue_arm(config: StartConfig, stored: ArmConfig) -> tuple[Arm, Processor]:
+def continue_arm(config: StartConfig, stored: ArmConfig, demos: Demos) -> tuple[Arm, Processor]:
     """Go on from an arm's checkpoint, memory modules included; Refused where it is built another way."""
     for field in dataclasses.fields(ArmConfig):
         there, asked = getattr(stored, field.name), getattr(config, field.name)
@@ -235,10 +302,14 @@ def continue_arm(config: StartConfig, stored: ArmConfig) -> tuple[Arm, Processor
             f"--init {config.init} was trained with --memory {stored.memory}, --memory {config.memory} "
             f"{'needs a prophet that it lacks' if config.has_prophet else 'would drop its prophet'}"
         )
-    how = {"vlm": config.vlm, "allow_missing": config.allow_missing}
-    arm, processor = load_arm(config.init, config.world_model, **how)
+    arm, processor = load_arm(config.init, config.world_model, **how_to_load(config, demos))
     arm.config = arm_config(config)
     return arm, processor
+
+
+def keyed_seed(seed: int, purpose: str) -> int:
+    """A seed for one purpose of a run: no purpose of one seed meets another seed's."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:4], "big")
 
 
 def start_policy(config: StartConfig, demos: Demos) -> tuple[SmolVLA, Processor]:
@@ -254,25 +325,57 @@ def own_policy(config: StartConfig, demos: Demos) -> SmolVLA | None:
 
 def build_policy(config: StartConfig, demos: Demos) -> tuple[SmolVLA, Processor]:
     """A fresh preset with statistics and tokenizer from the data, or on a language model; or a checkpoint."""
-    torch.manual_seed(config.seed)
+    torch.manual_seed(keyed_seed(config.seed, "policy"))
     if config.init not in PRESETS:
-        if "/" not in config.init and not Path(config.init).is_dir():
-            known = ", ".join(PRESETS)
-            raise Refused(
-                f"--init {config.init} is no preset ({known}), no folder and no hub id (owner/name): name one"
-            )
-        return load_policy(config.init, config.revision, config.vlm, config.stats_of, config.allow_missing)
+        return load_policy(config.init, **how_to_load(config, demos))
     widths = {"state_dim": demos.state.shape[1], "action_dim": demos.action.shape[1]}
     preset = dataclasses.replace(PRESETS[config.init], cameras=tuple(demos.images), **widths)
     size = next(iter(demos.images.values())).shape[1]
-    stats, _ = chosen_statistics(demos)
+    stats = data_statistics(config, demos)
+    if config.vlm is not None:
+        policy, processor = start_from_vlm(preset, config.vlm, stats, (3, size, size))
+    else:
+        processor = fresh_processor(preset, stats, demos.tasks, (3, size, size))
+        policy = SmolVLA(preset).initialise()
+    processor.before = with_rename(processor.before, demos.renamed)
+    return policy, processor
+
+
+def how_to_load(config: StartConfig, demos: Demos) -> dict[str, Any]:
+    """Say to `load_policy` how the checkpoint is meant, and what it is brought to: the data's cameras (found
+    by `settle_cameras`), widths and, but with --statistics checkpoint, statistics."""
+    known, _ = read_cameras(config.init, config.revision)
+    cameras = {name: (3, *demos.images[name].shape[1:3]) for name in known if name in demos.images}
+    stats = data_statistics(config, demos) if config.statistics == "data" else None
+    fit = Fit(cameras, demos.state.shape[1], demos.action.shape[1], demos.renamed, stats)
+    names = ("revision", "vlm", "stats_of", "allow_missing")
+    return {name: getattr(config, name) for name in names} | {"fit": fit}
+
+
+def trained_on(config: StartConfig, demos: Demos) -> Demos:
+    """The data without what is held out of training."""
+    return (
+        demos.only(np.setdiff1d(np.arange(len(demos.first)), config.held_out)) if config.held_out else demos
+    )
+
+
+def data_statistics(config: StartConfig, demos: Demos) -> Statistics:
+    """The data's statistics, with the floors that the configuration asks for."""
+    stats, _ = chosen_statistics(trained_on(config, demos))
     floors = {"observation.state": config.state_std_floor, "action": config.action_std_floor}
     for feature, floor in floors.items():
         stats[feature]["std"] = stats[feature]["std"].clamp(min=floor)
-    if config.vlm is not None:
-        return start_from_vlm(preset, config.vlm, stats, (3, size, size))
-    processor = fresh_processor(preset, stats, demos.tasks, (3, size, size))
-    return SmolVLA(preset).initialise(), processor
+    return stats
+
+
+def whose_statistics(config: StartConfig, demos: Demos) -> str:
+    """Say whose statistics a run uses, for its banner and its record."""
+    if config.statistics == "data":
+        found = chosen_statistics(trained_on(config, demos))[1]
+        floors = config.state_std_floor, config.action_std_floor
+        least = f", deviations of at least {floors[0]:g} (state) and {floors[1]:g} (action)"
+        return f"the data's, {found}" + least * any(floors)
+    return f"the checkpoint's, of {config.stats_of or config.init}"
 
 
 def arm_config(config: StartConfig) -> ArmConfig:

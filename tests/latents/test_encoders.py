@@ -409,7 +409,7 @@ def learned_arm(case: str, models: dict[str, Path]) -> Arm:
     D = config.world_dim
     stats = WorldStats(torch.randn(D), torch.rand(D) + 0.5, torch.ones(D))
     encoder = encoders.Learned(config, 16, backbone, stats)
-    summary = Summary(torch.ones(4), torch.zeros(4, D), torch.randn(5, 3, D))
+    summary = Summary.of(torch.ones(4), torch.zeros(4, D), torch.randn(5, 3, D))
     return Arm(config, policy, encoder, summary, {})
 
 

@@ -16,7 +16,7 @@ import eval as eval_program
 import train
 from eval import EvalConfig
 from readers.demos import Demos, StoredPictures
-from readers.load import load, remember_checks
+from readers.load import decode_all, load, remember_checks
 from readers.prefetch import Loader, Prefetched
 from train import TrainConfig
 
@@ -88,7 +88,7 @@ def test_training_is_the_same_wherever_pictures_are(tmp_path, capsys):
         fields = {"pictures": run} | fields
         train.main(TrainConfig(data=root, out=tmp_path / run, cameras=("front=image2",), **SHORT, **fields))
     out = capsys.readouterr().out
-    assert out.count("statistics: the data set's own, meta/stats.json") == 3
+    assert out.count("statistics: the data's, the data set's own, meta/stats.json") == 3
     assert out.count("decoding") == 1  # the second run finds the fingerprint
     weights = [load_file(tmp_path / run / "last" / "model.safetensors") for run in runs]
     for other in weights[1:]:
@@ -115,6 +115,21 @@ def test_fingerprints_are_kept_only_for_the_files_that_they_were_taken_of(tmp_pa
     assert "decoding" in capsys.readouterr().out
     (root / "picture_checks.json").write_text('{"headers": ')
     assert remembered().fingerprint == load(root).fingerprint
+
+
+def test_the_work_of_fingerprints_can_be_shared_and_one_process_writes_them(tmp_path):
+    root, asked = write_set(tmp_path / "set"), []
+
+    def decode(demos: Demos) -> Demos:
+        asked.append(demos)
+        return decode_all(demos)
+
+    other = remember_checks(load(root, in_memory=False), root, decode, writes=False)
+    assert len(asked) == 1 and not (root / "picture_checks.json").exists()
+    first = remember_checks(load(root, in_memory=False), root, decode)
+    assert len(asked) == 2 and first.checks == other.checks and (root / "picture_checks.json").exists()
+    remember_checks(load(root, in_memory=False), root, decode, writes=False)
+    assert len(asked) == 2
 
 
 def stand_in(demos: Demos):

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -54,7 +55,7 @@ class Reader(HTMLParser):
 
 
 def make(root: Path, out: Path | None = None) -> tuple[str, Reader]:
-    runs = [reading.load_run(name, folder) for name, folder in reading.find_runs((root,))]
+    runs, _ = reading.load_runs((root,))
     report.write_report(runs, out or root / "report", "study")
     text = ((out or root / "report") / "report.html").read_text()
     return text, Reader(text)
@@ -107,6 +108,7 @@ def test_each_budget_and_what_is_from_elsewhere_has_a_panel_with_its_figures(stu
         assert said.count(title) >= 2  # in the contents too
     names = [
         "success",
+        "dose",
         "suites",
         "growth",
         "curves",
@@ -174,7 +176,7 @@ def test_an_arm_with_several_sites_has_a_line_for_each(tmp_path):
 
 def test_what_comes_from_files_is_escaped_everywhere(tmp_path):
     folder = run_of(tmp_path / "runs", NASTY, logged=True, world_encoder=NASTY)
-    rows = reading.read_lines(folder / "episodes.jsonl")
+    rows = [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]
     for row in rows:
         row["task"] = NASTY
     (folder / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -262,6 +264,25 @@ def test_columns_of_numbers_stand_flush_right():
         ' class="n"',
         "",
     ]
+
+
+@pytest.mark.parametrize(
+    ("cell", "numeric"),
+    [
+        *(
+            (x, True)
+            for x in ("33/40", "+12 (-3 to +28)", "1,955,105", "< 0.001", "-", "", "nan", "60 80 75", "3 %")
+        ),
+        *(
+            (x, False)
+            for x in ("E2", "3 of 4", "12e", "to be", "seed 1", "1" * 26 + "a", "1 " * 40_000 + "x")
+        ),
+    ],
+)
+def test_cells_of_numbers_are_told_from_names_in_no_time(cell, numeric):
+    started = time.perf_counter()
+    html = page.html_table(Table(("a", "b"), [("x", cell)]))
+    assert ('<td class="n">' in html) == numeric and time.perf_counter() - started < 1
 
 
 def test_both_renderers_show_every_block(tmp_path):

@@ -2,15 +2,14 @@
 
 import itertools
 import math
-import re
 from collections import Counter
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binom, binomtest
+from scipy.stats import t, ttest_1samp
 
 from report import stats
 
@@ -94,101 +93,88 @@ def test_holm_keeps_the_order_and_lies_between_raw_and_bonferroni(ps):
     assert sum(q <= 0.05 for q in corrected) == len(rejected)
 
 
-# ---- what can be detected
-
-
-def enumerated_power(n: int, d: float, psi: float, alpha: float) -> float:
-    """Sum the probabilities of all outcomes (only A, only B, alike) that scipy's test finds significant."""
-    up, down, total = (psi + d) / 2, (psi - d) / 2, 0.0
-    for a in range(n + 1):
-        for b in range(n + 1 - a):
-            if a + b and binomtest(a, a + b).pvalue <= alpha:
-                ways = math.comb(n, a) * math.comb(n - a, b)
-                total += ways * up**a * down**b * (1 - psi) ** (n - a - b)
-    return total
-
-
-@pytest.mark.parametrize(
-    ("n", "d", "psi", "alpha"),
-    [(12, 0.5, 0.6, 0.05), (30, 0.2, 0.3, 0.05), (25, 0.4, 0.4, 0.01), (9, 0, 1, 0.05)],
-)
-def test_power_is_that_of_all_outcomes_enumerated(n, d, psi, alpha):
-    assert stats.mcnemar_power(n, d, psi, alpha) == pytest.approx(
-        enumerated_power(n, d, psi, alpha), abs=1e-9
-    )
-
-
-@pytest.mark.parametrize(("n", "psi", "alpha"), [(30, 0.5, 0.05), (30, None, 0.05), (35, 0.4, 0.01)])
-def test_smallest_detectable_difference_is_where_the_enumerated_power_crosses(n, psi, alpha):
-    d = stats.smallest_detectable(n, psi, alpha)
-    reached, below = (enumerated_power(n, x, x if psi is None else psi, alpha) for x in (d, d - 1e-4))
-    assert below < 0.8 <= reached + 1e-9
-
-
-def test_smallest_detectable_difference_has_the_power_it_claims():
-    d = stats.smallest_detectable(20)
-    # one way only: significant from 6 discordant pairs on, since 2 / 2**6 < 0.05 < 2 / 2**5
-    assert binom.sf(5, 20, d) == pytest.approx(0.8, abs=1e-3)
-    assert stats.smallest_detectable(5) is None
-    assert stats.smallest_detectable(20, 0.0) is None
-    few, many, best = (stats.smallest_detectable(200, psi) for psi in (0.1, 0.3, None))
-    assert many > few > best
-    assert (
-        stats.smallest_detectable(200, 0.3, alpha=0.01)
-        > many
-        > stats.smallest_detectable(200, 0.3, power=0.5)
-    )
-
-
 # ---- over seeds
 
 
-def simulated(rng: np.random.Generator, seeds: int, sizes: tuple[int, ...], tau: float) -> list[np.ndarray]:
-    """Draw differences with mean 0.05 whose seeds vary by tau and whose init states vary by 0.3."""
-    seed, out = rng.normal(0, tau, (seeds, 1)), []
-    for n in sizes:
-        d = np.clip(0.05 + seed + rng.choice([-0.3, 0.3], n), -0.5, 0.5)
-        u = rng.random((seeds, n))
-        out.append(np.where(u < (0.5 + d) / 2, 1, np.where(u > 1 - (0.5 - d) / 2, -1, 0)))
-    return out
+@given(st.lists(st.integers(-40, 40), min_size=3, max_size=12).filter(lambda d: len(set(d)) > 1))
+def test_seeds_are_tested_by_t_with_its_interval_and_the_two_one_sided_bound(wins):
+    d = np.array(wins) / 40
+    p, (low, high), excluded = stats.over_seeds(d)
+    mean, error, freedom = d.mean(), d.std(ddof=1) / math.sqrt(len(d)), len(d) - 1
+    assert p == pytest.approx(2 * t.sf(abs(mean) / error, freedom))
+    assert (low, high) == pytest.approx(
+        (mean - t.isf(0.025, freedom) * error, mean + t.isf(0.025, freedom) * error)
+    )
+    # the smallest bound whose two one-sided tests both reject at 5 %
+    assert max(t.sf((excluded - mean) / error, freedom), t.sf((excluded + mean) / error, freedom)) == (
+        pytest.approx(0.05)
+    )
 
 
-def test_bootstrap_covers_the_truth_with_unequal_tasks_and_init_states_that_seeds_share(monkeypatch):
-    monkeypatch.setattr(stats, "BOOTSTRAP_DRAWS", 600)
-    rng, hits = np.random.default_rng(0), 0
-    for _ in range(200):
-        low, high = stats.bootstrap(simulated(rng, 5, (40, 5, 15), 0.05))
-        hits += low <= 0.05 <= high
-    assert 0.92 <= hits / 200 <= 0.995
+@pytest.mark.parametrize("wins", [(9,), (9, 3), (5, 5, 5), (0, 0, 0, 0), (7, 7)])
+def test_fewer_than_three_seeds_or_seeds_that_are_alike_give_no_verdict(wins):
+    p, interval, excluded = stats.over_seeds(np.array(wins) / 40)
+    assert np.isnan([p, *interval, excluded]).all()
 
 
-@pytest.mark.parametrize("alpha", [0.05, 0.3, 0.6, 0.9])
-def test_bootstrap_is_what_all_resamples_of_seeds_and_init_states_give(alpha, monkeypatch):
-    # two seeds, tasks of two and one init states: 4 x 4 x 1 resamples, all equally likely
-    tasks = [np.array([[1, -1], [1, 0]]), np.array([[0], [1]])]
-    means = []
-    for seeds in itertools.product(range(2), repeat=2):
-        for states in itertools.product(range(2), repeat=2):
-            means.append(np.mean([[*(tasks[0][s, i] for i in states), tasks[1][s, 0]] for s in seeds]))
-    monkeypatch.setattr(stats, "ALPHA", alpha)
-    expected = np.quantile(means, (alpha / 2, 1 - alpha / 2), method="inverted_cdf")
-    assert stats.bootstrap(tasks) == pytest.approx(tuple(expected))
+def test_variances_of_seeds_starts_and_the_rest_are_found_again():
+    rng, found = np.random.default_rng(0), []
+    for _ in range(400):
+        x = rng.normal(0, 0.3, (6, 1)) + rng.normal(0, 0.5, (1, 30)) + rng.normal(0, 0.7, (6, 30))
+        found.append(stats.partition(x))
+    assert np.mean(found, axis=0) == pytest.approx((0.09, 0.25, 0.49), rel=0.1)
+    assert stats.partition(np.eye(3)) == (0, 0, pytest.approx(1 / 3 * 3 / 2))
 
 
-def test_bootstrap_over_seeds_is_wider_when_seeds_disagree():
-    half, ones, zeros = [1] * 5 + [0] * 5, [1] * 10, [0] * 10
-    (low, high) = stats.bootstrap([np.array([half] * 3)])
-    (wide_low, wide_high) = stats.bootstrap([np.array([ones, half, zeros])])
-    assert 0 < low < 0.5 < high < 1
-    assert wide_high - wide_low > 1.5 * (high - low)
-    assert stats.bootstrap([np.array([ones, ones])]) == (1, 1)
+def equal_arms(rng: np.random.Generator, studies: int, seeds: int, spread: float) -> np.ndarray:
+    """Draw successes (studies, 11, S, 40) of arms that are equal: seeds vary by `spread`, starts by .15."""
+    level = 0.75 + rng.normal(0, spread, (studies, 11, seeds, 1)) + rng.normal(0, 0.15, (studies, 1, 1, 40))
+    return rng.random((studies, 11, seeds, 40)) < level
+
+
+def false_verdicts(won: np.ndarray) -> np.ndarray:
+    """Return for each study whether any of ten arms is said to differ from the first: Holm's first step."""
+    p = stats.over_seeds((won[:, 1:].sum(-1) - won[:, :1].sum(-1, dtype=int)) / 40).p  # (studies, 10)
+    return np.nan_to_num(p, nan=1.0).min(1) * 10 < stats.ALPHA
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("spread", [0, 0.03, 0.05])
+def test_equal_arms_give_a_false_verdict_in_at_most_five_per_cent_of_studies(seeds, spread):
+    rng, studies = np.random.default_rng(0), 4000
+    rate = np.concatenate([false_verdicts(equal_arms(rng, 1000, seeds, spread)) for _ in range(4)]).mean()
+    assert 0 < rate <= 0.05 + 2.6 * math.sqrt(0.05 * 0.95 / studies)  # Monte-Carlo error, one-sided 0.5 %
+
+
+def test_an_effect_is_found_so_that_the_rule_is_not_silent():
+    rng = np.random.default_rng(0)
+    won = equal_arms(rng, 200, 5, 0.03)
+    won[:, 0] = rng.random((200, 5, 40)) < 0.25
+    assert false_verdicts(won).mean() > 0.95
+
+
+def test_the_simulated_rule_is_the_reports(monkeypatch):
+    names = ("E0", *(f"A{i}" for i in range(1, 11)))
+    monkeypatch.setattr(stats, "NAMED", dict.fromkeys(names[1:], ("E0",)))
+    rng = np.random.default_rng(5)
+    won = equal_arms(rng, 40, 3, 0.2)
+    won[:20, 0] = rng.random((20, 3, 40)) < 0.1
+    said = []
+    for study in won:
+        panel = [
+            run_of(name, seed, {"pred": {(1, i): bool(x) for i, x in enumerate(row)}})
+            for name, arm in zip(names, study, strict=True)
+            for seed, row in enumerate(arm)
+        ]
+        said.append(any(c.shown for c in stats.all_contrasts(panel)))
+    assert said == list(false_verdicts(won)) and 5 < sum(said) < 35
 
 
 # ---- contrasts
 
 
-def run_of(arm: str, seed: int, results: dict[str, dict[tuple, bool | None]], fusion=("late",)) -> stats.Run:
-    """Make a run from memory mode -> (task, init state) -> success; None is a crash."""
+def run_of(arm: str, seed: int, results: dict[str, dict[tuple, bool | None]], fusion=("late",), **config):
+    """Make a run from memory mode -> (task, init state) -> success; None is a crash. The first is its own."""
     episodes = [
         {"suite": "goal", "task_id": task, "init_state": state, "memory": mode, "steps": 9}
         | {"success": success, "crash": "died" if success is None else None}
@@ -197,75 +183,129 @@ def run_of(arm: str, seed: int, results: dict[str, dict[tuple, bool | None]], fu
     ]
     own = next(iter(results), "pred")
     name = f"{arm}-s{seed}"
-    return stats.Run(name, arm, seed, 64, fusion, own, False, "", (1, 1), tuple(episodes), (), ())
+    return stats.Run(name, arm, seed, 64, fusion, own, False, "", (1, 1), tuple(episodes), (), (), config)
 
 
-def test_seeds_are_pooled_over_the_pairs_that_all_have():
+def compare(panel: list[stats.Run], a: str, b: str, modes=("pred", "off")) -> list[stats.Contrast]:
+    return [*stats.compare(panel, stats.Named("primary", a, modes[0], b, modes[1], ""))]
+
+
+def test_seeds_are_compared_on_the_pairs_that_all_have():
     keys = [(t, i) for t in (1, 2) for i in range(5)]
     win, lose = dict.fromkeys(keys, True), dict.fromkeys(keys, False)
     short = dict.fromkeys(keys[:7], True) | {keys[0]: None}  # a crash, and three episodes still to come
     panel = [run_of("E2", 0, {"pred": win}), run_of("E2", 1, {"pred": short}), run_of("E2", 2, {"pred": win})]
     panel += [run_of("E0", s, {"off": lose}, ()) for s in (0, 1)]  # seed 2 has no partner
-    rows = stats.compare(panel, "E2", "pred", "E0", "off")
-    assert [(row.seed, row.counts) for row in rows] == [
-        ("0", (0, 10, 0, 0)), ("1", (0, 6, 0, 0)), ("all", (0, 12, 0, 0)),
-    ]  # fmt: skip
+    (c,) = compare(panel, "E2", "E0")
+    assert (c.seeds, c.n, c.cells(0), c.difference) == ((0, 1), 6, (0, 6, 0, 0), 1)
 
 
 def test_pairs_share_task_and_init_state_whatever_the_order():
     a = {(1, 0): True, (1, 1): False, (2, 0): True, (2, 1): False}
     b = {(2, 1): True, (2, 0): False, (1, 1): False, (1, 0): True, (3, 0): True}
-    (row,) = stats.compare([run_of("A", 0, {"x": a}), run_of("B", 0, {"x": b})], "A", "x", "B", "x")
-    assert row.counts == (1, 1, 1, 1) and row.p == 1 and row.difference == 0
+    (c,) = compare([run_of("A", 0, {"x": a}), run_of("B", 0, {"x": b})], "A", "B", ("x", "x"))
+    assert c.cells(0) == (1, 1, 1, 1) and c.difference == 0 and not c.told
 
 
-def test_seeds_without_a_common_pair_stand_for_nothing():
-    panel = []
-    for seed in (0, 1):
-        keys = [(seed, i) for i in range(20)]
-        panel += [run_of("E2", seed, {"pred": dict.fromkeys(keys, True)})]
-        panel += [run_of("E0", seed, {"off": dict.fromkeys(keys, False)}, ())]
-    rows = stats.all_contrasts(panel)
-    assert [row.seed for row in rows] == ["0", "1"] and not any(row.shown for row in rows)
-    assert all(row.p < 1e-5 and row.p_holm is None for row in rows)
-
-
-def test_seeds_that_disagree_are_not_shown_however_small_the_pooled_p():
-    n, panel = 200, []
-    for seed, wins in enumerate((100, 0, 2)):
-        results = {(1, i): i < wins for i in range(n)}
-        panel += [
-            run_of("E2", seed, {"pred": results}),
-            run_of("E0", seed, {"off": dict.fromkeys(results, False)}, ()),
-        ]
-    row = stats.all_contrasts(panel)[-1]
-    assert row.p_holm < 1e-6 and row.interval[0] <= 0 < row.interval[1] and not row.shown
-    assert "not shown" in row.verdict
-
-
-def test_only_contrasts_that_the_runs_can_answer_are_in_the_family():
-    keys = [(1, i) for i in range(10)]
-    win, lose = dict.fromkeys(keys, True), dict.fromkeys(keys, False)
-    panel = [
-        run_of("B4ensemble", 0, {"pred": win, "off": lose, "best1": win, "dup": win, "random": lose}),
-        run_of("E0", 0, {"off": lose}, ()),
-        run_of("E2", 0, {"pred": win, "off": lose, "zero": lose, "signflip": lose}),
-        run_of("F2", 0, {"pred": win, "off": lose, "zero": lose}),
-        run_of("F3a", 0, {}),  # not evaluated yet
+def panel_of(wins: dict[str, tuple[int, ...]], n: int = 40, **modes: tuple[int, ...]) -> list[stats.Run]:
+    """Return a run a seed and arm that solves the first so many of n starts; modes: of E2 at rollout."""
+    solved = lambda k: {(1, i): i < k for i in range(n)}  # noqa: E731
+    return [
+        run_of(
+            arm,
+            seed,
+            {"off" if arm == "E0" else "pred": solved(k)}
+            | {mode: solved(of[seed]) for mode, of in modes.items() if arm == "E2"},
+            () if arm == "E0" else ("late",),
+        )
+        for arm, of in wins.items()
+        for seed, k in enumerate(of)
     ]
+
+
+def test_the_estimate_is_the_mean_of_seeds_and_its_p_that_of_a_t_test():
+    (c,) = stats.all_contrasts(panel_of({"E2": (36, 34, 35), "E0": (20, 20, 21)}))
+    assert (c.a, c.b, c.seeds, c.role) == ("E2", "E0", (0, 1, 2), "none")
+    assert c.difference == pytest.approx((16 + 14 + 14) / 120)
+    assert c.p_holm == pytest.approx(ttest_1samp([16, 14, 14], 0).pvalue) and c.verdict == "higher"
+
+
+def test_seeds_that_disagree_are_not_shown_and_the_bound_says_what_is_excluded():
+    (c,) = stats.all_contrasts(panel_of({"E2": (40, 20, 21), "E0": (20, 20, 20)}))
+    assert c.verdict == "not shown" and c.p_holm > 0.3
+    assert f"beyond {100 * c.test.excluded:.0f} excluded" in str(c) and c.test.excluded > c.difference
+
+
+@pytest.mark.parametrize(("seeds", "why"), [(1, "1 of 3 seeds"), (2, "2 of 3 seeds"), (3, "all seeds alike")])
+def test_no_verdict_on_arms_from_few_seeds_or_from_seeds_that_are_alike(seeds, why):
+    (c,) = stats.all_contrasts(panel_of({"E2": (40,) * seeds, "E0": (0,) * seeds}))
+    assert c.verdict == "no verdict" and not c.shown and f"no verdict ({why})" in str(c)
+
+
+def test_within_a_checkpoint_mcnemar_is_exact_and_one_seed_has_a_verdict():
+    contrasts = stats.all_contrasts(panel_of({"E2": (40, 20)}, off=(20, 20), shuffle=(40, 21), random=(0, 0)))
+    found = {(c.family, c.b, c.seeds): c for c in contrasts}
+    assert all(c.within for c in contrasts) and len(found) == 6
+    off = found["checks", "E2 off", (0,)]
+    assert off.test.p == stats.mcnemar(20, 0) and off.p_holm == 4 * off.test.p and off.verdict == "higher"
+    assert found["checks", "E2 shuffle", (0,)].p_holm == 1
+    assert found["signals", "E2 random", (0,)].p_holm == 2 * stats.mcnemar(40, 0)  # a family of its own
+
+
+def test_families_are_named_beforehand_and_corrected_apart():
+    arms = ("E0", "E0b", "E1s", "E2", "E2n", "E2h", "F2", "F2n", "B4dup", "B4min", "X")
+    panel = []
+    for i, arm in enumerate(arms):
+        for run in panel_of({"E2": (20 + i, 22 + i, 21)}, off=(9, 8, 7), stale=(9, 8, 7), zero=(1, 1, 1)):
+            kept = (
+                run.episodes
+                if arm in ("E2", "F2")
+                else tuple(e for e in run.episodes if e["memory"] == "pred")
+            )
+            config = {"F2n": {"lambda_world": 0}, "E2n": {"lambda_world": 0}, "X": {"compared_with": ["E0"]}}
+            memory = {"E1s": "shuffle", "E2h": "history", "B4dup": "dup"}.get(arm, "pred")
+            kept = tuple(e | {"memory": memory} if e["memory"] == "pred" else e for e in kept)
+            panel.append(replace(run, arm=arm, memory=memory, episodes=kept, config=config.get(arm, {})))
+    for i, run in enumerate(panel):
+        if run.arm in ("E0", "E0b"):
+            episodes = tuple(e | {"memory": "off"} for e in run.episodes)
+            panel[i] = replace(run, fusion=(), episodes=episodes, blind=run.arm == "E0b")
     contrasts = stats.all_contrasts(panel)
-    assert [(c.a, c.b) for c in contrasts] == [
-        ("E2", "E0"), ("F2", "E0"), ("F2", "E2"), ("B4ensemble", "E2"),
-        ("B4ensemble pred", "B4ensemble off"), ("B4ensemble pred", "B4ensemble best1"),
-        ("B4ensemble pred", "B4ensemble dup"),
-        ("E2 pred", "E2 off"), ("E2 pred", "E2 zero"), ("F2 pred", "F2 off"),
+    of = lambda family: [(c.a, c.b) for c in contrasts if c.family == family]  # noqa: E731
+    assert of("primary") == [
+        ("E2", "E0"), ("E2", "E1s"), ("E2", "E2n"), ("E2", "E2h"), ("F2", "E0"), ("F2", "F2n"),
+        ("B4min", "B4dup"), ("B4min", "E2"), ("X", "E0"),
     ]  # fmt: skip
-    assert [c.p_holm for c in contrasts] == stats.holm([c.p for c in contrasts])
+    assert of("checks")[0] == ("E0", "E0b")
+    assert Counter(of("checks")[1:]) == dict.fromkeys(
+        [(f"{a} pred", f"{a} {mode}") for a in ("E2", "F2") for mode in ("off", "stale")], 3
+    )
+    assert set(of("signals")) == {("E2 pred", "E2 zero"), ("F2 pred", "F2 zero")}
+    for family in stats.FAMILIES:
+        rows = [c for c in contrasts if c.family == family]
+        assert [c.p_holm for c in rows] == pytest.approx(stats.holm([float(c.test.p) for c in rows]))
 
 
-def test_contrasts_are_named_once_and_only_arms_of_the_matrix_are():
-    assert max(Counter(frozenset(pair) for pair in stats.CONTRASTS).values()) == 1
-    table = (Path(stats.__file__).parents[1] / "run_matrix.sh").read_text()
-    arms = set(re.findall(r"^(\w+) +\|", table, re.MULTILINE))
-    named = {arm for pair in stats.CONTRASTS for arm in pair}
-    assert named - set(stats.BANKS) <= arms, "a contrast names an arm that run_matrix.sh lacks"
+def test_a_memory_arm_of_no_table_is_compared_with_e0_e2_and_its_own_controls():
+    panel = panel_of({"E2": (9, 8, 7), "E0": (1, 2, 3), "Mine": (9, 9, 8), "Minen": (3, 3, 4)})
+    panel = [replace(r, config={"lambda_world": 0}) if r.arm == "Minen" else r for r in panel]
+    pairs = [(c.a, c.b, c.role) for c in stats.all_contrasts(panel)]
+    assert pairs == [
+        ("E2", "E0", "none"),
+        *(("Mine", "E0", "none"), ("Mine", "E2", "treated"), ("Mine", "Minen", "lambda 0")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("own", "dropout", "unmet"),
+    [
+        ("pred", 0, {"off", "zero"}),
+        ("pred", None, {"off", "zero"}),
+        ("pred", 0.2, {"zero"}),
+        ("zero", 0, {"off"}),
+    ],
+)
+def test_modes_that_training_never_met_are_known(own, dropout, unmet):
+    run = run_of("E2", 0, {own: {}}, memory_dropout=dropout)
+    assert {mode for mode in ("off", "zero", "shuffle", "pred") if run.unmet(mode)} == unmet
+    assert not run_of("E0", 0, {"off": {}}, ()).unmet("off")

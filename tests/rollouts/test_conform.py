@@ -334,6 +334,40 @@ def test_pictures_that_are_not_liberos_give_no_verdict_on_pictures(name, case):
     assert found["instruction"] == found["sizes"] == "differs"
 
 
+@pytest.mark.parametrize("words", [SPATIAL.title(), SPATIAL.replace(" ", "_"), f"{SPATIAL} "])
+def test_instructions_that_read_alike_and_are_other_tokens_differ(words, case):
+    prompt = lambda text: case.processor.tokenize([text])[0].tolist()  # noqa: E731
+    environment = describe_environment(case.sim, 3, observe(front=case.front, wrist=case.wrist))
+    checkpoint = describe_checkpoint(case.config, case.processor, case.run)
+    assert differing(compare(checkpoint, case.data, environment, prompt)) == []
+    case.data["tasks"] = [words]
+    [line] = [x for x in compare(checkpoint, case.data, environment, prompt) if x.verdict == "differs"]
+    assert line.item == "instruction" and f'the data say "{words}", here it is "{SPATIAL}"' in line.why
+    case.data["tasks"].append(SPATIAL)  # as two recorders wrote it
+    assert differing(compare(checkpoint, case.data, environment, prompt)) == []
+
+
+def test_a_gripper_with_its_sign_turned_shows_in_the_fingers(spatial, case):
+    assert case.data["action"]["closes"] == 1
+    action = spatial.action.copy()
+    action[:, 6] *= -1
+    case.data = describe_data(dataclasses.replace(spatial, action=action))
+    change_statistics(case, "action", action)
+    [line] = [x for x in lines_of(case) if x.verdict == "differs"]
+    assert line.item == "action" and "gripper closes at -1" in line.why
+    still = spatial.state.copy()
+    still[:, 6:] = 0.02  # a hand that never moves says nothing
+    assert "closes" not in describe_data(dataclasses.replace(spatial, state=still))["action"]
+
+
+def test_every_recorded_gripper_closes_at_plus_one():
+    for episode in ("success_libero_spatial_task0_init0", "libero_goal_task1_init0"):
+        found = recorded(episode)
+        demos = toy_demos([len(found.action)])
+        demos = dataclasses.replace(demos, state=found.state[: len(found.action)], action=found.action)
+        assert facts.gripper(demos) == {"closes": 1}, episode
+
+
 # ---- the floor ----------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from model import load_policy, start_from_vlm
 from smolvla.checkpoint import (
+    SHARDS,
     VLM_PARTS,
     WEIGHTS,
     find_folder,
@@ -258,6 +259,67 @@ def test_a_run_folder_stands_for_its_last_checkpoint(folder, tmp_path):
     assert load_policy(tmp_path / "run", vlm=str(folder.parent / "vlm"))[0].config.cameras
 
 
+@pytest.mark.parametrize(
+    "place", ["", "checkpoints", "checkpoints/last", "checkpoints/last/pretrained_model"]
+)
+def test_lerobots_training_folder_stands_for_its_last_checkpoint(folder, tmp_path, place):
+    """As lerobot-train leaves it: checkpoints/000002/pretrained_model, and a link to the newest."""
+    there = tmp_path / "outputs" / "checkpoints" / "000002" / "pretrained_model"
+    there.parent.mkdir(parents=True)
+    folder.rename(there)
+    (there.parents[1] / "last").symlink_to("000002")
+    vlm = str(tmp_path / "vlm")
+    assert load_policy(tmp_path / "outputs" / place, vlm=vlm)[0].config.state_dim == 6
+    with pytest.raises(ValueError, match="no folder"):
+        find_folder(str(tmp_path / "outputs" / "nowhere"))
+
+
+def split_weights(folder: Path, change: dict[str, str] | None = None) -> None:
+    """Store a folder's weights in two shards, as transformers does above 5 GB."""
+    tensors = load_file(folder / WEIGHTS)
+    files = {key: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, key in enumerate(tensors)}
+    for name in set(files.values()):
+        save_file({key: tensors[key] for key in tensors if files[key] == name}, folder / name)
+    (folder / SHARDS).write_text(json.dumps({"metadata": {}, "weight_map": files | (change or {})}))
+    (folder / WEIGHTS).unlink()
+
+
+def test_weights_in_shards_are_those_in_one_file(folder):
+    want = load_policy(folder)[0].state_dict()
+    split_weights(folder)
+    got = load_policy(folder)[0].state_dict()
+    assert all(torch.equal(want[name], got[name]) for name in want)
+    assert "stored in float32" in run_model(folder).stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"model.state_proj.bias": "../secret.safetensors"},
+            r"names a file '\.\./secret\.safetensors': only",
+        ),
+        ({"model.state_proj.bias": "/etc/passwd"}, "names a file '/etc/passwd': only a plain file name"),
+        ({"model.state_proj.bias": [3]}, r"names a file \[3\]"),
+        ({"model.state_proj.bias": "other.safetensors"}, r"other\.safetensors is missing"),
+        ({"model.more": "model-00001-of-00002.safetensors"}, "lacks 'model.more', which model"),
+    ],
+)
+def test_an_index_names_nothing_but_files_beside_it_that_hold_what_it_says(folder, change, message):
+    split_weights(folder, change)
+    with pytest.raises(ValueError, match=message):
+        load_policy(folder)
+
+
+def test_an_adapter_is_called_one_with_the_way_to_merge_it(folder):
+    (folder / WEIGHTS).rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "lerobot/smolvla_base"})
+    )
+    with pytest.raises(ValueError, match=r"PEFT adapter of 'lerobot/smolvla_base'.*merge_and_unload\(\)"):
+        load_policy(folder)
+
+
 def test_fields_that_nobody_knows_are_ignored_and_handed_back(folder, tmp_path):
     edit_json(folder / "config.json", from_the_future={"a": 1})
     save_policy(tmp_path / "copy", *load_policy(folder))
@@ -341,6 +403,7 @@ def test_a_policy_starts_from_the_language_models_own_folder_with_a_fresh_expert
     }  # deeper than what is kept
     vlm = folder.parent / "vlm"
     save_file(own, vlm / WEIGHTS)
+    split_weights(vlm)
     preset = dataclasses.replace(tiny.CONFIG, width=128, expert_width=96)
     torch.manual_seed(5)
     policy, processor = start_from_vlm(preset, str(vlm), tiny.STATS, (3, 64, 64))

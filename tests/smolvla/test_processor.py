@@ -160,10 +160,10 @@ def test_buffers_that_were_never_filled_count_as_missing(folder):
         load_policy(folder)
 
 
-def test_statistics_of_another_width_are_refused(folder):
+def test_actions_statistics_of_another_width_are_refused(folder):
     path = next(folder.glob("policy_preprocessor_step*.safetensors"))
-    save_file({k: torch.cat([v, v])[:9] if "state" in k else v for k, v in load_file(path).items()}, path)
-    with pytest.raises(ValueError, match=r"statistics of observation\.state are 9 wide, config\.json says 6"):
+    save_file({k: torch.cat([v, v])[:9] if "action" in k else v for k, v in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match=r"statistics of action are 9 wide, not 7.*--statistics data"):
         load_policy(folder)
 
 

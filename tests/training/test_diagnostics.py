@@ -47,7 +47,7 @@ def made(fusion: tuple[str, ...] = ("late",), config=tiny.CONFIG, memory: str = 
     """An arm with open gates, on a policy of another shape where one is given."""
     arm = tiny.arm(memory, fusion, **fields)
     if config is not tiny.CONFIG:
-        summary = Summary(arm.scale, arm.mean_change, arm.partners)
+        summary = Summary.of(arm.scale, arm.mean_change, arm.partners)
         arm = Arm(arm.config, tiny.policy(config), arm.encoder, summary, {})
     tiny.open_gates(arm)
     return arm

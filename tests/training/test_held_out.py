@@ -10,18 +10,20 @@ import tiny
 import torch
 from test_source import demos, source  # noqa: F401, a fixture
 
+from prophet import MODES
 from training.held_out import bootstrap, measurable, measure, record, spread, table
 
 
 def open_arm(made):
     tiny.open_gates(made.arm)
+    made.arm.mean_future.normal_(generator=torch.Generator().manual_seed(0))
     return made
 
 
 def test_every_mode_is_measured_on_the_same_frames_noise_and_times(demos):  # noqa: F811
     made = open_arm(source(demos, memory="pred"))
-    modes = measurable(made.arm)
-    assert modes == ["off", "pred", "oracle", "zero", "random", "shuffle", "signflip", "current", "history"]
+    modes = measurable(made.arm, tasks=1)
+    assert modes == [mode for mode in MODES if mode not in ("wrong_task", "stale")]
     found = measure(made, np.arange(4), modes, frames=4, draws=2)
     assert len({round(found.mean(mode), 9) for mode in modes}) == len(modes)  # all of them differ
     again = measure(made, np.arange(4), ["off", "pred"], frames=4, draws=2, batch=3)
@@ -53,8 +55,10 @@ def test_measuring_leaves_the_arm_as_it_was(demos):  # noqa: F811
 
 
 def test_modes_without_a_prophet_are_left_out():
-    assert measurable(tiny.arm("zero")) == ["off", "oracle", "zero", "random", "current", "history"]
-    assert measurable(tiny.arm(fusion=("none",))) == ["off"]
+    without = ["off", "oracle", "zero", "random", "mean", "current", "history"]
+    assert measurable(tiny.arm("zero"), tasks=2) == without
+    assert "wrong_task" in measurable(tiny.arm("pred"), tasks=2)
+    assert measurable(tiny.arm(fusion=("none",)), tasks=2) == ["off"]
 
 
 def test_frames_are_spread_over_an_episode_and_none_is_taken_twice(demos):  # noqa: F811
@@ -82,7 +86,8 @@ def test_interventions_on_a_bank_are_measured_beside_its_modes(demos):  # noqa: 
     made = source(demos, memory="pred")
     made.arm = tiny.arm("pred", num_hypotheses=3, hypothesis_method="ensemble")
     open_arm(made)
-    modes = measurable(made.arm)
+    made.arm.mean_future.normal_(generator=torch.Generator().manual_seed(0))
+    modes = measurable(made.arm, tasks=1)
     assert modes[-6:] == ["best1", "mean1", "dup", "drop:0", "drop:1", "drop:2"]
     found = measure(made, np.arange(2), modes, frames=2, draws=1)
     assert len({round(found.mean(mode), 7) for mode in modes}) == len(modes)
