@@ -258,6 +258,7 @@ def test_a_killed_run_leaves_finished_parts_that_count(tmp_path):
     process.wait()
     [part] = tmp_path.glob("*.parts/attempt_00000.hdf5")
     written = part.stat().st_mtime_ns
-    made = recording.DemoConfig(tmp_path, task_ids="1", init_states="3,0", size=64)
+    quiet = {"noise": 0.0, "displace": 0.0}
+    made = recording.DemoConfig(tmp_path, task_ids="1", init_states="3,0", size=64, **quiet)
     stored = recording.read_parts(part.parent, made.settings(1))
     assert 0 in stored.successes and part.stat().st_mtime_ns == written

@@ -190,7 +190,7 @@ def test_the_script_finds_its_replay_in_a_child_process_and_names_a_broken_recor
 
 @pytest.mark.slow
 def test_recordings_replay_and_a_perturbed_or_darker_one_does_not(tmp_path, capsys):
-    assert verify.verify(verify.Command("verify").folders), capsys.readouterr().out
+    assert verify.verify(verify.Command().folders), capsys.readouterr().out
     assert "drawn by: " in capsys.readouterr().out
     shutil.copytree(CASES / "libero_goal_task1_init0", tmp_path / "case")
     path = tmp_path / "case" / "run.npz"
