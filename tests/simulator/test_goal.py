@@ -82,7 +82,7 @@ def test_of_each_pair_of_attempts_from_one_start_one_goes_each_way_in_random_ord
 
 @pytest.mark.slow
 def test_two_demonstrations_from_one_start_go_either_way_and_libero_judges_both(tmp_path):
-    flags = "--task-ids 1 --init-states 3 --size 64 --workers 1 --demos-per-task 2 --displace 0.06"
+    flags = "--task-ids 1 --init-states 3 --size 64 --workers 1 --demos-per-task 2 --displace 0.06 --noise 0"
     command = [sys.executable, "-m", "simulator", "record", *flags.split(), "--either", "milk"]
     done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
