@@ -151,6 +151,8 @@ class Run:
         """What an arm is to others: none, or which control; `treated` for a memory that is meant to help."""
         if not self.fusion:
             return "blind" if self.blind else "none"
+        if self.config.get("hypothesis_method") == "repeat":
+            return "dup"
         if self.memory == "pred":
             return "treated" if self.config.get("lambda_world", 1) else "lambda 0"
         return {"shuffle": "noise", "random": "noise"}.get(self.memory, self.memory)
