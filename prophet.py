@@ -225,9 +225,8 @@ def make_memory(mode: str, steps: int, *, hypotheses: int = 1, **given: Tensor |
     if mode not in TABLE:
         raise ValueError(f"memory mode {mode!r} is unknown: choose from {', '.join(MODES)}")
     has = Given(steps, **given)
-    needs = ("futures" if name == "prophet" else name for name in NEEDS[mode])
-    absent = [name for name in needs if name in Given._fields and getattr(has, name) is None]
-    if absent and not ("prophet" in NEEDS[mode] and "futures" not in absent):
+    required = ("futures",) if "prophet" in NEEDS[mode] else NEEDS[mode]  # which the prophet made of a past
+    if any(getattr(has, name) is None for name in required):
         raise ValueError(f"memory mode {mode!r} needs {' and '.join(NEEDS[mode])}, which is not there")
     rows = TABLE[mode].rows(has)
     return rows.repeat(1, hypotheses, 1) if rows is not None and rows.shape[1] == steps else rows

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from arm import Arm
-from data import HELD_OUT, Source
+from data import HELD_OUT, Source, spread_over
 from files import Refused
 from model import sample_means
 from prophet import CHANCE, MODES
@@ -107,8 +107,7 @@ def world_cosine(source: Source, episodes: np.ndarray, frames: int = 16) -> tupl
 
 def spread(demos: Demos, episode: int, frames: int) -> np.ndarray:
     """Choose up to `frames` frames of an episode, evenly spaced."""
-    first, last = int(demos.first[episode]), int(demos.last[episode])
-    return np.unique(np.linspace(first, last, min(frames, last - first + 1)).round().astype(np.int64))
+    return spread_over(int(demos.first[episode]), int(demos.last[episode]), frames)
 
 
 @torch.no_grad()
