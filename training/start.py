@@ -33,12 +33,11 @@ from model import SmolVLA, load_policy, start_from_vlm
 from prophet import MemoryMode
 from ranks import Together
 from readers.demos import Demos, chosen_statistics
-from readers.load import camera_names, load, remember_checks
+from readers.load import camera_names, find_data, load, remember_checks
 from readers.selection import (
     DataConfig,
     camera_key,
     choose_cameras,
-    find_data,
     match_cameras,
     split_camera,
 )
@@ -182,7 +181,7 @@ def record_demo(rank: int, together: Together) -> None:
 
 def make_caches(config: StartConfig, rank: int, ranks: int, device: torch.device) -> list[str]:
     """Make what this training reads beside the data, or check it, all ranks together; a line for each."""
-    folder, lines = find_data(config.data, config.data_revision), []
+    folder, lines = find_data(config.data, config), []
     config = settle_cameras(config, folder, config.init)
     demos = load(folder, in_memory=False, options=config)
     config = config.without(demos)
@@ -207,7 +206,7 @@ def open_data(
     Returns the configuration with what the world encoder's model settles, and the demonstrations, their
     features and their latents.
     """
-    folder = find_data(config.data, config.data_revision)
+    folder = find_data(config.data, config)
     config = settle_cameras(config, folder, config.init if last is None else str(last))
     home = config.cache_home(folder)
     if config.val_every:
