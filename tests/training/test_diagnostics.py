@@ -178,7 +178,7 @@ def test_a_right_and_an_opposite_hypothesis_have_the_gap_that_a_hand_computes():
     assert out["div_cos"] == pytest.approx(2, abs=1e-5)
     assert out["world_cos_k1"] == pytest.approx(0, abs=1e-5)
     same = world_diagnostics(arm, world, torch.stack([target, target], dim=1))
-    assert [same[name] for name in BANK] == pytest.approx([1, 0, 0, 0], abs=1e-5)
+    assert [same[name] for name in BANK] == pytest.approx([1, 0, 0, 0, 0], abs=1e-5)
 
 
 @settings(max_examples=20, deadline=None)
