@@ -39,6 +39,7 @@ ORDER_STREAM = 0x0DE5  # keeps the data order apart from any other stream that i
 FLOW, MEMORY, PARTNER, CHANCE, DROP = 1, 2, 3, 4, 5  # keep apart what one number draws
 TRAINING, ROLLOUT, HELD_OUT = 0, 10, 20  # and what it is drawn for
 SPLIT_STREAM = 31
+EARLY = 0.1  # of an episode: where it may still go several ways
 PARTNERS = 1024  # pasts that travel with an arm, for `shuffle` in rollouts
 
 
@@ -112,6 +113,7 @@ class Source:
         if "z_future" in needed:
             future, valid = self.demos.future(index, config.future, config.world_stride)
             out |= {"z_future": self.latents.z[future], "valid": torch.as_tensor(valid)}  # (B, K, D), (B, K)
+            out["early"] = torch.as_tensor(self.demos.phase(index) < EARLY)  # (B,)
         if "z_partner" in needed:
             out["z_partner"] = self.past(self.partners(index, keys))
         if "z_other" in needed:

@@ -95,6 +95,11 @@ class Demos:
         headers say. Compressed pictures hardly change without changing their bytes; others do."""
         return hashlib.sha256(json.dumps([self.fingerprint_of(()), self.files]).encode()).hexdigest()[:16]
 
+    def phase(self, index: np.ndarray) -> np.ndarray:
+        """Return how far into its episode each frame (B,) is: 0 to below 1."""
+        first = self.first[self.episode[index]]
+        return (index - first) / (self.last[self.episode[index]] + 1 - first)
+
     def mean_picture(self, camera: str) -> np.ndarray:
         """Return a camera's mean picture (S, S, 3) float64."""
         images = self.images[camera]

@@ -68,7 +68,9 @@ def test_a_samples_tensors_depend_on_its_number_alone(two_tasks):
     made = dropping(source(two_tasks, draws=2))
     index, keys = np.array([3, 40, 11, 20]), np.array([7, 2, 9, 4])
     together, (noise, times) = made.world(index, keys, needed), made.flow(keys)
-    assert set(together) == {"z_hist", "z_future", "valid", "z_partner", "z_other", "noise", "dropped"}
+    assert set(together) == {
+        *("z_hist", "z_future", "valid", "early", "z_partner", "z_other", "noise", "dropped")
+    }
     for i in range(4):
         alone = dropping(source(two_tasks, draws=2))
         apart = alone.world(index[i : i + 1], keys[i : i + 1], needed)
