@@ -3,9 +3,10 @@
 import fnmatch
 import json
 import os
+import re
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +20,7 @@ from lerobot_set import change, picture, png, read_picture, write_set, write_vid
 from test_data import write_task
 from test_lerobot_v3 import CAMERA, DATA, EPISODES, VIDEO, WRIST, column, info
 
+import train
 from data import partner_rows, saved_partners
 from files import Refused
 from readers import check
@@ -26,7 +28,9 @@ from readers.demos import Demos, chosen_statistics
 from readers.lerobot_meta import read_table
 from readers.lerobot_pictures import Video
 from readers.load import load
+from readers.problems import far_values
 from readers.selection import DataConfig, find_tasks
+from train import TrainConfig
 
 
 def codes(demos: Demos, camera: str = CAMERA) -> list[tuple[int, int]]:
@@ -324,6 +328,124 @@ def test_what_a_mac_leaves_beside_files_is_not_read(tmp_path):
     assert len(load(root)) == 8
     found = check.check(root)
     assert not found.errors and not [line for line in found.warnings if "._" in line]
+
+
+# ---- values that cannot be -------------------------------------------------------------------------------
+
+
+def with_statistics(root: Path, **changes: Callable[[np.ndarray], np.ndarray]) -> Path:
+    """Write a set with its own statistics, of which those of the state are changed, by name."""
+    write_set(root, (40, 30))
+    stats, _ = chosen_statistics(load(root))
+    values = {f: {key: v.double().numpy() for key, v in entry.items()} for f, entry in stats.items()}
+    for key, change_it in changes.items():
+        values["observation.state"][key] = change_it(values["observation.state"][key])
+    stored = {f: {key: v.tolist() for key, v in entry.items()} for f, entry in values.items()}
+    (root / "meta/stats.json").write_text(json.dumps(stored))
+    return root
+
+
+def degrees(values: np.ndarray) -> np.ndarray:
+    return values * 180 / np.pi
+
+
+def shifted(values: np.ndarray) -> np.ndarray:
+    return values + 1.5
+
+
+STATISTICS = {
+    "mean 100": (
+        {"mean": lambda v: v * 0 + 100, "std": lambda v: v * 0 + 0.001},
+        "mean of observation.state",
+    ),
+    "degrees": (
+        dict.fromkeys(("mean", "std", "min", "max"), degrees),
+        "(mean|std) of observation.state, dimension",
+    ),
+    "shifted": (dict.fromkeys(("mean", "min", "max"), shifted), "mean of observation.state, dimension"),
+    "placeholder": (
+        {"mean": lambda v: v * 0, "std": lambda v: v * 0 + 10},
+        "std of .* is 10, that of the data",
+    ),
+    "no deviation": (
+        {"std": lambda v: v * 0},
+        "std of observation.state, dimension . is 0, that of the data",
+    ),
+    "negative": ({"std": lambda v: -v}, "std of observation.state, dimension . is -"),
+    "one dimension": (
+        {"std": lambda v: np.append(v[:-1], 9 * v[-1])},
+        "std of observation.state, dimension 7",
+    ),
+    "range": ({"max": lambda v: v / 1000, "min": lambda v: v / 1000}, "m(in|ax) of observation.state"),
+    "quantiles": ({"q01": lambda v: v + 9, "q99": lambda v: v * 0}, "q01 of observation.state"),
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_of_other_data_stop_a_training_and_a_check(name, tmp_path, monkeypatch):
+    changes, message = STATISTICS[name]
+    root = with_statistics(tmp_path / "set", **changes)
+    found = [line for line in check.check(root).errors if re.search(message, line)]
+    assert found and "add --statistics computed" in found[0]
+    monkeypatch.chdir(tmp_path)
+    small = {"total_samples": 4, "batch_size": 2, "out": tmp_path / "run", "data": root}
+    with pytest.raises(Refused, match=message):
+        train.main(TrainConfig(**small))
+    train.main(TrainConfig(**small, statistics="computed"))
+    record = json.loads((tmp_path / "run/config.json").read_text())
+    assert "computed from these 70 frames" in record["statistics_of"]
+
+
+def test_statistics_of_the_data_pass_however_they_were_rounded(tmp_path):
+    root = with_statistics(tmp_path, mean=lambda v: v.astype(np.float32), std=lambda v: v * np.sqrt(70 / 69))
+    assert not check.check(root).errors and "stats.json" in chosen_statistics(load(root))[1]
+    still = write_set(tmp_path / "still", (4, 3))
+    states = [
+        [*row[:3], 0.25, *row[4:]] for row in pq.read_table(still / DATA)["observation.state"].to_pylist()
+    ]
+    change(still / DATA, **{"observation.state": states})
+    stats = {f: {k: v.tolist() for k, v in e.items()} for f, e in chosen_statistics(load(still))[0].items()}
+    for floor in (0.0, 1e-8, 1.0):  # a dimension that never moves may have any
+        stats["observation.state"]["std"][3] = floor
+        (still / "meta/stats.json").write_text(json.dumps(stats))
+        assert not check.check(still).errors
+
+
+@pytest.mark.parametrize("feature", ["observation.state", "action"])
+@pytest.mark.parametrize("value", [1e30, -1e12, 7e4])
+def test_a_value_that_the_rest_makes_impossible_is_named(feature, value, tmp_path):
+    root = write_set(tmp_path / "v3", (40, 30))
+    row = pq.read_table(root / DATA)[feature].to_pylist()[45]
+    column(root / DATA, feature, 45, [*row[:2], value, *row[3:]])
+    refused(root, rf"{feature} is .* in dimension 2 at step 5 of episode 1, the rest lies within")
+    assert len(load(root, options=DataConfig(episodes="0"))) == 40
+    path = write_task(tmp_path / "a_demo.hdf5", (40, 30))
+    name = {"action": "actions", "observation.state": "obs/ee_pos"}[feature]
+    with h5py.File(path, "a") as file:
+        file[f"data/demo_1/{name}"][5, 2] = value
+    refused(
+        path, rf"{name.removeprefix('obs/').replace('ee_pos', 'state')} is .* in dimension 2 at step 5 of"
+    )
+    assert len(load(path, options=DataConfig(episodes="0"))) == 40
+
+
+def test_values_of_any_unit_are_possible():
+    rng = np.random.default_rng(0)
+    rows = np.arange(300)
+    for scale in (1e-6, 1.0, 4096.0, 1e9):
+        values = rng.normal(size=(300, 5)) * scale
+        values[:, 1] = 0  # one dimension hardly moves, another is seldom used
+        values[:, 2] = np.where(rows == 7, scale, 0)
+        assert not list(far_values("x", values, rows, rows))
+
+
+def test_a_checkpoint_says_each_cameras_own_shape(tmp_path):
+    root = write_set(tmp_path / "set", (9, 7), {CAMERA: "image", WRIST: "image"})
+    small = [{"bytes": png(np.full((32, 40, 3), 9, np.uint8)), "path": ""}] * 16
+    change(root / DATA, **{WRIST: small})
+    train.main(TrainConfig(data=root, out=tmp_path / "run", total_samples=4, batch_size=2))
+    features = json.loads((tmp_path / "run/last/config.json").read_text())["input_features"]
+    assert features[CAMERA]["shape"] == [3, 48, 64] and features[WRIST]["shape"] == [3, 32, 40]
 
 
 # ---- strangers' meta/ ------------------------------------------------------------------------------------
