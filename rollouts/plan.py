@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
 from arm import Arm
-from files import Refused, number_from_environment, read_json, write_json
+from files import Refused, check_numbers, number_from_environment, read_json, write_json
 from simulator.env import (
     NUM_INIT_STATES,
     NUM_TASKS,
@@ -95,11 +95,13 @@ class ProtocolConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that tower, trunk and expert are held and computed in."""
 
+    limits: ClassVar = {
+        **dict.fromkeys(("episodes_per_task", "n_action_steps", "policy_batch"), (1, 10_000)),
+        "seed": (0, 2**32 - 1),
+    }
+
     def __post_init__(self) -> None:
-        for flag in ("episodes_per_task", "n_action_steps", "policy_batch"):
-            value = getattr(self, flag)
-            if value is not None and value < 1:
-                raise Refused(f"--{flag.replace('_', '-')} {value} must be at least 1")
+        check_numbers(self)
         if self.max_steps not in STEP_LIMITS and not self.max_steps.isdecimal():
             raise Refused(
                 f"--max-steps {self.max_steps} is no limit: give a number, or {' or '.join(STEP_LIMITS)}"

@@ -26,7 +26,7 @@ import torch.nn as nn
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from files import Refused, plain_name, read_json, read_tensors, save_tensors, to_json
+from files import Refused, check_finite, plain_name, read_json, read_tensors, save_tensors, to_json
 from smolvla.config import EMPTY, SmolVLAConfig
 from smolvla.fit import Fit, adapt, own_fit
 from smolvla.language import Language, fresh_language, language_config, language_sizes, read_language
@@ -294,6 +294,7 @@ def place(
     state = {name: torch.zeros(p.shape) for name, p in wanted.values() if name in UNUSED}
     state |= {wanted[key][0]: tensors[key] for key in shapes}
     typed = {n: t.to(torch.float32 if n.startswith(PROJECTIONS) else dtype) for n, t in state.items()}
+    check_finite(typed, source)
     policy.load_state_dict(typed, assign=True, strict=False)
 
 
@@ -394,11 +395,13 @@ def fresh_processor(
 def save_policy(folder: Path, policy: nn.Module, processor: Processor) -> None:
     """Write what lerobot loads: config, weights under its names, processors; beside them the language folder.
 
-    Memory modules (`fusion.`) are not lerobot's and are left out; arm.py writes them.
+    Memory modules (`fusion.`) are not lerobot's and are left out; arm.py writes them. Raises Refused for
+    weights that are not finite.
     """
+    weights = {lerobot_key(n): p for n, p in policy.state_dict().items() if not n.startswith("fusion.")}
+    check_finite(weights, folder / WEIGHTS)
     folder.mkdir(parents=True, exist_ok=True)
     raw = processor.raw | {name: getattr(policy.config, name) for name in SAME_NAME}
-    weights = {lerobot_key(n): p for n, p in policy.state_dict().items() if not n.startswith("fusion.")}
     save_tensors(weights, folder / WEIGHTS)
     (folder / "config.json").write_text(to_json(raw, indent=4))
     processor.save(folder)

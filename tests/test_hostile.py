@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,16 +13,27 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 import pytest
+import safetensors
+import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from test_arm import processor
 
+from arm import load_arm, save_arm
+from eval import EvalConfig
 from files import Refused, plain_name
 from model import load_policy
+from prophet import ROLLOUT_MODES
 from readers import lerobot_v3, libero_hdf5
 from readers.lerobot_v3 import check_pattern
-from simulator.env import load_init_states
+from rollouts.plan import make_plans
+from rollouts.rollout import Episode, Rollout
+from simulator.env import CAMERAS, load_init_states
+from simulator.pool import Observation
 from smolvla.checkpoint import save_policy
+from train import TrainConfig
 
+CPU = torch.device("cpu")
 NAMES = (
     "../../outside.pth",
     "/tmp/outside.pth",
@@ -141,3 +154,70 @@ def test_of_a_language_models_folder_only_its_own_files_are_handed_on(folder):
     (folder.parent / "vlm" / "secrets.json").write_text("{}")
     _, processor = load_policy(folder)
     assert "tokenizer.json" in processor.language.files and "secrets.json" not in processor.language.files
+
+
+# ---- weights, actions, numbers --------------------------------------------------------------------------
+
+
+def spoil(path: Path, name: str, value: float) -> None:
+    """Set one number of a tensor in a file."""
+    tensors = load_file(path)
+    tensors[name].view(-1)[0] = value
+    with safetensors.safe_open(path, "pt") as file:
+        save_file(tensors, path, file.metadata())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_neither_read_nor_written(value, tmp_path):
+    arm = tiny.arm()
+    save_arm(tmp_path / "whole", arm, processor())
+    for file, name in (("model", "model.state_proj.bias"), ("world", "prophet.query")):
+        shutil.copytree(tmp_path / "whole", tmp_path / file)
+        name = next(n for n in load_file(tmp_path / file / f"{file}.safetensors") if n.startswith(name))
+        spoil(tmp_path / file / f"{file}.safetensors", name, value)
+        ours = name.removeprefix("model.")
+        with pytest.raises(Refused, match=rf"{file}.*1 of \S+ numbers of {ours} are not finite"):
+            load_arm(tmp_path / file)
+    with torch.no_grad():
+        arm.policy.state_proj.bias[0] = value
+    with pytest.raises(Refused, match=r"state_proj\.bias are not finite"):
+        save_arm(tmp_path / "new", arm, processor())
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_policy_whose_actions_are_not_finite_ends_an_evaluation_instead_of_failing_it():
+    arm = tiny.arm().eval().requires_grad_(False)
+    arm.policy.action_out_proj.weight.fill_(3e38)  # finite, but what it computes is not
+    [plan] = make_plans(EvalConfig(episodes_per_task=2), tiny.run_config(), arm)
+    pictures = {(0, camera): np.zeros((32, 32, 3), np.uint8) for camera in CAMERAS}
+    seen = Observation(np.zeros(8, np.float32), pictures, False, False, 0, "open the drawer", 0.0, 0.0)
+    for mode in ROLLOUT_MODES:
+        rollout = Rollout(arm, processor(), plan, mode, None, CPU, "runs/x/step_9")
+        rollout.running[0] = episode = Episode(1, 3, mode, names=rollout.names)
+        episode.see(seen, arm, rollout.keep_history)
+        said = f"runs/x/step_9, memory {mode}.*not finite .libero_object task 1, init state 3, decision 0"
+        with pytest.raises(Refused, match=said):
+            rollout.decide([(0, seen)])
+
+
+@pytest.mark.parametrize("config", [TrainConfig, EvalConfig])
+def test_every_number_on_a_command_line_is_finite(config):
+    numbers = [f for f in dataclasses.fields(config) if re.search("float|int", str(f.type)) and f.init]
+    assert len(numbers) > 10
+    for field in numbers:
+        if field.name == "held_out":  # not on the command line
+            continue
+        for value in (float("nan"), float("inf"), -float("inf"), 10**30):
+            value = (value,) if "tuple" in str(field.type) else value
+            with pytest.raises(Refused, match=f"--{field.name.replace('_', '-')} "):
+                config(**{field.name: value})
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["lr=-1", "lr_world=-1", "warmup_samples=-5", "grad_clip=0", "seed=-1", "val_share=2", "threads=0"],
+)
+def test_a_number_out_of_its_range_is_named_with_it(flags):
+    name, _, value = flags.partition("=")
+    with pytest.raises(Refused, match=f"--{name.replace('_', '-')} {value} must be at"):
+        TrainConfig(**{name: int(value)})

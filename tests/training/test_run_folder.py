@@ -289,6 +289,13 @@ def test_too_many_bad_steps_in_a_row_end_the_run_in_one_line(data, tmp_path, mon
         TrainConfig(max_bad_steps=0)
 
 
+def test_a_training_that_took_no_step_is_not_done(data, tmp_path, monkeypatch):
+    poison(monkeypatch, *range(28))
+    with pytest.raises(ValueError, match="up to 28 samples, the whole budget, had a gradient"):
+        run(data, tmp_path / "run")
+    assert json.loads((tmp_path / "run/last/state.json").read_text())["samples"] == 24  # not the budget's end
+
+
 @given(st.lists(st.booleans(), max_size=12), st.integers(0, 3))
 def test_bad_steps_are_counted_in_all_and_in_a_row(seen, before):
     bad = BadSteps(torch.device("cpu"), before, before)
