@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from files import Refused, check_finite, read_tensors, save_tensors
+from files import Refused, check_finite, read_json, read_tensors, save_tensors
 from fusion import Fusion, Memory, Site
 from latents.encoders import PCA, Learned, WorldConfig, encoder_from_state
 from model import SmolVLA, load_policy
@@ -49,7 +49,8 @@ from prophet import (
     parse_mode,
     world_loss,
 )
-from smolvla.checkpoint import checkpoint_in, save_policy
+from smolvla.checkpoint import save_policy
+from smolvla.folders import checkpoint_in
 from smolvla.processor import Processor
 
 WORLD_FILE = "world.safetensors"
@@ -494,12 +495,24 @@ def stored_config(folder: Path) -> ArmConfig | None:
     """
     path = world_file(folder)
     if not path.is_file():
+        refuse_lost_memory(path)
         return None
     try:
         with safetensors.safe_open(path, "pt") as file:
             return ArmConfig(**{k: as_tuple(v) for k, v in json.loads(file.metadata()["config"]).items()})
     except (safetensors.SafetensorError, TypeError, KeyError) as error:
         raise Refused(f"{path} cannot be read ({error}): take the checkpoint before it") from error
+
+
+def refuse_lost_memory(path: Path) -> None:
+    """Raise Refused where the run of a checkpoint that lacks `path` had a memory: it would act without."""
+    record = path.resolve().parent.parent / "config.json"
+    run = read_json(record) if record.is_file() else {}
+    if "arm" in run and run.get("fusion", ["none"]) != ["none"]:
+        raise Refused(
+            f"{path} is missing, and {record} says that the run has a memory, --fusion "
+            f"{' '.join(run['fusion'])}: copy the checkpoint again"
+        )
 
 
 def as_tuple(value: object) -> object:

@@ -36,7 +36,6 @@ from smolvla.checkpoint import (
     VLM_PARTS,
     describe_checkpoint,
     draw,
-    find_folder,
     lerobot_config,
     lerobot_key,
     load_processor,
@@ -47,6 +46,7 @@ from smolvla.checkpoint import (
 )
 from smolvla.config import PRESETS, SmolVLAConfig
 from smolvla.fit import Fit
+from smolvla.folders import find_folder
 from smolvla.language import language_sizes, read_language
 from smolvla.layers import (
     Connector,

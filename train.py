@@ -39,6 +39,7 @@ from readers.prefetch import Loader
 from rollouts.conform import check_statistics
 from rollouts.facts import describe_data
 from smolvla import kernels
+from smolvla.folders import OPTIMIZER, RAW, STATE, newest_whole, point
 from training.diagnostics import (
     CollapseWatch,
     Usage,
@@ -51,9 +52,6 @@ from training.flops import flops_per_sample, utilisation
 from training.held_out import measure, world_cosine
 from training.optimise import Average, BadSteps, OptimiseConfig, lr_factor, make_optimizer
 from training.run_folder import (
-    OPTIMIZER,
-    RAW,
-    STATE,
     Progress,
     check_space,
     cut_metrics,
@@ -62,9 +60,7 @@ from training.run_folder import (
     fingerprint,
     log,
     log_validation,
-    newest_whole,
     open_run,
-    point,
     save,
     writing,
 )
@@ -293,7 +289,7 @@ def agree_on_checkpoint(config: TrainConfig, rank: int, together: Together) -> P
             print(line, flush=True)
         if found is not None:
             with writing(config.out):
-                point(config.out, found)
+                found = point(config.out, found)
     found = together.gather(found)[0]
     seen = together.gather((config.out / "last").exists())
     if len(set(seen)) > 1:

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from files import Refused, check_numbers, read_json
 from readers.selection import camera_name
-from smolvla.checkpoint import find_folder
+from smolvla.folders import find_folder
 from smolvla.layers import VisionTower, resize_with_pad
 
 if TYPE_CHECKING:

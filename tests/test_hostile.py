@@ -19,19 +19,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_arm import processor
 
-from arm import load_arm, save_arm
+import model
+from arm import load_arm, save_arm, stored_config
 from eval import EvalConfig
 from files import Refused, plain_name
 from model import load_policy
 from prophet import ROLLOUT_MODES
 from readers import lerobot_v3, libero_hdf5
 from readers.lerobot_v3 import check_pattern
-from rollouts.plan import make_plans
+from rollouts.plan import find_target, make_plans
 from rollouts.rollout import Episode, Rollout
 from simulator.env import CAMERAS, load_init_states
 from simulator.pool import Observation
-from smolvla.checkpoint import save_policy
+from smolvla.checkpoint import read_cameras, save_policy
+from smolvla.folders import MANIFEST, OPTIMIZER, damage, newest_whole, point
 from train import TrainConfig
+from training import run_folder
+from training.run_folder import Progress
 
 CPU = torch.device("cpu")
 NAMES = (
@@ -221,3 +225,139 @@ def test_a_number_out_of_its_range_is_named_with_it(flags):
     name, _, value = flags.partition("=")
     with pytest.raises(Refused, match=f"--{name.replace('_', '-')} {value} must be at"):
         TrainConfig(**{name: int(value)})
+
+
+# ---- checkpoints that are not as they were written -----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run folder with two checkpoints and their manifests, as train.py leaves it."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    out.mkdir()
+    arm = tiny.arm()
+    (out / "config.json").write_text(json.dumps(tiny.run_config(fusion=["late"]) | {"fusion": ["late"]}))
+    for step in (1, 2):
+        optimizer = torch.optim.AdamW(arm.parameters(), lr=step)
+        run_folder.save(out, arm, processor(), optimizer, Progress(8 * step, step))
+        with torch.no_grad():
+            arm.policy.state_proj.bias += 1
+    return out
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run", symlinks=True)
+    return tmp_path / "run"
+
+
+def openers(folder: Path) -> list:
+    """What opens a checkpoint: an evaluation, the description of one, and a training that starts from it."""
+    config = EvalConfig(str(folder))
+    return [
+        lambda: load_arm(find_target(config).folder),
+        lambda: model.main(model.DescribeConfig(str(folder))),
+        lambda: load_policy(folder),
+        lambda: read_cameras(str(folder), None),
+        lambda: stored_config(folder),
+    ]
+
+
+def flip(path: Path) -> None:
+    """Turn one bit in a file's middle around."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def test_one_flipped_bit_in_any_file_of_a_checkpoint_is_named_by_all_that_open_it(run):
+    step = run / "step_000002"
+    files = [p for p in step.rglob("*") if p.is_file() and p.name != OPTIMIZER]
+    assert len(files) > 10
+    for path in files:
+        whole = path.read_bytes()
+        flip(path)
+        for open_it in openers(step):
+            with pytest.raises(Refused, match=rf"step_000002 is damaged: .*{path.name}"):
+                open_it()
+        path.write_bytes(whole)
+    for open_it in openers(step):
+        open_it()
+
+
+def test_a_checkpoint_serves_without_what_only_training_needs_and_one_of_lerobots_without_a_manifest(run):
+    (run / "step_000002" / OPTIMIZER).unlink()
+    load_arm(run / "step_000002")
+    (run / "step_000002" / MANIFEST).unlink()
+    load_arm(run / "step_000002")
+    assert newest_whole(run)[0] == run / "step_000001"  # to go on from it takes all
+
+
+@pytest.mark.parametrize("says", ["manifest", "config"])
+def test_a_memory_that_is_lost_is_an_error_and_no_policy_without(run, says):
+    (run / "step_000002" / "world.safetensors").unlink()
+    if says == "config":
+        (run / "step_000002" / MANIFEST).unlink()
+    with pytest.raises(Refused, match=r"world\.safetensors is missing"):
+        load_arm(run / "step_000002")
+
+
+def test_a_manifest_reads_nothing_elsewhere(run):
+    for name in ("../config.json", "/etc/hostname"):
+        (run / "step_000002" / MANIFEST).write_text(json.dumps({name: {"bytes": 1, "crc32": 0}}))
+        with pytest.raises(Refused, match=r"speaks of .*, which lies elsewhere"):
+            load_arm(run / "step_000002")
+
+
+def a_folder(run: Path) -> None:
+    last = run / "last"
+    last.unlink()
+    shutil.copytree(run / "step_000002", last)
+
+
+def a_folder_alone(run: Path) -> None:
+    a_folder(run)
+    for step in run.glob("step_*"):
+        shutil.rmtree(step)
+
+
+def a_link_to(target: str):
+    def change(run: Path) -> None:
+        (run / "last").unlink()
+        (run / "last").symlink_to(target)
+
+    return change
+
+
+MOVES = {
+    "gone": lambda run: (run / "last").unlink(),
+    "a folder, by cp -rL": a_folder,
+    "a folder and nothing else": a_folder_alone,
+    "a link to abc": a_link_to("abc"),
+    "a link out of it": a_link_to("/tmp"),
+    "a text, by a zip": lambda run: ((run / "last").unlink(), (run / "last").write_text("step_000002")),
+}
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_a_run_folder_that_was_moved_goes_on_from_its_newest_step(run, move):
+    move(run)
+    assert find_target(EvalConfig(str(run))).folder.name in ("step_000002", "last")
+    for open_it in openers(run)[1:]:
+        open_it()
+    found, skipped = newest_whole(run)
+    assert point(run, found) == run / "step_000002" and not skipped
+    assert (run / "last").is_symlink() and (run / "last").resolve() == run / "step_000002"
+    assert damage(run / "last") is None and not list(run.glob("*.part"))
+
+
+def test_of_a_run_whose_newest_step_is_damaged_the_one_before_is_taken_with_a_line(run, capsys):
+    flip(run / "step_000002" / "model.safetensors")
+    assert find_target(EvalConfig(str(run))).folder.name == "step_000001"
+    assert (
+        "step_000002 is damaged, the checkpoint before it is taken: model.safetensors"
+        in capsys.readouterr().out
+    )
+    flip(run / "step_000001" / "config.json")
+    with pytest.raises(Refused, match="no whole checkpoint"):
+        find_target(EvalConfig(str(run)))

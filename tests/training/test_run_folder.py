@@ -27,17 +27,15 @@ from test_data import write_task
 import train
 from data import Source
 from readers.load import load
+from smolvla.folders import checkpoints, damage, newest_whole
 from train import TrainConfig
 from training import run_folder
 from training.optimise import Average, BadSteps
 from training.run_folder import (
     COLUMNS,
     Progress,
-    checkpoints,
     cut_metrics,
-    damage,
     log,
-    newest_whole,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
