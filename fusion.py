@@ -57,6 +57,8 @@ class FusionConfig:
     prefix_block: Literal["prefix", "state"] = "prefix"
     """Where they stand: in the block of images and language, or in one of their own that these can't see."""
 
+    limits: ClassVar = {"heads": (1, 10_000), "prefix_tokens": (1, 10_000), "gate_init": (-100, 100)}
+
 
 class Sizes(NamedTuple):
     """What a site is built for."""

@@ -34,9 +34,9 @@ from files import Refused
 from fusion import Fusion, Memory, MemoryCache, WorldTokens, with_bias
 from smolvla.checkpoint import (
     VLM_PARTS,
+    Shapes,
     describe_checkpoint,
     draw,
-    find_folder,
     lerobot_config,
     lerobot_key,
     load_processor,
@@ -47,6 +47,7 @@ from smolvla.checkpoint import (
 )
 from smolvla.config import PRESETS, SmolVLAConfig
 from smolvla.fit import Fit
+from smolvla.folders import find_folder
 from smolvla.language import language_sizes, read_language
 from smolvla.layers import (
     Connector,
@@ -518,7 +519,7 @@ def load_weights(
 
 
 def start_from_vlm(
-    preset: SmolVLAConfig, vlm: str, stats: Statistics, image_shape: tuple[int, int, int]
+    preset: SmolVLAConfig, vlm: str, stats: Statistics, shapes: Shapes
 ) -> tuple[SmolVLA, Processor]:
     """Start from a language model's own folder or hub id, with a fresh expert beside it.
 
@@ -527,7 +528,7 @@ def start_from_vlm(
     """
     folder = find_folder(vlm)
     language = read_language(folder)
-    raw = lerobot_config(preset, vlm, image_shape)
+    raw = lerobot_config(preset, vlm, shapes)
     sizes = language_sizes(language.config, raw)
     width = int(sizes["width"] * preset.expert_width / preset.width)
     config = dataclasses.replace(preset, **sizes, expert_width=width)

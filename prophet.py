@@ -167,6 +167,11 @@ class ProphetConfig:
     prophet_heads: int = 8
     """Attention heads of the prophet."""
 
+    limits: ClassVar = {
+        **dict.fromkeys(("history", "future", "num_hypotheses"), (1, 10_000)),
+        **{"prophet_layers": (1, 10_000), "prophet_heads": (1, 10_000), "hypothesis_sigma": (0, 1e6)},
+    }
+
 
 class Prophet(nn.Module):
     """Imagine N x K futures from T past latents: z_hist (B, T, D) -> changes or latents Y (B, N, K, D).

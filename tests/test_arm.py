@@ -11,7 +11,8 @@ from tiny import STATS
 from arm import WORLD_FILE, ArmConfig, Summary, load_arm, save_arm
 from files import Refused
 from fusion import SITES
-from smolvla.checkpoint import WEIGHTS, fresh_processor
+from smolvla.checkpoint import fresh_processor
+from smolvla.folders import WEIGHTS
 
 
 def processor():

@@ -270,7 +270,7 @@ def test_a_bank_is_saved_loaded_and_compiles_whole(method, tmp_path):
         ({"hypothesis_method": "noise"}, "--num-hypotheses 1 with --hypothesis-method noise"),
         ({"num_hypotheses": 2, "hypothesis_method": "dropout"}, "--prophet-dropout 0.0 with"),
         ({"prophet_dropout": 0.1}, "--prophet-dropout 0.1 with --hypothesis-method none"),
-        ({"tau": 0.0}, "--tau 0.0 must be positive"),
+        ({"tau": 0.0}, "--tau 0.0 must be at least 1e-06"),
         (
             {"num_hypotheses": 2, "hypothesis_method": "mixture", "detach_memory": True, "world_loss": "min"},
             "nothing would teach the odds",
