@@ -216,6 +216,9 @@ def main(config: EvalConfig) -> None:
         evaluate_offline(config, arm, processor, target)
         return
     plans = make_plans(config, target.run, arm)
+    for cut in processor.cut(instruction for plan in plans for instruction in plan.instructions()):
+        if rank == 0:
+            print(f"warning: {cut}")
     modes = config.memory or (arm.config.mode,)
     if config.checkpoint is None:  # named modes are seen beside the run's own
         modes = tuple(dict.fromkeys((arm.config.mode, *modes)))

@@ -203,6 +203,8 @@ def main(config: TrainConfig) -> None:
         arm, processor = build_arm(config, demos, latents, frames)
         for note in processor.notes:
             say(f"adapted: {note}")
+    for cut in processor.cut(demos.tasks[task] for task in np.unique(demos.task)):
+        say(f"warning: {cut}")
     weights = fingerprint(arm.policy) if rank == 0 else ""
     if latents is not None:
         latents = latents.under(arm.encoder, demos)  # of a checkpoint that was trained on other data

@@ -27,6 +27,7 @@ from simulator.env import (
     check_suite,
     check_task,
     parse_ids,
+    task_instructions,
 )
 from smolvla.checkpoint import find_folder, holds_weights
 
@@ -210,6 +211,11 @@ class Plan:
         what = f"tasks {','.join(map(str, tasks))}, {len(self.starts)} starts, at most {sim.max_steps} steps"
         moved = f", displaced by up to {100 * sim.displace:g} cm" if sim.displace else ""
         return f"{sim.suite}: {what}, {self.n_action_steps} actions a chunk, drawn {sim.draw}{moved}"
+
+    def instructions(self) -> list[str]:
+        """The instructions of its tasks, as LIBERO has them."""
+        every = task_instructions(self.sim.suite)
+        return [every[task] for task in sorted({task for task, _ in self.starts})]
 
     def record(self) -> dict:
         """The protocol, as it is stored with every result."""

@@ -216,6 +216,33 @@ def test_columns_beside_the_instruction_are_no_matter(tmp_path):
     assert load(root).tasks == ["push the block", "open the drawer"]
 
 
+LONG = " ".join(["push"] * 30 + ["then", "pull"] * 15)
+
+
+def test_an_instruction_that_is_cut_is_said_with_what_is_lost(tmp_path, folder, capsys):
+    root = write_set(tmp_path / "set", (9, 7), {CAMERA: "image"}, tasks=("open it", LONG))
+    [plain] = [line for line in check.check(root).warnings if "words" in line]
+    assert LONG in plain and "open it" not in plain
+    lost = "then pull then pull then pull"  # tiny's tokenizer has a token a word, 32 are kept
+    train.main(TrainConfig(data=root, out=tmp_path / "run", total_samples=4, batch_size=2))
+    [warning] = [line for line in capsys.readouterr().out.splitlines() if "tokens and is cut" in line]
+    assert warning.startswith(f'warning: "{LONG}" has 61 tokens and is cut to 32') and lost in warning
+    [counted] = [line for line in check.check(root, init=str(folder)).warnings if "is cut to" in line]
+    assert LONG in counted and "is lost" in counted
+    arguments = ["data.py", "check", str(root), "--init", str(folder)]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="0"):
+        patch.setattr("sys.argv", arguments)
+        check.main()
+    assert f"warning: {counted}" in capsys.readouterr().out
+
+
+def test_two_instructions_that_become_the_same_are_refused(tmp_path, folder):
+    root = write_set(tmp_path / "set", (9, 7), {CAMERA: "image"}, tasks=(LONG, f"{LONG} then stop"))
+    with pytest.raises(Refused, match="are one and the same in their first 32 tokens"):
+        train.main(TrainConfig(data=root, out=tmp_path / "run", total_samples=4, batch_size=2))
+    assert [e for e in check.check(root, init=str(folder)).errors if "one and the same" in e]
+
+
 # ---- names, parts and numbers ----------------------------------------------------------------------------
 
 
@@ -369,9 +396,9 @@ STATISTICS = {
     ),
     "no deviation": (
         {"std": lambda v: v * 0},
-        "std of observation.state, dimension . is 0, that of the data",
+        "std of observation.state, dimension ., is 0, that of the data",
     ),
-    "negative": ({"std": lambda v: -v}, "std of observation.state, dimension . is -"),
+    "negative": ({"std": lambda v: -v}, "std of observation.state, dimension ., is -"),
     "one dimension": (
         {"std": lambda v: np.append(v[:-1], 9 * v[-1])},
         "std of observation.state, dimension 7",
