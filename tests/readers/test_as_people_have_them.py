@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from lerobot_set import change, picture, png, read_picture, write_set, write_video
-from test_data import write_task
+from test_data import make_public, write_task
 from test_lerobot_v3 import CAMERA, DATA, EPISODES, VIDEO, WRIST, column, info
 
 import train
@@ -30,12 +30,13 @@ from readers.lerobot_pictures import Video
 from readers.load import load
 from readers.problems import far_values
 from readers.selection import DataConfig, find_tasks
+from rollouts.facts import describe_data
 from train import TrainConfig
 
 
 def codes(demos: Demos, camera: str = CAMERA) -> list[tuple[int, int]]:
     """Return the episode and the step that every picture itself says it is of."""
-    return [read_picture(pixels)[:2] for pixels in demos.images[camera][:]]
+    return [read_picture(pixels[:48])[:2] for pixels in demos.images[camera][:]]
 
 
 def wanted(demos: Demos, numbers: list[int] | None = None) -> list[tuple[int, int]]:
@@ -355,6 +356,126 @@ def test_what_a_mac_leaves_beside_files_is_not_read(tmp_path):
     assert len(load(root)) == 8
     found = check.check(root)
     assert not found.errors and not [line for line in found.warnings if "._" in line]
+
+
+# ---- HDF5 as others write it -----------------------------------------------------------------------------
+
+
+def coded(path: Path, lengths: tuple[int, ...] = (5, 3)) -> Path:
+    """Write a task file whose raw pictures say which frame they are of."""
+    write_task(path, lengths)
+    with h5py.File(path, "a") as file:
+        for number, length in enumerate(lengths):
+            for code, name in enumerate(("agentview_rgb", "eye_in_hand_rgb")):
+                pictures = np.zeros((length, 64, 64, 3), np.uint8)
+                pictures[:, :48] = [picture(number, step, code) for step in range(length)]
+                del file[f"data/demo_{number}/obs/{name}"]
+                file[f"data/demo_{number}/obs/{name}"] = pictures[:, ::-1, ::-1]
+    return path
+
+
+def test_openvlas_files_without_attributes_are_read_as_they_are(tmp_path):
+    names = ("KITCHEN_SCENE10_put_the_bowl_on_it", "LIVING_ROOM_SCENE1_pick_up_the_soup", "open_the_drawer")
+    ours = load(coded(tmp_path / "ours" / "x_demo.hdf5", (5, 3)))
+    for name in names:
+        bare(coded(tmp_path / "theirs" / f"{name}_demo.hdf5", (5, 3)))
+    demos = load(tmp_path / "theirs")
+    assert demos.tasks == ["put the bowl on it", "pick up the soup", "open the drawer"]
+    assert (demos.last - demos.first + 1).tolist() == [5, 3] * 3  # no action is left out
+    np.testing.assert_array_equal(demos.action[:8], ours.action)
+    np.testing.assert_array_equal(demos.state[:8], ours.state)
+    assert codes(demos)[:8] == codes(demos, WRIST)[:8] == wanted(ours) == codes(ours)
+    assert demos.provenance[0]["pairing"].startswith("observations before actions")
+    assert not check.check(tmp_path / "theirs").errors
+    with h5py.File(tmp_path / "theirs" / f"{names[2]}_demo.hdf5", "a") as file:
+        file.move("data/demo_0", "data/demo_7")  # of a failed replay none is left
+    assert [n for f in [load(tmp_path / "theirs")] for n in (f.last - f.first + 1).tolist()][4:] == [3, 5]
+
+
+def test_pairing_is_never_guessed(tmp_path):
+    path = bare(write_task(tmp_path / "open_it_demo.hdf5", (5, 3)))
+    with h5py.File(path, "a") as file:  # what our own errors once asked for
+        file["data"].attrs["num_demos"] = 2
+        file["data"].attrs["problem_info"] = json.dumps({"language_instruction": "open it"})
+        for name in ("demo_0", "demo_1"):
+            file[f"data/{name}"].attrs["num_samples"] = len(file[f"data/{name}/actions"])
+    refused(path, "does not say whether observations .* add --pairing before .* or --pairing after")
+    with h5py.File(path) as file:
+        actions, position = (file[f"data/demo_0/{name}"][()] for name in ("actions", "obs/ee_pos"))
+    before, after = (load(path, options=DataConfig(pairing=pairing)) for pairing in ("before", "after"))
+    np.testing.assert_array_equal(before.action[:5], actions.astype(np.float32))
+    np.testing.assert_array_equal(before.state[:5, :3], position.astype(np.float32))
+    np.testing.assert_array_equal(after.action[:4], actions[1:].astype(np.float32))
+    np.testing.assert_array_equal(after.state[:4, :3], position[:-1].astype(np.float32))
+    ours = write_task(tmp_path / "ours_demo.hdf5")
+    refused(ours, "--pairing after: .* says itself that pairing is", DataConfig(pairing="after"))
+    public = make_public(write_task(tmp_path / "public_demo.hdf5"))
+    assert len(load(public)) == 6 and len(load(public, options=DataConfig(pairing="before"))) == 8
+
+
+def idle(path: Path, rows: dict[str, list[list[float]]]) -> Path:
+    """Replace the pose and gripper of some actions: demo -> (step, moves, gripper)."""
+    with h5py.File(path, "a") as file:
+        for name, changes in rows.items():
+            actions = file[f"data/{name}/actions"][()]
+            actions[:, 6] = -1
+            for step, moves, grip in changes:
+                actions[step, :6], actions[step, 6] = moves, grip
+            del file[f"data/{name}/actions"]
+            file[f"data/{name}/actions"] = actions
+    return path
+
+
+IDLE = {"demo_0": [[0, 0, 1], [1, 0, -1], [4, 0, -1], [5, 0, 1], [6, 0, 1]], "demo_1": [[2, 1e-6, -1]]}
+
+
+def is_noop(action: np.ndarray, previous: np.ndarray | None) -> bool:
+    """openvla's own rule (experiments/robot/libero/regenerate_libero_dataset.py)."""
+    if previous is None:
+        return np.linalg.norm(action[:-1]) < 1e-4
+    return np.linalg.norm(action[:-1]) < 1e-4 and action[-1] == previous[-1]
+
+
+@pytest.mark.parametrize("kind", ["ours", "public"])
+def test_noops_are_dropped_by_openvlas_rule_picture_by_picture(tmp_path, kind):
+    path = idle(coded(tmp_path / "a_demo.hdf5", (8, 4)), IDLE)
+    path = make_public(path) if kind == "public" else path
+    every = load(path)
+    keep = []
+    for first, last in zip(every.first, every.last):
+        previous = None
+        for row in range(first, last + 1):
+            if not is_noop(every.action[row], previous):
+                keep.append(row)
+                previous = every.action[row]
+    for in_memory in (True, False):
+        demos = load(path, in_memory=in_memory, options=DataConfig(drop_noops=True))
+        assert 0 < len(demos) == len(keep) < len(every)
+        np.testing.assert_array_equal(demos.action, every.action[keep])
+        np.testing.assert_array_equal(demos.state, every.state[keep])
+        for camera in every.images:
+            np.testing.assert_array_equal(demos.images[camera][:], every.images[camera][keep])
+            np.testing.assert_array_equal(
+                demos.images[camera][[3, 0, 3]], every.images[camera][keep][[3, 0, 3]]
+            )
+        assert codes(demos) == [wanted(every)[row] for row in keep] == codes(demos, WRIST)
+    dropped = len(every) - len(keep)
+    assert demos.provenance[0]["noops"] == f"{dropped} of {len(every)} frames dropped"
+    assert describe_data(demos)["noops"] == 0 and describe_data(every)["noops"] == round(
+        dropped / len(every), 4
+    )
+    part = load(path, in_memory=False, options=DataConfig(drop_noops=True, episodes="1"))
+    np.testing.assert_array_equal(part.images[CAMERA][:], demos.images[CAMERA][demos.first[1] :])
+    assert DataConfig(drop_noops=True).cache_home(tmp_path) != tmp_path
+
+
+def test_an_episode_of_noops_alone_is_named(tmp_path):
+    path = idle(write_task(tmp_path / "a_demo.hdf5", (5, 3)), {"demo_1": [[s, 0, -1] for s in range(3)]})
+    with pytest.raises(
+        Refused, match="--drop-noops leaves nothing of episode 1: leave it out with --episodes"
+    ):
+        load(path, options=DataConfig(drop_noops=True))
+    assert len(load(path, options=DataConfig(drop_noops=True, episodes="0"))) == 5
 
 
 # ---- values that cannot be -------------------------------------------------------------------------------
