@@ -21,6 +21,7 @@ from test_data import make_public, write_task
 from test_lerobot_v3 import CAMERA, DATA, EPISODES, VIDEO, WRIST, column, info
 
 import train
+from arm import load_arm
 from data import partner_rows, saved_partners
 from files import Refused
 from readers import check
@@ -31,6 +32,7 @@ from readers.load import load
 from readers.problems import far_values
 from readers.selection import DataConfig, find_tasks
 from rollouts.facts import describe_data
+from smolvla.processor import rename_map
 from train import TrainConfig
 
 
@@ -660,3 +662,31 @@ def test_a_column_of_pictures_where_numbers_belong_is_one_line(tmp_path):
     root = write_set(tmp_path)
     change(root / DATA, action=[png(picture(0, 0, 0))] * 8)
     refused(root, "action should hold numbers or vectors, got binary")
+
+
+# ---- another robot's pictures ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoder", ["pca", "siglip"])
+def test_another_robots_pictures_make_world_latents(tmp_path, capsys, encoder):
+    root = write_set(tmp_path / "set", (40, 30), {"wrist": "image", "front": "image"}, fps=5)
+    small = [{"bytes": png(picture(9, s % 256, 0)[:32, :40]), "path": ""} for s in range(70)]
+    change(root / DATA, wrist=small)
+    home = {"data": root, "out": tmp_path / "run", "total_samples": 4, "batch_size": 2}
+    how = {"fusion": ("late",), "world_encoder": encoder, "future": 3, "freeze": "vision"}
+    how |= {"world_dim": 8, "world_resolution": 8} if encoder == "pca" else {}
+    if encoder == "siglip":
+        train.main(TrainConfig(**home, **how, prepare=True))
+    train.main(TrainConfig(**home, **how))
+    out = capsys.readouterr().out
+    side, margin = (8, "") if encoder == "pca" else (128, " with a margin")
+    assert f"world latents: pictures of 32 x 40 are scaled whole to {side} x {side}{margin}" in out
+    record = json.loads((tmp_path / "run/config.json").read_text())
+    assert record["world_camera"] == ["observation.images.wrist"]  # the data's first
+    ahead = 3 * record["world_stride"] / 5
+    assert f"looks {ahead:.1f} s ahead" in out and out.count("at 5 Hz") == 1
+    arm, processor = load_arm(tmp_path / "run/last")
+    assert arm.encoder.size == ((32, 40),)
+    assert rename_map(processor.before) == {c: f"observation.images.{c}" for c in ("wrist", "front")}
+    train.main(TrainConfig(**home, **how))  # the same run again
+    assert "nothing to do" in capsys.readouterr().out

@@ -147,3 +147,17 @@ def test_a_plan_knows_its_instructions_and_what_a_tokenizer_cuts_of_them():
     assert f'"{cream}" has 14 tokens and is cut to 5: "heese and place it in the basket" is lost' in cut(5)
     with pytest.raises(Refused, match=r"are one and the same in their first 3 tokens"):
         cut(3)
+
+
+def test_a_run_whose_data_name_no_suite_is_told_why():
+    run = {
+        "data_provenance": [{"suite": None}],
+        "data_facts": {"tasks": ["Pick_up the cream cheese and place it in the basket"]},
+    }
+    with pytest.raises(Refused, match="the data's instructions are those of --suite object"):
+        make_plans(EvalConfig(), run, tiny.arm())
+    run["data_facts"]["tasks"] = ["fold the towel"]
+    with pytest.raises(
+        Refused, match='was trained on no LIBERO data, but on such as "fold the towel"; choose from'
+    ):
+        make_plans(EvalConfig(), run, tiny.arm())
