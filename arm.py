@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from files import Refused, read_tensors, save_tensors
+from files import Refused, check_finite, read_json, read_tensors, save_tensors
 from fusion import Fusion, Memory, Site
 from latents.encoders import PCA, Learned, WorldConfig, encoder_from_state
 from model import SmolVLA, load_policy
@@ -49,7 +49,8 @@ from prophet import (
     parse_mode,
     world_loss,
 )
-from smolvla.checkpoint import checkpoint_in, save_policy
+from smolvla.checkpoint import save_policy
+from smolvla.folders import checkpoint_in
 from smolvla.processor import Processor
 
 WORLD_FILE = "world.safetensors"
@@ -144,13 +145,17 @@ class ArmConfig(WorldConfig):
     prophet_heads: int = 8
     """Attention heads of the prophet."""
 
+    limits: ClassVar = {
+        **dict.fromkeys(("history", "future", "world_stride", "num_hypotheses"), (1, 10_000)),
+        **dict.fromkeys(("heads", "prefix_tokens", "prophet_layers", "prophet_heads"), (1, 10_000)),
+        **dict.fromkeys(("lambda_world", "lambda_mag", "hypothesis_sigma"), (0, 1e6)),
+        **{"gate_init": (-100, 100), "tau": (1e-6, 1e6), "rwta_eps": (0, 1)},
+    }
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if "none" in self.fusion and len(self.fusion) > 1:
             raise Refused(f"--fusion {' '.join(self.fusion)}: none excludes the others; name either")
-        for flag in ("history", "future", "world_stride", "num_hypotheses"):
-            if getattr(self, flag) < 1:
-                raise Refused(f"--{flag.replace('_', '-')} {getattr(self, flag)} must be at least 1")
         count, method = self.num_hypotheses, self.hypothesis_method
         if (count == 1) != (method == "none"):
             raise Refused(
@@ -164,8 +169,6 @@ class ArmConfig(WorldConfig):
             )
         if not 0 <= self.memory_dropout < 1:
             raise Refused(f"--memory-dropout {self.memory_dropout} must be at least 0 and less than 1")
-        if self.tau <= 0 or not 0 <= self.rwta_eps <= 1:
-            raise Refused(f"--tau {self.tau} must be positive and --rwta-eps {self.rwta_eps} in 0..1")
         if method == "mixture" and self.detach_memory and self.world_loss != "softmin":
             raise Refused(
                 f"--hypothesis-method mixture with --detach-memory and --world-loss {self.world_loss}: "
@@ -429,10 +432,11 @@ def site_widths(policy: SmolVLA) -> dict[str, int]:
 
 def save_arm(folder: Path, arm: Arm, processor: Processor) -> None:
     """Write a checkpoint folder: the policy as lerobot loads it, and what is ours in `world.safetensors`."""
-    save_policy(folder, arm.policy, processor)
     tensors = {name: t for name, t in arm.state_dict().items() if is_ours(name)}
     if arm.encoder is not None:
         tensors |= {f"encoder.{name}": t for name, t in arm.encoder.state().items()}
+    check_finite(tensors, folder / WORLD_FILE)
+    save_policy(folder, arm.policy, processor)
     config = json.dumps(dataclasses.asdict(arm.config))
     save_tensors(tensors, folder / WORLD_FILE, {"config": config})
 
@@ -455,6 +459,7 @@ def load_arm(folder: str | Path, world_model: str | None = None, **how: object) 
     if config is None:
         return Arm(ArmConfig(), policy, None, Summary.none(ArmConfig()), {}), processor
     tensors = read_tensors(path)
+    check_finite(tensors, path)
     encoded = {n.removeprefix("encoder."): tensors.pop(n) for n in list(tensors) if n.startswith("encoder.")}
     images = {
         n.removeprefix("mean_images.").replace("/", "."): t
@@ -490,12 +495,24 @@ def stored_config(folder: Path) -> ArmConfig | None:
     """
     path = world_file(folder)
     if not path.is_file():
+        refuse_lost_memory(path)
         return None
     try:
         with safetensors.safe_open(path, "pt") as file:
             return ArmConfig(**{k: as_tuple(v) for k, v in json.loads(file.metadata()["config"]).items()})
     except (safetensors.SafetensorError, TypeError, KeyError) as error:
         raise Refused(f"{path} cannot be read ({error}): take the checkpoint before it") from error
+
+
+def refuse_lost_memory(path: Path) -> None:
+    """Raise Refused where the run of a checkpoint that lacks `path` had a memory: it would act without."""
+    record = path.resolve().parent.parent / "config.json"
+    run = read_json(record) if record.is_file() else {}
+    if "arm" in run and run.get("fusion", ["none"]) != ["none"]:
+        raise Refused(
+            f"{path} is missing, and {record} says that the run has a memory, --fusion "
+            f"{' '.join(run['fusion'])}: copy the checkpoint again"
+        )
 
 
 def as_tuple(value: object) -> object:

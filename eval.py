@@ -24,13 +24,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from arm import Arm, load_arm
 from data import Source
-from files import Refused, append_json, read_json, write_json
+from files import LARGEST, Refused, append_json, read_json, write_json
 from latents.world import latents_for
 from prophet import GATE, ROLLOUT_MODES
 from ranks import run_program, start_ranks, wait_for_ranks
@@ -127,18 +128,13 @@ class EvalConfig(ProtocolConfig):
     threads: int | None = 1
     """Threads of torch on a CPU; another number can change a float's last bits."""
 
+    limits: ClassVar = {
+        **{"gate_scale": (0, 999), "imagine": (0, LARGEST), "video_fps": (1, CONTROL_HZ)},
+        **{"num_envs": (1, 1000), "threads": (1, 1000), "hang_after": (0.001, LARGEST)},
+    }
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if any(not 0 <= scale < 1000 for scale in self.gate_scale):
-            raise Refused(f"--gate-scale {self.gate_scale} must lie in 0..999 each")
-        if self.imagine < 0:
-            raise Refused(f"--imagine {self.imagine} must be 0 or more episodes")
-        if not 1 <= self.video_fps <= CONTROL_HZ:
-            raise Refused(f"--video-fps {self.video_fps:g} must lie in 1..{CONTROL_HZ}")
-        for flag in ("num_envs", "threads"):
-            value = getattr(self, flag)
-            if value is not None and value < 1:
-                raise Refused(f"--{flag.replace('_', '-')} {value} must be at least 1")
         check([], self.accept)  # that these items exist
 
 
@@ -242,7 +238,7 @@ def main(config: EvalConfig) -> None:
     with ExitStack() as stack:
         pools = [stack.enter_context(EnvPool(num_envs, plan.sim, config.hang_after)) for plan in plans]
         suites = [
-            [Rollout(arm, processor, plan, mode, pool, device) for mode in modes]
+            [Rollout(arm, processor, plan, mode, pool, device, target.folder) for mode in modes]
             for plan, pool in zip(plans, pools, strict=True)
         ]
         todo = any(work.missing(rollout, done) for suite in suites for rollout in suite)
@@ -286,6 +282,7 @@ def evaluate_offline(config: EvalConfig, arm: Arm, processor: Processor, target:
     latents = None if arm.encoder is None else latents_for(config.offline, arm.encoder, demos)
     source = Source(arm, processor, demos, latents, arm.scale.device, seed=0)
     found = held_out.measure(source, episodes, modes)
+    found.check(target.folder)
     print(f"checkpoint {target.folder}, data {config.offline}\n{held_out.table(found)}")
     open_out(target, arm)
     line = {"checkpoint": target.name, "data": str(config.offline), "fingerprint": demos.fingerprint}

@@ -8,10 +8,14 @@ Tensors that are read stay mapped from their file; what replaces it is another f
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+LARGEST = 10**15  # of any number that a person gives
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +57,38 @@ def number_from_environment(name: str, default: int) -> int:
     """Return what the environment sets of a recipe (TOTAL_SAMPLES, DEMOS, EPISODES), if it is one number."""
     value = os.environ.get(name, "")
     return int(value) if value.isdecimal() else default
+
+
+def check_numbers(config: object) -> None:
+    """Refuse a number of a configuration that is not finite or out of its range.
+
+    Ranges, both ends in them, stand in the mapping `limits` of a dataclass and of those above it.
+    """
+    limits: dict[str, tuple[float, float]] = {}
+    for cls in reversed(type(config).__mro__):
+        limits |= vars(cls).get("limits", {})
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        low, high = limits.get(field.name, (-LARGEST, LARGEST))
+        for number in value if isinstance(value, tuple) else (value,):
+            if not isinstance(number, int | float) or low <= number <= high:
+                continue
+            flag = f"--{field.name.replace('_', '-')} {number}"
+            if not abs(number) <= LARGEST:
+                raise Refused(f"{flag} is no finite number, or too large: give another, or leave it out")
+            raise Refused(f"{flag} must be at " + (f"least {low:g}" if number < low else f"most {high:g}"))
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: object) -> None:
+    """Refuse weights that are not finite: what they compute would be taken for a policy that fails."""
+    for name, tensor in tensors.items():
+        # The sum is one pass without a copy; where it is not finite, it may have overflowed.
+        if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
+            count = int((~tensor.isfinite()).sum())
+            raise Refused(
+                f"{where}: {count:,} of {tensor.numel():,} numbers of {name} are not finite: the weights are "
+                "damaged or their training diverged; take an earlier checkpoint"
+            )
 
 
 def read_json(path: Path) -> dict:

@@ -37,7 +37,6 @@ from smolvla.checkpoint import (
     Shapes,
     describe_checkpoint,
     draw,
-    find_folder,
     lerobot_config,
     lerobot_key,
     load_processor,
@@ -48,6 +47,7 @@ from smolvla.checkpoint import (
 )
 from smolvla.config import PRESETS, SmolVLAConfig
 from smolvla.fit import Fit
+from smolvla.folders import find_folder
 from smolvla.language import language_sizes, read_language
 from smolvla.layers import (
     Connector,

@@ -21,7 +21,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from arm import Arm, load_arm
 from data import Source
-from files import Refused, read_json, read_tensors
+from files import LARGEST, Refused, read_json, read_tensors
 from model import masked_mean
 from ranks import Stop, Together, run_program, start_ranks, sum_over_ranks
 from readers.demos import Demos
@@ -40,6 +40,7 @@ from rollouts.conform import check_statistics
 from rollouts.facts import describe_data
 from simulator.env import CONTROL_HZ
 from smolvla import kernels
+from smolvla.folders import OPTIMIZER, RAW, STATE, newest_whole, point
 from training.diagnostics import (
     CollapseWatch,
     Usage,
@@ -52,9 +53,6 @@ from training.flops import flops_per_sample, utilisation
 from training.held_out import measure, world_cosine
 from training.optimise import Average, BadSteps, OptimiseConfig, lr_factor, make_optimizer
 from training.run_folder import (
-    OPTIMIZER,
-    RAW,
-    STATE,
     Progress,
     check_space,
     cut_metrics,
@@ -63,9 +61,7 @@ from training.run_folder import (
     fingerprint,
     log,
     log_validation,
-    newest_whole,
     open_run,
-    point,
     save,
     writing,
 )
@@ -134,21 +130,21 @@ class TrainConfig(StartConfig, OptimiseConfig):
     threads: int | None = None
     """Threads of torch on a CPU; default: torch's own choice."""
 
+    limits: ClassVar = {
+        **dict.fromkeys(("flow_draws", "log_every", "save_every", "max_bad_steps"), (1, LARGEST)),
+        **dict.fromkeys(("keep_every", "save_minutes"), (0, LARGEST)),
+        **{"workers": (0, 1000), "threads": (1, 1000)},
+    }
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.settle({"out": Path("runs", f"{self.arm_name}-n{self.total_samples}-s{self.seed}")})
-        least_one = ("total_samples", "batch_size", "accumulate", "flow_draws", "log_every", "save_every")
-        for flag in (*least_one, "max_bad_steps"):
-            if getattr(self, flag) < 1:
-                raise Refused(f"--{flag.replace('_', '-')} {getattr(self, flag)} must be at least 1")
-        if self.keep_every < 0 or self.keep_every % self.save_every:
+        if self.keep_every % self.save_every:
             raise Refused(
                 f"--keep-every {self.keep_every} must be a multiple of --save-every {self.save_every}, or 0"
             )
         if not 0 <= self.ema < 1:
             raise Refused(f"--ema {self.ema} must be at least 0 and less than 1")
-        if self.workers < 0:
-            raise Refused(f"--workers {self.workers} must be at least 0")
 
     @property
     def arm_name(self) -> str:
@@ -294,7 +290,7 @@ def agree_on_checkpoint(config: TrainConfig, rank: int, together: Together) -> P
             print(line, flush=True)
         if found is not None:
             with writing(config.out):
-                point(config.out, found)
+                found = point(config.out, found)
     found = together.gather(found)[0]
     seen = together.gather((config.out / "last").exists())
     if len(set(seen)) > 1:
@@ -390,15 +386,17 @@ def passes(every: int, before: int, done: int) -> bool:
 
 
 def check_bad(config: TrainConfig, bad: BadSteps, progress: Progress, rank: int) -> None:
-    """Note skipped steps; ValueError, on the first rank's console, where they were too many in a row."""
+    """Note skipped steps; Refused, on the first rank's console, where they were too many in a row, or all."""
     progress.bad_steps, progress.bad_in_a_row, longest = bad.read()
-    if longest < config.max_bad_steps:
+    spent = progress.samples >= config.total_samples and progress.bad_steps == progress.step
+    if longest < config.max_bad_steps and not spent:
         return
     if rank:
         sys.exit(1)
     raise Refused(
         f"--max-bad-steps {config.max_bad_steps}: {longest} steps in a row, up to {progress.samples:,} "
-        "samples, had a gradient that is not finite; lower --lr, or look at the data (data.py check)"
+        f"samples{', the whole budget,' * spent} had a gradient that is not finite; lower --lr, or look at "
+        "the data (data.py check)"
     )
 
 

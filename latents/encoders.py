@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -40,9 +40,9 @@ import tyro
 from safetensors import SafetensorError
 from torch import Tensor
 
-from files import Refused, read_json
+from files import Refused, check_numbers, read_json
 from readers.selection import camera_name
-from smolvla.checkpoint import find_folder
+from smolvla.folders import find_folder
 from smolvla.layers import VisionTower, resize_with_pad
 
 if TYPE_CHECKING:
@@ -99,17 +99,18 @@ class WorldConfig:
     held_out: tyro.conf.Suppress[tuple[int, ...]] = ()
     """Episodes that nothing is fitted on; follows from --val-every and --val-share."""
 
+    limits: ClassVar = {"world_resolution": (1, 4096), "world_dim": (1, 10**6), "world_clip": (1, 10_000)}
+
     def __post_init__(self) -> None:
+        check_numbers(self)  # those of the classes that inherit from this one, too
         if len(set(self.latent_cameras)) < len(self.world_camera):
             raise Refused(f"--world-camera needs different cameras, got {self.world_camera}: name each once")
-        if self.world_resolution < 1:
-            raise Refused(f"--world-resolution must be positive, got {self.world_resolution}: 32 is usual")
-        if self.world_encoder == "pca" and not 1 <= self.world_dim <= self.latent_pixels:
+        if self.world_encoder == "pca" and self.world_dim > self.latent_pixels:
             seen = f"{self.world_dim} with {self.latent_pixels} pixels in a shrunk picture"
             raise Refused(
                 f"--world-dim is {seen}: choose 1..{self.latent_pixels}, or a larger --world-resolution"
             )
-        if self.world_clip < 1 or (self.world_clip > 1 and self.world_encoder != "vjepa2"):
+        if self.world_clip > 1 and self.world_encoder != "vjepa2":
             sees = f"--world-clip {self.world_clip} with --world-encoder {self.world_encoder}"
             raise Refused(f"{sees}: only vjepa2 sees more than one frame; use 1")
         if self.world_model is not None and self.world_encoder not in MODELS:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
 from arm import Arm
-from files import Refused, number_from_environment, read_json, write_json
+from files import Refused, check_numbers, number_from_environment, read_json, write_json
 from readers.selection import plain_text
 from simulator.env import (
     NUM_INIT_STATES,
@@ -30,7 +30,7 @@ from simulator.env import (
     parse_ids,
     task_instructions,
 )
-from smolvla.checkpoint import find_folder, holds_weights
+from smolvla.folders import find_folder, holds_weights
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,13 @@ class ProtocolConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that tower, trunk and expert are held and computed in."""
 
+    limits: ClassVar = {
+        **dict.fromkeys(("episodes_per_task", "n_action_steps", "policy_batch"), (1, 10_000)),
+        "seed": (0, 2**32 - 1),
+    }
+
     def __post_init__(self) -> None:
-        for flag in ("episodes_per_task", "n_action_steps", "policy_batch"):
-            value = getattr(self, flag)
-            if value is not None and value < 1:
-                raise Refused(f"--{flag.replace('_', '-')} {value} must be at least 1")
+        check_numbers(self)
         if self.max_steps not in STEP_LIMITS and not self.max_steps.isdecimal():
             raise Refused(
                 f"--max-steps {self.max_steps} is no limit: give a number, or {' or '.join(STEP_LIMITS)}"
@@ -125,7 +127,9 @@ class ProtocolConfig:
 
 def newest_run(root: Path, sited: bool = False) -> Path:
     """Find the run folder under `root` whose checkpoint was written last, of those with a site if `sited`."""
-    runs = [link.parent for link in sorted(root.glob("**/last"), key=lambda p: p.stat().st_mtime)]
+    steps = [path for path in root.glob("**/step_*") if holds_weights(path) and path.suffix != ".part"]
+    steps.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    runs = list(dict.fromkeys(step.parent for step in steps if (step.parent / "config.json").is_file()))
     if sited:
         runs = [run for run in runs if read_json(run / "config.json").get("fusion", ["none"]) != ["none"]]
     if not runs:
@@ -134,7 +138,7 @@ def newest_run(root: Path, sited: bool = False) -> Path:
             f"no run{which} under {root}/: train one with `python train.py --fusion prefix_cross`, or name a "
             "checkpoint folder"
         )
-    return runs[-1]
+    return runs[0]
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,7 @@ def find_target(config: ProtocolConfig, sited: bool = False) -> Target:
     title = path.name if path.is_dir() else given.partition("@")[0].replace("/", "-")
     folder = find_folder(given, config.revision).resolve()
     if path.is_dir() and not holds_weights(folder):
-        inside = sorted(str(link.parent) for link in path.glob("*/last"))
+        inside = sorted({str(step.parent) for step in path.glob("*/step_*")})
         if inside:
             raise Refused(f"{given} holds {len(inside)} runs, name one: {' '.join(inside)}")
         raise Refused(

@@ -23,12 +23,12 @@ from pathlib import Path
 import safetensors
 import torch
 import torch.nn as nn
-from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from files import Refused, plain_name, read_json, read_tensors, save_tensors, to_json
+from files import Refused, check_finite, plain_name, read_json, read_tensors, save_tensors, to_json
 from smolvla.config import EMPTY, SmolVLAConfig
 from smolvla.fit import Fit, Shape, adapt, own_fit
+from smolvla.folders import ADAPTER, SHARDS, WEIGHTS, find_folder
 from smolvla.language import Language, fresh_language, language_config, language_sizes, read_language
 from smolvla.processor import (
     ACTION,
@@ -44,9 +44,6 @@ from smolvla.processor import (
 )
 
 Shapes = Shape | dict[str, Shape]  # of every camera's pictures, or each camera's
-WEIGHTS, SHARDS, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
-# Where a checkpoint lies in what a person names: itself, a run folder of ours, one of lerobot's.
-PLACES = ("", "last", "pretrained_model", "last/pretrained_model", "checkpoints/last/pretrained_model")
 # Ours -> lerobot's, longest first; what is not listed sits directly under `model.`.
 KEY_NAMES = {
     "vision.layers.": "model.vlm_with_expert.vlm.model.vision_model.encoder.layers.",
@@ -87,45 +84,7 @@ LEROBOT_DEFAULTS = {
 }  # fmt: skip
 
 
-# ---- names and places ---------------------------------------------------------------------------------
-
-
-def find_folder(
-    name: str,
-    revision: str | None = None,
-    relative_to: Path | None = None,
-    patterns: tuple[str, ...] = ("*.json", "*.safetensors"),
-) -> Path:
-    """Find a folder: beside `relative_to`, as a path, or else as a hub id, owner/name or owner/name@revision.
-
-    Raises Refused when it is neither a folder nor of a hub id's form, and when the hub gives nothing.
-    """
-    if not isinstance(name, str) or not name.isprintable():
-        raise Refused(f"{name!r} is no name: give a checkpoint folder, or a hub id of the form owner/name")
-    for path in ([relative_to / name] if relative_to else []) + [Path(name)]:
-        if path.is_dir():
-            return checkpoint_in(path)
-    repo, _, pinned = name.partition("@")
-    if repo.startswith((".", "/", "~")) or repo.count("/") != 1:
-        raise Refused(f"no folder {name!r}: give a checkpoint folder, or a hub id of the form owner/name")
-    try:
-        found = snapshot_download(repo, revision=pinned or revision, allow_patterns=list(patterns))
-    except (OSError, ValueError) as error:  # huggingface_hub's errors are one or the other
-        reason = str(error).strip().splitlines()[0]
-        raise Refused(
-            f"{name} is no folder here and cannot be fetched from the hub ({reason}): give a folder"
-        ) from error
-    return Path(found)
-
-
-def checkpoint_in(folder: Path) -> Path:
-    """Find the checkpoint in a run folder, ours or lerobot's (outputs/train/x); else the folder itself."""
-    return next((folder / place for place in PLACES if holds_weights(folder / place)), folder)
-
-
-def holds_weights(folder: Path) -> bool:
-    """Say whether a folder is a checkpoint, or an adapter that could be merged into one."""
-    return any((folder / name).is_file() for name in (WEIGHTS, SHARDS, ADAPTER))
+# ---- names ---------------------------------------------------------------------------------
 
 
 def lerobot_key(name: str) -> str:
@@ -296,6 +255,7 @@ def place(
     state = {name: torch.zeros(p.shape) for name, p in wanted.values() if name in UNUSED}
     state |= {wanted[key][0]: tensors[key] for key in shapes}
     typed = {n: t.to(torch.float32 if n.startswith(PROJECTIONS) else dtype) for n, t in state.items()}
+    check_finite(typed, source)
     policy.load_state_dict(typed, assign=True, strict=False)
 
 
@@ -396,11 +356,13 @@ def fresh_processor(
 def save_policy(folder: Path, policy: nn.Module, processor: Processor) -> None:
     """Write what lerobot loads: config, weights under its names, processors; beside them the language folder.
 
-    Memory modules (`fusion.`) are not lerobot's and are left out; arm.py writes them.
+    Memory modules (`fusion.`) are not lerobot's and are left out; arm.py writes them. Raises Refused for
+    weights that are not finite.
     """
+    weights = {lerobot_key(n): p for n, p in policy.state_dict().items() if not n.startswith("fusion.")}
+    check_finite(weights, folder / WEIGHTS)
     folder.mkdir(parents=True, exist_ok=True)
     raw = processor.raw | {name: getattr(policy.config, name) for name in SAME_NAME}
-    weights = {lerobot_key(n): p for n, p in policy.state_dict().items() if not n.startswith("fusion.")}
     save_tensors(weights, folder / WEIGHTS)
     (folder / "config.json").write_text(to_json(raw, indent=4))
     processor.save(folder)

@@ -10,7 +10,8 @@ from tiny import STATS
 
 from arm import WORLD_FILE, ArmConfig, Summary, load_arm, save_arm
 from files import Refused
-from smolvla.checkpoint import WEIGHTS, fresh_processor
+from smolvla.checkpoint import fresh_processor
+from smolvla.folders import WEIGHTS
 
 
 def processor():

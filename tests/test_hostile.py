@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,16 +13,31 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 import pytest
+import safetensors
+import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from test_arm import processor
 
+import model
+from arm import load_arm, save_arm, stored_config
+from eval import EvalConfig
 from files import Refused, plain_name
 from model import load_policy
+from prophet import ROLLOUT_MODES
 from readers import lerobot_v3, libero_hdf5
 from readers.lerobot_meta import FIELDS, check_pattern
-from simulator.env import load_init_states
-from smolvla.checkpoint import save_policy
+from rollouts.plan import find_target, make_plans
+from rollouts.rollout import Episode, Rollout
+from simulator.env import CAMERAS, load_init_states
+from simulator.pool import Observation
+from smolvla.checkpoint import read_cameras, save_policy
+from smolvla.folders import MANIFEST, OPTIMIZER, damage, newest_whole, point
+from train import TrainConfig
+from training import run_folder
+from training.run_folder import Progress
 
+CPU = torch.device("cpu")
 NAMES = (
     "../../outside.pth",
     "/tmp/outside.pth",
@@ -154,3 +171,206 @@ def test_of_a_language_models_folder_only_its_own_files_are_handed_on(folder):
     (folder.parent / "vlm" / "secrets.json").write_text("{}")
     _, processor = load_policy(folder)
     assert "tokenizer.json" in processor.language.files and "secrets.json" not in processor.language.files
+
+
+# ---- weights, actions, numbers --------------------------------------------------------------------------
+
+
+def spoil(path: Path, name: str, value: float) -> None:
+    """Set one number of a tensor in a file."""
+    tensors = load_file(path)
+    tensors[name].view(-1)[0] = value
+    with safetensors.safe_open(path, "pt") as file:
+        save_file(tensors, path, file.metadata())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_neither_read_nor_written(value, tmp_path):
+    arm = tiny.arm()
+    save_arm(tmp_path / "whole", arm, processor())
+    for file, name in (("model", "model.state_proj.bias"), ("world", "prophet.query")):
+        shutil.copytree(tmp_path / "whole", tmp_path / file)
+        name = next(n for n in load_file(tmp_path / file / f"{file}.safetensors") if n.startswith(name))
+        spoil(tmp_path / file / f"{file}.safetensors", name, value)
+        ours = name.removeprefix("model.")
+        with pytest.raises(Refused, match=rf"{file}.*1 of \S+ numbers of {ours} are not finite"):
+            load_arm(tmp_path / file)
+    with torch.no_grad():
+        arm.policy.state_proj.bias[0] = value
+    with pytest.raises(Refused, match=r"state_proj\.bias are not finite"):
+        save_arm(tmp_path / "new", arm, processor())
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_policy_whose_actions_are_not_finite_ends_an_evaluation_instead_of_failing_it():
+    arm = tiny.arm().eval().requires_grad_(False)
+    arm.policy.action_out_proj.weight.fill_(3e38)  # finite, but what it computes is not
+    [plan] = make_plans(EvalConfig(episodes_per_task=2), tiny.run_config(), arm)
+    pictures = {(0, camera): np.zeros((32, 32, 3), np.uint8) for camera in CAMERAS}
+    seen = Observation(np.zeros(8, np.float32), pictures, False, False, 0, "open the drawer", 0.0, 0.0)
+    for mode in ROLLOUT_MODES:
+        rollout = Rollout(arm, processor(), plan, mode, None, CPU, "runs/x/step_9")
+        rollout.running[0] = episode = Episode(1, 3, mode, names=rollout.names)
+        episode.see(seen, arm, rollout.keep_history)
+        said = f"runs/x/step_9, memory {mode}.*not finite .libero_object task 1, init state 3, decision 0"
+        with pytest.raises(Refused, match=said):
+            rollout.decide([(0, seen)])
+
+
+@pytest.mark.parametrize("config", [TrainConfig, EvalConfig])
+def test_every_number_on_a_command_line_is_finite(config):
+    numbers = [f for f in dataclasses.fields(config) if re.search("float|int", str(f.type)) and f.init]
+    assert len(numbers) > 10
+    for field in numbers:
+        if field.name == "held_out":  # not on the command line
+            continue
+        for value in (float("nan"), float("inf"), -float("inf"), 10**30):
+            value = (value,) if "tuple" in str(field.type) else value
+            with pytest.raises(Refused, match=f"--{field.name.replace('_', '-')} "):
+                config(**{field.name: value})
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["lr=-1", "lr_world=-1", "warmup_samples=-5", "grad_clip=0", "seed=-1", "val_share=2", "threads=0"],
+)
+def test_a_number_out_of_its_range_is_named_with_it(flags):
+    name, _, value = flags.partition("=")
+    with pytest.raises(Refused, match=f"--{name.replace('_', '-')} {value} must be at"):
+        TrainConfig(**{name: int(value)})
+
+
+# ---- checkpoints that are not as they were written -----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run folder with two checkpoints and their manifests, as train.py leaves it."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    out.mkdir()
+    arm = tiny.arm()
+    (out / "config.json").write_text(json.dumps(tiny.run_config(fusion=["late"]) | {"fusion": ["late"]}))
+    for step in (1, 2):
+        optimizer = torch.optim.AdamW(arm.parameters(), lr=step)
+        run_folder.save(out, arm, processor(), optimizer, Progress(8 * step, step))
+        with torch.no_grad():
+            arm.policy.state_proj.bias += 1
+    return out
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run", symlinks=True)
+    return tmp_path / "run"
+
+
+def openers(folder: Path) -> list:
+    """What opens a checkpoint: an evaluation, the description of one, and a training that starts from it."""
+    config = EvalConfig(str(folder))
+    return [
+        lambda: load_arm(find_target(config).folder),
+        lambda: model.main(model.DescribeConfig(str(folder))),
+        lambda: load_policy(folder),
+        lambda: read_cameras(str(folder), None),
+        lambda: stored_config(folder),
+    ]
+
+
+def flip(path: Path) -> None:
+    """Turn one bit in a file's middle around."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def test_one_flipped_bit_in_any_file_of_a_checkpoint_is_named_by_all_that_open_it(run):
+    step = run / "step_000002"
+    files = [p for p in step.rglob("*") if p.is_file() and p.name != OPTIMIZER]
+    assert len(files) > 10
+    for path in files:
+        whole = path.read_bytes()
+        flip(path)
+        for open_it in openers(step):
+            with pytest.raises(Refused, match=rf"step_000002 is damaged: .*{path.name}"):
+                open_it()
+        path.write_bytes(whole)
+    for open_it in openers(step):
+        open_it()
+
+
+def test_a_checkpoint_serves_without_what_only_training_needs_and_one_of_lerobots_without_a_manifest(run):
+    (run / "step_000002" / OPTIMIZER).unlink()
+    load_arm(run / "step_000002")
+    (run / "step_000002" / MANIFEST).unlink()
+    load_arm(run / "step_000002")
+    assert newest_whole(run)[0] == run / "step_000001"  # to go on from it takes all
+
+
+@pytest.mark.parametrize("says", ["manifest", "config"])
+def test_a_memory_that_is_lost_is_an_error_and_no_policy_without(run, says):
+    (run / "step_000002" / "world.safetensors").unlink()
+    if says == "config":
+        (run / "step_000002" / MANIFEST).unlink()
+    with pytest.raises(Refused, match=r"world\.safetensors is missing"):
+        load_arm(run / "step_000002")
+
+
+def test_a_manifest_reads_nothing_elsewhere(run):
+    for name in ("../config.json", "/etc/hostname"):
+        (run / "step_000002" / MANIFEST).write_text(json.dumps({name: {"bytes": 1, "crc32": 0}}))
+        with pytest.raises(Refused, match=r"speaks of .*, which lies elsewhere"):
+            load_arm(run / "step_000002")
+
+
+def a_folder(run: Path) -> None:
+    last = run / "last"
+    last.unlink()
+    shutil.copytree(run / "step_000002", last)
+
+
+def a_folder_alone(run: Path) -> None:
+    a_folder(run)
+    for step in run.glob("step_*"):
+        shutil.rmtree(step)
+
+
+def a_link_to(target: str):
+    def change(run: Path) -> None:
+        (run / "last").unlink()
+        (run / "last").symlink_to(target)
+
+    return change
+
+
+MOVES = {
+    "gone": lambda run: (run / "last").unlink(),
+    "a folder, by cp -rL": a_folder,
+    "a folder and nothing else": a_folder_alone,
+    "a link to abc": a_link_to("abc"),
+    "a link out of it": a_link_to("/tmp"),
+    "a text, by a zip": lambda run: ((run / "last").unlink(), (run / "last").write_text("step_000002")),
+}
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_a_run_folder_that_was_moved_goes_on_from_its_newest_step(run, move):
+    move(run)
+    assert find_target(EvalConfig(str(run))).folder.name in ("step_000002", "last")
+    for open_it in openers(run)[1:]:
+        open_it()
+    found, skipped = newest_whole(run)
+    assert point(run, found) == run / "step_000002" and not skipped
+    assert (run / "last").is_symlink() and (run / "last").resolve() == run / "step_000002"
+    assert damage(run / "last") is None and not list(run.glob("*.part"))
+
+
+def test_of_a_run_whose_newest_step_is_damaged_the_one_before_is_taken_with_a_line(run, capsys):
+    flip(run / "step_000002" / "model.safetensors")
+    assert find_target(EvalConfig(str(run))).folder.name == "step_000001"
+    assert (
+        "step_000002 is damaged, the checkpoint before it is taken: model.safetensors"
+        in capsys.readouterr().out
+    )
+    flip(run / "step_000001" / "config.json")
+    with pytest.raises(Refused, match="no whole checkpoint"):
+        find_target(EvalConfig(str(run)))

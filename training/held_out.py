@@ -40,6 +40,15 @@ class Offline:
     episodes: np.ndarray  # (E,) their numbers in the data
     losses: dict[str, np.ndarray]  # mode -> (E,)
 
+    def check(self, checkpoint: object) -> None:
+        """Refuse losses that are not finite: of a policy that is broken, not of one that predicts badly."""
+        for mode, losses in self.losses.items():
+            if len(broken := self.episodes[~np.isfinite(losses)]):
+                raise Refused(
+                    f"{checkpoint}, memory {mode}: the action loss of episode {broken[0]} is not finite "
+                    f"({len(broken)} of {len(losses)} episodes): the policy is broken; take another one"
+                )
+
     def mean(self, mode: str) -> float:
         return float(self.losses[mode].mean())
 

@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from arm import Arm, ArmConfig, Summary, load_arm, stored_config
 from data import held_out, saved_partners
-from files import Refused
+from files import LARGEST, Refused
 from latents import tower, world
 from latents.blocks import with_checks
 from latents.encoders import open_backbone, resolved
@@ -116,6 +116,11 @@ class StartConfig(ArmConfig, DataConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type that tower, trunk and expert compute in; auto: bfloat16 on a GPU, float32 on a CPU. What trains is
     held in float32 in any case, what is frozen in this type."""
+
+    limits: ClassVar = {
+        **dict.fromkeys(("state_std_floor", "action_std_floor"), (0, 1e6)),
+        **{"seed": (0, 2**32 - 1), "val_every": (0, LARGEST), "val_share": (0, 1)},
+    }
 
     def __post_init__(self) -> None:
         self.settle(RECIPES.get(self.init, PRETRAINED))

@@ -15,10 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from model import load_policy, start_from_vlm
 from smolvla.checkpoint import (
-    SHARDS,
     VLM_PARTS,
-    WEIGHTS,
-    find_folder,
     fresh_processor,
     lerobot_key,
     multiplier,
@@ -27,6 +24,7 @@ from smolvla.checkpoint import (
     save_policy,
 )
 from smolvla.config import PRESETS
+from smolvla.folders import SHARDS, WEIGHTS, find_folder
 from smolvla.language import read_language
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -341,7 +339,7 @@ def test_the_language_model_may_lie_in_any_folder_and_then_nothing_is_fetched(fo
     def never(*_, **__):
         raise AssertionError("went to the hub")
 
-    monkeypatch.setattr("smolvla.checkpoint.snapshot_download", never)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", never)
     (folder.parent / "vlm").rename(tmp_path / "elsewhere")
     edit_json(folder / "config.json", vlm_model_name="HuggingFaceTB/SmolVLM2-500M-Video-Instruct")
     policy, processor = load_policy(folder, vlm=str(tmp_path / "elsewhere"))
@@ -359,7 +357,7 @@ def test_the_hub_is_asked_for_the_pinned_revision_and_only_for_what_is_read(fold
         asked.append((repo, revision, tuple(allow_patterns)))
         return str(folder if repo == "owner/policy" else folder.parent / "vlm")
 
-    monkeypatch.setattr("smolvla.checkpoint.snapshot_download", serve)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", serve)
     edit_json(folder / "config.json", vlm_model_name="owner/vlm")
     load_policy("owner/policy", revision="abc")
     load_policy("owner/policy@def", vlm="owner/vlm@123")
