@@ -187,8 +187,10 @@ class Episodes:
 
     def chosen(self, root: Path, tasks: dict[int, str], options: DataConfig) -> np.ndarray:
         """Return the places of the episodes that are asked for, by what meta/ says of them."""
-        texts = list(tasks.values())
-        of = [[i for i, text in enumerate(texts) if text in own] for own in self.tasks]
+        texts, places = list(tasks.values()), {}
+        for place, text in enumerate(texts):
+            places.setdefault(text, []).append(place)
+        of = [[place for text in own for place in places.get(text, ())] for own in self.tasks]
         return choose_episodes(texts, of, options, root, self.number)
 
 

@@ -207,9 +207,8 @@ def wrong_spans(
     places, ends = episodes.videos[camera], episodes.ends[camera]
     begins = np.array([place[2] for place in places])
     follows: dict[int, int] = {}  # each episode's follower in its video
-    for file in dict.fromkeys(place[:2] for place in places):
-        here = [e for e in np.argsort(begins, kind="stable").tolist() if places[e][:2] == file]
-        follows |= dict(pairwise(here))
+    for here in by_file(places).values():
+        follows.update(pairwise(sorted(here, key=lambda e: begins[e])))
     for e, number, own_times in zip(rows.keep.tolist(), rows.number, rows.each("timestamp")):
         where = f"{video_file(root, info, camera, places[e])}: episode {number}"
         own = f"meta/episodes gives it {begins[e]:.4f} to {ends[e]:.4f} s"
@@ -223,6 +222,14 @@ def wrong_spans(
             other = f"episode {episodes.number[follows[e]]} begins at {after:.4f} s"
             seen = f"shows step {len(times) - 1} at {times[-1]:.4f} s and {own}"
             yield f"{where} {seen}, but {other}: {COPY_AGAIN}"
+
+
+def by_file(places: list[tuple[int, int, float]]) -> dict[tuple[int, int], list[int]]:
+    """Sort episodes by the video that they lie in."""
+    files: dict[tuple[int, int], list[int]] = {}
+    for e, place in enumerate(places):
+        files.setdefault(place[:2], []).append(e)
+    return files
 
 
 def stored_pictures(
@@ -255,9 +262,10 @@ def video_places(
     times = [places[e][2] + own for e, own in zip(rows.keep, rows.each("timestamp"))]
     apart = min([1 / info["fps"], *(float(np.diff(own).min()) for own in times if len(own) > 1)])
     far = max(TOLERANCE, options.nearest_frame * apart)
-    files = {}
-    for file in {places[e][:2] for e in rows.keep}:
-        among = [e for e, place in enumerate(places) if place[:2] == file]
+    files, wanted = {}, {places[e][:2] for e in rows.keep}
+    for file, among in by_file(places).items():
+        if file not in wanted:
+            continue
         begins, frames = min(places[e][2] for e in among), int(episodes.length[among].sum())
         files[file] = VideoFile(video_file(root, info, camera, file), begins, frames, far)
     return [
