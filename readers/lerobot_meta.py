@@ -115,6 +115,9 @@ def read_tasks(root: Path) -> dict[int, str]:
             f"{path} should have task_index and one column of text, got {table.column_names}: {COPY_AGAIN}"
         )
     numbers, texts = whole_numbers(table, "task_index", path).tolist(), table[named[0]].to_pylist()
+    for name in named[1:]:
+        if table[name].to_pylist() != texts:
+            raise Refused(f"{path}: columns {named[0]} and {name} have different instructions: drop one")
     for number, instruction in zip(numbers, texts):
         if not isinstance(instruction, str) or not instruction.strip():
             raise Refused(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from files import Refused, inside
@@ -50,6 +51,7 @@ from readers.problems import far_values, not_finite
 from readers.selection import DataConfig, camera_key
 
 STATE, ACTION = "observation.state", "action"
+SAID = ("task", "language_instruction")  # columns in which some sets repeat each row's instruction
 COUNTERS = ("index", "episode_index", "frame_index", "task_index")
 CONTROL_RATE = "fps is the label of the data set; LIBERO's control rate is 20 Hz"
 
@@ -68,6 +70,9 @@ def read_file(
     names = {STATE: options.state, ACTION: options.action} | {name: name for name in COUNTERS}
     with readable(inside(root, path)), pq.ParquetFile(path) as file:
         there = file.schema_arrow.names
+        said = [
+            name for name in SAID if name in there and pa.types.is_string(file.schema_arrow.field(name).type)
+        ]
     for flag, ours in (("state", STATE), ("action", ACTION)):
         if names[ours] not in there:
             others = ", ".join(name for name in there if name not in (*COUNTERS, "timestamp"))
@@ -77,14 +82,17 @@ def read_file(
             )
     if "timestamp" in there or episodes.videos:
         names["timestamp"] = "timestamp"
-    table = read_table(root, path, list(names.values()))
+    table = read_table(root, path, [*names.values(), *said])
     wanted = int(episodes.length[places].sum())
     if len(table) != wanted:
         ends = episodes.number[places[0]], episodes.number[places[-1]]
         raise Refused(
             f"{path} has {len(table):,} rows, its episodes {ends[0]}..{ends[1]} have {wanted:,}: {COPY_AGAIN}"
         )
-    return {ours: vectors(table[name], f"{path}: {name}") for ours, name in names.items()}
+    rows = {ours: vectors(table[name], f"{path}: {name}") for ours, name in names.items()}
+    for name in said[:1]:
+        rows["said"] = table[name].to_numpy()[:, None]
+    return rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +162,12 @@ def wrong_rows(path: Path, rows: Rows, episodes: Episodes, tasks: dict[int, str]
         elif {tasks[task] for task in seen} != set(episodes.tasks[place]):
             said = f"{sorted({tasks[task] for task in seen})}, meta/episodes says {episodes.tasks[place]}"
             yield f"{path}: the instructions of episode {number} are {said}: correct either"
+    for row, text in enumerate(values["said"][:, 0] if "said" in values and tasks else ()):
+        task = tasks.get(int(values["task_index"][row, 0]))
+        if task is not None and str(text).strip() != task:
+            where = f"step {step[row]} of episode {rows.episode[row]}"
+            yield f"{path}: {where} says {text!r}, its task_index stands for {task!r}: correct either"
+            break
 
 
 def read_rows(

@@ -213,6 +213,25 @@ def test_a_row_and_meta_must_agree_on_the_instruction(tmp_path):
     assert len(load(root, options=DataConfig(episodes="0,2"))) == 9
 
 
+@pytest.mark.parametrize("name", ["task", "language_instruction"])
+def test_a_rows_own_words_must_be_those_of_its_task_index(tmp_path, name):
+    root = several(tmp_path)
+    said = load(root).instruction(np.arange(11))
+    change(root / DATA, **{name: said})
+    assert load(root).instruction(np.arange(11)) == said and not check.check(root).errors
+    change(root / DATA, **{name: [*said[:6], "push", *said[7:]]})
+    refused(root, "step 1 of episode 1 says 'push', its task_index stands for 'pull': correct either")
+
+
+def test_two_columns_of_instructions_must_agree(tmp_path):
+    root = write_set(tmp_path)
+    texts = load(root).tasks
+    change(root / "meta/tasks.parquet", __index_level_0__=texts)
+    assert load(root).tasks == texts
+    change(root / "meta/tasks.parquet", __index_level_0__=texts[::-1])
+    refused(root, "columns task and __index_level_0__ have different instructions: drop one")
+
+
 def test_columns_beside_the_instruction_are_no_matter(tmp_path):
     root = write_set(tmp_path)
     change(root / "meta/tasks.parquet", scene=["kitchen", "office"], count=[1, 2])
