@@ -39,6 +39,7 @@ ORDER_STREAM = 0x0DE5  # keeps the data order apart from any other stream that i
 FLOW, MEMORY, PARTNER, CHANCE, DROP = 1, 2, 3, 4, 5  # keep apart what one number draws
 TRAINING, ROLLOUT, HELD_OUT = 0, 10, 20  # and what it is drawn for
 SPLIT_STREAM = 31
+EARLY = 0.1  # of an episode: where it may still go several ways
 PARTNERS = 1024  # pasts that travel with an arm, for `shuffle` in rollouts
 
 
@@ -112,6 +113,7 @@ class Source:
         if "z_future" in needed:
             future, valid = self.demos.future(index, config.future, config.world_stride)
             out |= {"z_future": self.latents.z[future], "valid": torch.as_tensor(valid)}  # (B, K, D), (B, K)
+            out["early"] = torch.as_tensor(self.demos.phase(index) < EARLY)  # (B,)
         if "z_partner" in needed:
             out["z_partner"] = self.past(self.partners(index, keys))
         if "z_other" in needed:
@@ -132,8 +134,7 @@ class Source:
 
     def partners(self, index: np.ndarray, keys: np.ndarray, other_task: bool = False) -> np.ndarray:
         """Draw a frame of another episode, or task, for each frame (B,); Refused where there is none."""
-        of = self.demos.episode
-        of = self.demos.task[of] if other_task else of
+        of = self.demos.task if other_task else self.demos.episode
         if len(np.unique(of[self.frames])) < 2:
             mode, what = ("wrong_task", "tasks") if other_task else ("shuffle", "episodes")
             raise Refused(f"--memory {mode} needs demonstrations of at least two {what}: record more")
@@ -196,8 +197,9 @@ def saved_partners(
     each = PARTNERS // len(some)
     chosen = [spread_over(demos.first[e], demos.last[e], each) for e in some]
     rows = np.concatenate(chosen)
-    tasks = [zlib.crc32(plain_text(demos.tasks[task]).encode()) for task in demos.task]
-    at = [(e, f - demos.first[e], tasks[e]) for e, found in zip(some, chosen, strict=True) for f in found]
+    tasks = [zlib.crc32(plain_text(task).encode()) for task in demos.tasks]
+    step, task = demos.step, demos.task
+    at = [(e, step[f], tasks[task[f]]) for e, found in zip(some, chosen, strict=True) for f in found]
     return z[demos.history(rows, history, stride)], torch.tensor(at, dtype=torch.int64)
 
 
@@ -222,8 +224,8 @@ def partner_rows(
     episodes = at[other, 0].unique()
     mine = episodes[int(sample_rng(seed, ROLLOUT + PARTNER, *key).integers(len(episodes)))]
     rows = torch.nonzero((at[:, 0] == mine) & other)[:, 0]
-    past = at[rows, 1] <= step
-    return int(rows[past][-1])
+    past = int((at[rows, 1] <= step).sum())  # none, where the other task begins later in that episode
+    return int(rows[max(past, 1) - 1])
 
 
 # ---- keyed randomness --------------------------------------------------------------------------------

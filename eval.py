@@ -35,8 +35,8 @@ from files import LARGEST, Refused, append_json, read_json, write_json
 from latents.world import latents_for
 from prophet import GATE, ROLLOUT_MODES
 from ranks import run_program, start_ranks, wait_for_ranks
-from readers.load import camera_names, load
-from readers.selection import DataConfig, camera_key, find_data, match_cameras, split_camera
+from readers.load import camera_names, find_data, load
+from readers.selection import DataConfig, camera_key, match_cameras, split_camera
 from rollouts.conform import check, compare, describe_checkpoint, describe_data, describe_environment, table
 from rollouts.conform import record as conformance
 from rollouts.episodes import gather, key_of, own_file, read_all, result, summary
@@ -265,7 +265,7 @@ def evaluate_offline(config: EvalConfig, arm: Arm, processor: Processor, target:
         names = [f.name for f in dataclasses.fields(DataConfig) if f.name in run]
         options = DataConfig(**{n: tuple(run[n]) if isinstance(run[n], list) else run[n] for n in names})
     else:
-        options = data_options(find_data(config.offline), config, arm, processor)
+        options = data_options(find_data(config.offline, DataConfig()), config, arm, processor)
     demos = load(config.offline, in_memory=None, options=options)
     episodes, tasks = np.arange(len(demos.first)), len(np.unique(demos.task))
     modes = list(config.memory) or held_out.measurable(arm, tasks)
@@ -294,7 +294,9 @@ def conform_all(config: EvalConfig, target: Target, rollouts: list[Rollout]) -> 
     """
     data = target.run.get("data_facts")
     if config.data is not None:
-        options = data_options(find_data(config.data), config, rollouts[0].arm, rollouts[0].processor)
+        options = data_options(
+            find_data(config.data, DataConfig()), config, rollouts[0].arm, rollouts[0].processor
+        )
         data = describe_data(load(config.data, in_memory=False, options=options))
     named, found = {"n_action_steps"} if config.n_action_steps is not None else set(), {}
     for rollout in rollouts:

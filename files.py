@@ -44,7 +44,10 @@ def inside(root: Path, path: Path) -> Path:
 
     The hub's own folders are links to blobs/ beside snapshots/. Raises Refused.
     """
-    real, home = path.resolve(), root.resolve()
+    try:
+        real, home = path.resolve(), root.resolve()
+    except RuntimeError as error:
+        raise Refused(f"{path} is a link to itself: copy what is meant into the folder") from error
     if not any(real.is_relative_to(place) for place in (home, home.parent.parent / "blobs")):
         raise Refused(f"{path} leads out of {root}, to {real}: copy what is meant into the folder")
     return path

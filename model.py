@@ -34,6 +34,7 @@ from files import Refused
 from fusion import Fusion, Memory, MemoryCache, WorldTokens, repeat_memory, with_bias
 from smolvla.checkpoint import (
     VLM_PARTS,
+    Shapes,
     describe_checkpoint,
     draw,
     lerobot_config,
@@ -518,7 +519,7 @@ def load_weights(
 
 
 def start_from_vlm(
-    preset: SmolVLAConfig, vlm: str, stats: Statistics, image_shape: tuple[int, int, int]
+    preset: SmolVLAConfig, vlm: str, stats: Statistics, shapes: Shapes
 ) -> tuple[SmolVLA, Processor]:
     """Start from a language model's own folder or hub id, with a fresh expert beside it.
 
@@ -527,7 +528,7 @@ def start_from_vlm(
     """
     folder = find_folder(vlm)
     language = read_language(folder)
-    raw = lerobot_config(preset, vlm, image_shape)
+    raw = lerobot_config(preset, vlm, shapes)
     sizes = language_sizes(language.config, raw)
     width = int(sizes["width"] * preset.expert_width / preset.width)
     config = dataclasses.replace(preset, **sizes, expert_width=width)

@@ -19,35 +19,35 @@
 #   DEMOS DISPLACE NOISE EITHER   how demonstrations are recorded
 #   GPUS JOBS OUT FEATURES     a cell on each of GPUS="0 1", or JOBS at once; run folders; the frozen tower's tokens
 #   DATA_FLAGS TRAIN_FLAGS EVAL_FLAGS   more flags, as a shell would split them: both of train.py, and of eval.py
-set -euo pipefail
+set -aeuo pipefail # -a: matrix.py finds all that follows in its environment
 case ${1:-} in -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" && exit ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")"
-set -a # matrix.py finds all that follows in its environment
 
 # ---- arms: name | flags of train.py | memory modes rolled out, the arm's own first | arms that it is compared with
 ARM_TABLE='
-E2   | LATE pred                              | pred off zero shuffle | E0 E1s E2n E2c E2h E1
+E2   | LATE pred                              | pred                  | E0 E1s E2n E2c E2h E1
 E0   | --fusion none                          | off                   | E0b
 E1   | LATE zero                              | zero                  | E0
 E0b  | --fusion none --blind                  | off                   |
 E1s  | LATE shuffle                           | shuffle off           |
 E1r  | LATE random                            | random off            |
-E2n  | LATE pred --lambda-world 0             | pred off zero         |
+E2n  | LATE pred --lambda-world 0             | pred                  |
 E2c  | LATE current                           | current off zero      |
 E2h  | LATE history                           | history off zero      |
-E2d  | LATE pred --detach-memory              | pred off zero         | E1
-E2m  | LATE pred --memory-dropout 0.2         | pred off zero         | E2
-B4dup      | BANK repeat                      | pred off zero         |
-B4dropout  | BANK dropout --prophet-dropout 0.1 | pred off zero BANKED | B4dup E2
-B4noise    | BANK noise                       | pred off zero BANKED  | B4dup E2
-B4ensemble | BANK ensemble                    | pred off zero BANKED  | B4dup E2
-B4mixture  | BANK mixture                     | pred off zero BANKED  | B4dup E2
+E2d  | LATE pred --detach-memory              | pred                  | E1
+E2m  | LATE pred --memory-dropout 0.2         | pred                  | E2
+B4dup      | BANK repeat                      | pred                  |
+B4dropout  | BANK dropout --prophet-dropout 0.1 | pred BANKED | B4dup E2
+B4noise    | BANK noise                       | pred BANKED           | B4dup E2
+B4ensemble | BANK ensemble                    | pred BANKED           | B4dup E2
+B4mixture  | BANK mixture                     | pred BANKED           | B4dup E2
 '
-for loss in single mean min rwta; do ARM_TABLE+="B4$loss | BANK ensemble --world-loss $loss | pred off zero BANKED | B4dup E2"$'\n'; done
+for loss in single mean min rwta; do ARM_TABLE+="B4$loss | BANK ensemble --world-loss $loss | pred BANKED | B4dup E2"$'\n'; done
 for site in F2:suffix_in 'F3a:prefix_tokens --prefix-block prefix' 'F3as:prefix_tokens --prefix-block state' F3b:prefix_cross; do
-    arm=${site%%:*} flags="--fusion ${site#*:} --memory" # each with its own controls: no world loss, zeros, present, past
-    ARM_TABLE+="$arm | $flags pred | pred off zero shuffle | E0 E2 ${arm}n ${arm}c ${arm}h ${arm}z
-${arm}n | $flags pred --lambda-world 0 | pred off zero |
+    arm=${site%%:*} flags="--fusion ${site#*:} --memory" # each with its own controls: noise, no world loss, present, past, zeros
+    ARM_TABLE+="$arm | $flags pred | pred | E0 E2 ${arm}r ${arm}n ${arm}c ${arm}h ${arm}z
+${arm}r | $flags random | random off |
+${arm}n | $flags pred --lambda-world 0 | pred |
 ${arm}z | $flags zero | zero |
 ${arm}c | $flags current | current off zero |
 ${arm}h | $flags history | history off zero |
@@ -57,9 +57,9 @@ ARM_TABLE=${ARM_TABLE//LATE/--fusion late --memory} ARM_TABLE=${ARM_TABLE//BANKE
 ARM_TABLE=${ARM_TABLE//BANK/--fusion late --memory pred --num-hypotheses 4 --hypothesis-method}
 
 # ---- presets: what the environment leaves open
-preset=${1:-demo}
-: "${SUITES:=${SUITE:-}}"
-RECORDED=yes SAVE_EVERY='' MORE_MODES='' LOG_EVERY=80 PRESET_TRAIN_FLAGS='' PRESET_EVAL_FLAGS='' # MORE_MODES: of arms whose own mode is pred
+preset=${1:-demo} && : "${SUITES:=${SUITE:-}}"
+RECORDED=yes SAVE_EVERY='' LOG_EVERY=80 PRESET_TRAIN_FLAGS='' PRESET_EVAL_FLAGS=''
+MORE_MODES='off zero shuffle stale' # of arms whose own mode is pred, besides what the table says
 case $preset in
 demo) : "${TOTAL_SAMPLES:=64000}" "${EPISODES:=40}" "${DATA:=data/demo}" && SAVE_EVERY=16000 ;;
 smoke) : "${TOTAL_SAMPLES:=96}" "${EPISODES:=1}" "${DATA:=data/smoke}" "${DEMOS:=2}" && LOG_EVERY=2 PRESET_EVAL_FLAGS='--max-steps 24' ;;
@@ -70,11 +70,11 @@ fusion | bank | either)
     bank) : "${ARMS:=E0 E2 B4dup B4dropout B4noise B4ensemble B4mixture B4single B4mean B4min B4rwta}" ;;
     either) : "${ARMS:=E0 E2 E2n B4ensemble B4mixture B4dup}" "${EITHER:=cream_cheese,milk}" "${DATA:=data/either}" ;;
     esac
-    : "${TOTAL_SAMPLES:=192000}" "${EPISODES:=40}" "${DATA:=data/demo}" && SAVE_EVERY=48000 MORE_MODES='random signflip stale' ;;
+    : "${TOTAL_SAMPLES:=192000}" "${EPISODES:=40}" "${DATA:=data/demo}" && SAVE_EVERY=48000 MORE_MODES+=' random signflip' ;;
 full)
     : "${TOTAL_SAMPLES:=3200000}" "${EPISODES:=10}" "${SEEDS:=0 1 2}" "${ARMS:=all}" "${DATA:=HuggingFaceVLA/libero}"
     : "${INIT:=HuggingFaceVLA/smolvla_libero}" "${SUITES:=libero_spatial libero_object libero_goal libero_10}"
-    RECORDED='' MORE_MODES='random signflip stale' PRESET_TRAIN_FLAGS='--lr-world 1e-3' ;; # else a gate reaches .08 at most
+    RECORDED='' MORE_MODES+=' random signflip' PRESET_TRAIN_FLAGS='--lr-world 1e-3' ;; # else a gate reaches .08 at most
 *) echo "run_matrix.sh: preset '$preset' is unknown: choose demo, smoke, fusion, bank, either or full" >&2 && exit 2 ;;
 esac
 [ -z "$RECORDED" ] || : "${SUITES:=libero_object}" "${TASKS:=1}" "${DEMOS:=60}" "${DISPLACE:=0.06}" "${NOISE:=0.15}"

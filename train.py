@@ -264,9 +264,7 @@ def main(config: TrainConfig) -> None:
     if config.workers and features is None and in_files(demos):
         loader = Loader(demos, config.workers)
         source = dataclasses.replace(source, demos=loader.demos, loader=loader)
-    model = arm
-    if ranks > 1:  # buffers are the same everywhere from the start on: partners alone can be 23 MB
-        model = DistributedDataParallel(arm, gradient_as_bucket_view=True, broadcast_buffers=False)
+    model = parallel(arm) if ranks > 1 else arm
     spend(config, source, model, optimizer, average, progress, out_episodes, facts, rank, together)
     if source.loader is not None:
         source.loader.close()
@@ -308,6 +306,11 @@ def make_fast(config: TrainConfig, arm: Arm, device: torch.device) -> None:
     elif device.type == "cpu":
         kernels.keep_memory()
         kernels.speed_up(arm.policy, arm.policy.dtype)
+
+
+def parallel(arm: Arm) -> DistributedDataParallel:
+    """Average gradients over ranks; buffers, partners of up to 23 MB, are alike from the start on."""
+    return DistributedDataParallel(arm, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 # ---- loop ---------------------------------------------------------------------------------------------

@@ -130,7 +130,8 @@ class Samples(NamedTuple):
         """Gather what prophet and memory are made from."""
         rows = torch.arange(len(self.branch))
         z_future = self.futures[rows, self.branch]  # (B, R, K, D) -> (B, K, D)
-        return {"z_hist": self.z_hist, "z_future": z_future, "valid": torch.ones(z_future.shape[:2]) > 0}
+        always = torch.ones(z_future.shape[:2]) > 0
+        return {"z_hist": self.z_hist, "z_future": z_future, "valid": always, "early": always[:, 0]}
 
     def inputs(self) -> dict:
         """Make the policy's inputs: a black picture, one token, the state, and the true chunk."""

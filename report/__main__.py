@@ -43,6 +43,7 @@ from report.tables import (
     success_table,
     suite_table,
     suites_of,
+    taken_table,
     task_table,
 )
 
@@ -203,7 +204,8 @@ def success_sections(
     """Return what rollouts showed (success, comparisons, what these say), and its rows of results.csv."""
     contrasts, suites, growth = all_contrasts(panel), suites_of(panel), growth_table(panel)
     expected, spread = signals(panel, contrasts), partitions(panel, contrasts)
-    by_suite = [*draw("suites", panel, palette, out), *([suite_table(panel)] if len(suites) > 1 else [])]
+    by_suite = draw("suites", panel, palette, out) + ([suite_table(panel)] if len(suites) > 1 else [])
+    by_suite += [taken] if (taken := taken_table(panel)) else []
     blocks = {
         "Success": [*draw("success", panel, palette, out, panel_title(panel)), success_table(panel)],
         "Paired comparisons": contrast_blocks(panel, contrasts),
@@ -216,7 +218,7 @@ def success_sections(
     }
     said = {"sentence": sentences(panel, contrasts), "signal": expected}
     sections = [Section(title, found, 3) for title, found in blocks.items() if found]
-    return sections, result_rows(panel, contrasts, said)
+    return sections, result_rows(panel, contrasts, said, spread)
 
 
 def training_sections(panel: list[RunFolder], palette: dict, out: Path) -> list[Section]:

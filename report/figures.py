@@ -434,6 +434,7 @@ BANK = {
     "dead": "dead hypotheses",
     "div_cos": "mean distance, 1 - cos (0: collapsed)",
     "oracle_gap_excess": "gain of the best, beyond noise's",
+    "oracle_gap_excess_early": "the same in an episode's first tenth",
 }
 
 

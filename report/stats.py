@@ -27,7 +27,7 @@ from scipy.stats import binomtest, ttest_1samp
 
 SITES = ("F2", "F3a", "F3as", "F3b")
 BANKS = ("B4dropout", "B4noise", "B4ensemble", "B4mixture", "B4single", "B4mean", "B4min", "B4rwta")
-CONTROLS = ("n", "c", "h")  # the same site: lambda 0, the present latent, past latents
+CONTROLS = ("r", "n", "c", "h")  # the same site: trained on noise, lambda 0, the present latent, past latents
 NAMED = {
     "E0": ("E0b",),  # a check: the second is blind
     "E2": ("E0", "E1s", "E2n", "E2c", "E2h"),

@@ -18,7 +18,7 @@ import numpy as np
 
 from report.findings import Finding, estimate
 from report.page import Record, Table, Text
-from report.reading import RunFolder, checkpoints_of, protocol_hash, protocol_of, ranges
+from report.reading import RunFolder, checkpoints_of, plain, protocol_hash, protocol_of, ranges
 from report.stats import (
     LEAST_SEEDS,
     Contrast,
@@ -138,6 +138,23 @@ def task_table(panel: list[RunFolder], suite: str) -> Table:
     notes = f"{CELLS} Each arm under its own memory mode. Tasks of {suite}: {listed}."
     header = ("arm", "all tasks", *(f"task {task}" for task in tasks))
     return Table(header, rows, notes, f"{suite}, by task", heat)
+
+
+def taken_table(panel: list[RunFolder]) -> Table | None:
+    """Return success on ambiguous tasks by the object that was taken; None where there are none."""
+    rows, taken = {}, set()
+    for arm, runs in by_arm(panel).items():
+        for mode in arm_modes(runs):
+            found = defaultdict(list)
+            for e in in_mode(runs, mode):
+                if e["protocol"].get("either") and not e.get("crash"):
+                    found[plain(str(e.get("taken") or "nothing"))].append(e)
+            rows |= {(arm, mode_said(runs[0], mode, panel)): found} if found else {}
+            taken |= found.keys()
+    header = ("arm", "memory at rollout", *(names := sorted(taken)))
+    table = [(*row, *(count(tally(found[name])) for name in names)) for row, found in rows.items()]
+    notes = f"{CELLS} Columns: the object that was in its place at the end, or was last in the hand."
+    return Table(header, table, notes, "By what was taken") if rows else None
 
 
 def growth_table(panel: list[RunFolder]) -> Table | None:
@@ -377,9 +394,9 @@ COLUMNS = (
 
 
 def result_rows(
-    panel: list[RunFolder], contrasts: list[Contrast], findings: dict[str, list[Finding]]
+    panel: list[RunFolder], contrasts: list[Contrast], findings: dict[str, list[Finding]], spread: list[tuple]
 ) -> list[dict]:
-    """Return a panel's rows of results.csv: success (`all` pools suites, or seeds), contrasts, findings."""
+    """Return a panel's rows of results.csv: success (`all` pools suites, or seeds), contrasts, the rest."""
     rows = []
     for arm, runs in by_arm(panel).items():
         for mode in arm_modes(runs):
@@ -393,6 +410,10 @@ def result_rows(
     rows += map(contrast_result, contrasts)
     for kind, found in findings.items():
         rows += [{"kind": kind} | finding._asdict() for finding in found]
+    for what, _, starts, variances in spread:
+        parts = zip(("seed", "start", "rest"), variances, strict=True)
+        row = {"kind": "variance", "arm": what, "episodes": starts}
+        rows += [row | {"what": part, "number": decimals(x)} for part, x in parts]
     return [{"samples": panel[0].budget} | row for row in rows]
 
 

@@ -148,8 +148,9 @@ def sketch_scenes(demos: Demos) -> dict[str, list[str]]:
 
     One mean over all tasks would do for suites that share one scene, and fits nothing where they do not.
     """
-    tasks = evenly(np.unique(demos.task), SCENES)
-    episodes = [evenly(np.flatnonzero(demos.task == task), FRAMES // len(tasks)) for task in tasks]
+    begins = demos.task[demos.first]
+    tasks = evenly(np.unique(begins), SCENES)
+    episodes = [evenly(np.flatnonzero(begins == task), FRAMES // len(tasks)) for task in tasks]
     rows = [demos.first[chosen] for chosen in episodes]
     return {
         name: [pack(np.mean([sketch(picture) for picture in images[row]], axis=0)) for row in rows]

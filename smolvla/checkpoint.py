@@ -27,7 +27,7 @@ from torch import Tensor
 
 from files import Refused, check_finite, plain_name, read_json, read_tensors, save_tensors, to_json
 from smolvla.config import EMPTY, SmolVLAConfig
-from smolvla.fit import Fit, adapt, own_fit
+from smolvla.fit import Fit, Shape, adapt, own_fit
 from smolvla.folders import ADAPTER, SHARDS, WEIGHTS, find_folder
 from smolvla.language import Language, fresh_language, language_config, language_sizes, read_language
 from smolvla.processor import (
@@ -43,6 +43,7 @@ from smolvla.processor import (
     sort_statistics,
 )
 
+Shapes = Shape | dict[str, Shape]  # of every camera's pictures, or each camera's
 # Ours -> lerobot's, longest first; what is not listed sits directly under `model.`.
 KEY_NAMES = {
     "vision.layers.": "model.vlm_with_expert.vlm.model.vision_model.encoder.layers.",
@@ -146,9 +147,10 @@ def policy_config(raw: dict, language: Language) -> SmolVLAConfig:
     )
 
 
-def lerobot_config(config: SmolVLAConfig, vlm_name: str, image_shape: tuple[int, int, int]) -> dict:
-    """Write a fresh policy's config.json: lerobot's fields for this config, cameras of `image_shape`."""
-    features = {name: {"type": "VISUAL", "shape": list(image_shape)} for name in config.cameras}
+def lerobot_config(config: SmolVLAConfig, vlm_name: str, shapes: Shapes) -> dict:
+    """Write a fresh policy's config.json: lerobot's fields for this config, cameras of these shapes."""
+    shapes = shapes if isinstance(shapes, dict) else dict.fromkeys(config.cameras, shapes)
+    features = {name: {"type": "VISUAL", "shape": list(shapes[name])} for name in config.cameras}
     return LEROBOT_DEFAULTS | {name: getattr(config, name) for name in SAME_NAME} | {
         "input_features": features | {"observation.state": {"type": "STATE", "shape": [config.state_dim]}},
         "output_features": {"action": {"type": "ACTION", "shape": [config.action_dim]}},
@@ -341,10 +343,10 @@ def fresh_processor(
     config: SmolVLAConfig,
     stats: Statistics,
     instructions: list[str],
-    image_shape: tuple[int, int, int],
+    shapes: Shapes,
 ) -> Processor:
     """Make the processor of a policy from scratch; its tokenizer is built from the instructions."""
-    raw = lerobot_config(config, "vlm", image_shape)
+    raw = lerobot_config(config, "vlm", shapes)
     return Processor(config, raw, fresh_language(language_config(config), instructions), stats)
 
 

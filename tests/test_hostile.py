@@ -26,7 +26,7 @@ from files import Refused, plain_name
 from model import load_policy
 from prophet import ROLLOUT_MODES
 from readers import lerobot_v3, libero_hdf5
-from readers.lerobot_v3 import check_pattern
+from readers.lerobot_meta import FIELDS, check_pattern
 from rollouts.plan import find_target, make_plans
 from rollouts.rollout import Episode, Rollout
 from simulator.env import CAMERAS, load_init_states
@@ -123,12 +123,25 @@ def test_init_states_are_arrays_and_run_nothing(init_states, tmp_path):
 
 @pytest.mark.parametrize(
     "pattern",
-    ["../outside/x", "/etc/x", "{0}", "{nope}", "{chunk_index:09999999999d}", "{chunk_index.real}", 5],
+    [
+        "../outside/x",
+        "/etc/x",
+        "{0}",
+        "{nope}",
+        "{chunk_index:09999999999d}",
+        "{chunk_index.real}",
+        5,
+        "{video_key}/x",
+        "{video_key:3d}/x",
+    ],
 )
 def test_a_pattern_of_file_names_asks_for_nothing_but_its_numbers(pattern):
     with pytest.raises(Refused, match=r"info\.json: data_path is"):
-        check_pattern(pattern, "info.json: data_path")
-    check_pattern("videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4", "x")
+        check_pattern(pattern, "info.json: data_path", FIELDS["data_path"])
+    video = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+    check_pattern(video, "info.json: video_path", FIELDS["video_path"])
+    with pytest.raises(Refused, match="video_path is"):
+        check_pattern(video.replace("key", "key:3d"), "info.json: video_path", FIELDS["video_path"])
 
 
 def test_a_data_set_whose_file_is_a_link_out_of_it_is_refused(tmp_path):

@@ -68,7 +68,9 @@ def test_a_samples_tensors_depend_on_its_number_alone(two_tasks):
     made = dropping(source(two_tasks, draws=2))
     index, keys = np.array([3, 40, 11, 20]), np.array([7, 2, 9, 4])
     together, (noise, times) = made.world(index, keys, needed), made.flow(keys)
-    assert set(together) == {"z_hist", "z_future", "valid", "z_partner", "z_other", "noise", "dropped"}
+    assert set(together) == {
+        *("z_hist", "z_future", "valid", "early", "z_partner", "z_other", "noise", "dropped")
+    }
     for i in range(4):
         alone = dropping(source(two_tasks, draws=2))
         apart = alone.world(index[i : i + 1], keys[i : i + 1], needed)
@@ -134,7 +136,7 @@ def test_a_rollouts_partner_stays_one_episode_at_the_rollouts_step_and_may_be_of
     assert len(episodes) > 1
     for text in two_tasks.tasks:
         other = partner_rows(at, (0, 1, 7), 7, 3, instruction=text.upper())
-        assert two_tasks.tasks[two_tasks.task[at[other, 0]]] != text
+        assert two_tasks.tasks[two_tasks.task[two_tasks.first[at[other, 0]]]] != text
     one = at[at[:, 2] == at[0, 2]]
     with pytest.raises(Refused, match="--memory wrong_task: this arm was trained on one task alone"):
-        partner_rows(one, (0,), 7, 0, two_tasks.tasks[two_tasks.task[one[0, 0]]])
+        partner_rows(one, (0,), 7, 0, two_tasks.tasks[two_tasks.task[two_tasks.first[one[0, 0]]]])

@@ -27,7 +27,7 @@ from arm import Summary
 from data import held_out, sample_order
 from readers.load import load
 from smolvla.config import PRESETS
-from train import TrainConfig, shares
+from train import TrainConfig, parallel, shares
 from training import run_folder
 from training.optimise import lr_factor, make_optimizer
 from training.run_folder import check_space
@@ -101,6 +101,17 @@ def straight(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "straight"
     train(data, out, *MEMORY, "--total-samples", "28")
     return out
+
+
+def test_no_forward_sends_buffers_to_other_ranks(tmp_path):
+    """A memory arm's partners alone can be 23 MB; no step changes them."""
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/ranks", rank=0, world_size=1)
+    try:
+        model = parallel(tiny.arm())
+        assert any(name == "partners" for name, _ in model.module.named_buffers())
+        assert not model.will_sync_module_buffers()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_run_spends_its_budget_exactly_and_logs_what_it_did(straight):

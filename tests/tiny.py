@@ -115,6 +115,7 @@ def world(batch: int = 2, seed: int = 4) -> dict:
         "z_hist": torch.randn(batch, HISTORY, LATENT, generator=g),
         "z_future": torch.randn(batch, FUTURE, LATENT, generator=g),
         "valid": torch.tensor([[True] * FUTURE, [True] * (FUTURE - 2) + [False] * 2])[:batch],
+        "early": torch.tensor([True, False])[:batch],
         "noise": torch.randn(batch, FUTURE, LATENT, generator=g),
         "z_partner": torch.randn(batch, HISTORY, LATENT, generator=g),
     }

@@ -49,9 +49,9 @@ def sample_mean(values: Tensor, kept: Tensor) -> float | None:
 def world_diagnostics(arm: Arm, world: dict[str, Tensor], predicted: Tensor) -> dict[str, float]:
     """Compare the prophet's predictions (B, N, K, D) with the truth, with baselines and with one another.
 
-    Args: world with z_hist (B, T, D), z_future (B, K, D) and valid (B, K); predicted as the prophet gives it,
-    changes or (`--no-delta`) latents. Only steps that the world loss counts are read. With several
-    hypotheses `world_cos_k*` is the mean of theirs, as in the log's `world_cos`.
+    Args: world with z_hist (B, T, D), z_future (B, K, D), valid (B, K) and early (B,); predicted as the
+    prophet gives it, changes or (`--no-delta`) latents. Only steps that the world loss counts are read. With
+    several hypotheses `world_cos_k*` is the mean of theirs, as in the log's `world_cos`.
     """
     past, future, valid = world["z_hist"].float(), world["z_future"].float(), world["valid"]
     target = change_target(past, future, arm.config.delta)
@@ -67,7 +67,7 @@ def world_diagnostics(arm: Arm, world: dict[str, Tensor], predicted: Tensor) -> 
     out["norm_history"] = past.norm(dim=-1).mean().item()
     out["norm_future"] = future.norm(dim=-1)[valid].mean().item() if valid.any() else None
     if predicted.shape[1] > 1:
-        out |= bank_diagnostics(arm, predicted, target, counted)
+        out |= bank_diagnostics(arm, predicted, target, counted, world["early"])
     return {name: value for name, value in out.items() if value is not None}
 
 
@@ -100,10 +100,13 @@ def baselines(arm: Arm, past: Tensor) -> dict[str, Tensor]:
     return out
 
 
-def bank_diagnostics(arm: Arm, predicted: Tensor, target: Tensor, counted: Tensor) -> dict[str, float | None]:
+def bank_diagnostics(
+    arm: Arm, predicted: Tensor, target: Tensor, counted: Tensor, early: Tensor
+) -> dict[str, float | None]:
     """Measure what several hypotheses (B, N, K, D) are worth against targets (B, K, D) at `counted` (B, K).
 
-    The best of N improves on pure noise as well, so the gap is also given in excess of a control's.
+    The best of N improves on pure noise as well, so the gap is also given in excess of a control's; and for
+    `early` samples (B,) alone, whose episode may still go several ways.
     """
     count, mean = predicted.shape[1], predicted.mean(1, keepdim=True)  # (B, N, K, D) -> (B, 1, K, D)
     candidates = torch.cat([predicted, mean, matched_control(predicted, counted)], dim=1)
@@ -112,11 +115,12 @@ def bank_diagnostics(arm: Arm, predicted: Tensor, target: Tensor, counted: Tenso
     best, control_best = bank.amin(1, keepdim=True), control.amin(1, keepdim=True)  # (B, N) -> (B, 1)
     apart = pair_distances(F.normalize(predicted, dim=-1)).square() / 2  # 1 - cos of two unit vectors
     known = known[:, None]
+    excess = control_best - best  # both have the bank's mean, so it is (alone - best) minus the control's
     return {
         "world_cos_best": sample_mean(cosine[:, :count].amax(1, keepdim=True), known),
         "oracle_gap": sample_mean(alone - best, known),
-        # The control has the bank's mean, so (alone - best) - (alone - control_best) is what is left.
-        "oracle_gap_excess": sample_mean(control_best - best, known),
+        "oracle_gap_excess": sample_mean(excess, known),
+        "oracle_gap_excess_early": sample_mean(excess, known & early[:, None]),
         "div_cos": sample_mean(apart.mean(-1), counted),
     }
 

@@ -33,12 +33,11 @@ from model import SmolVLA, load_policy, start_from_vlm
 from prophet import MemoryMode
 from ranks import Together
 from readers.demos import Demos, chosen_statistics
-from readers.load import camera_names, load, remember_checks
+from readers.load import camera_names, find_data, load, remember_checks
 from readers.selection import (
     DataConfig,
     camera_key,
     choose_cameras,
-    find_data,
     match_cameras,
     split_camera,
 )
@@ -68,9 +67,9 @@ class StartConfig(ArmConfig, DataConfig):
     """Folder or hub id of the language model. With a checkpoint: its sizes and tokenizer, instead of what the
     checkpoint names. With a preset: its weights too, and a fresh expert beside them."""
 
-    statistics: Literal["data", "checkpoint"] = "data"
-    """Whose statistics normalise states and actions: the data's, as lerobot's fine-tuning has it, or those of
-    the checkpoint that --init names."""
+    statistics: Literal["data", "computed", "checkpoint"] = "data"
+    """Whose statistics normalise states and actions: the data's, as lerobot's fine-tuning has it, computed
+    where they come with none (`computed`: in any case), or those of the checkpoint that --init names."""
 
     stats_of: str | None = None
     """With --statistics checkpoint: data set whose statistics to use, where it holds those of several."""
@@ -135,7 +134,7 @@ class StartConfig(ArmConfig, DataConfig):
         DataConfig.__post_init__(self)
         if self.statistics == "checkpoint" and self.init in PRESETS:
             raise Refused(f"--statistics checkpoint with --init {self.init}: only a checkpoint has its own")
-        if self.stats_of is not None and self.statistics == "data":
+        if self.stats_of is not None and self.statistics != "checkpoint":
             raise Refused(
                 f"--stats-of {self.stats_of} chooses among a checkpoint's statistics, the data's are used: "
                 "add --statistics checkpoint, or leave it out"
@@ -187,7 +186,7 @@ def record_demo(rank: int, together: Together) -> None:
 
 def make_caches(config: StartConfig, rank: int, ranks: int, device: torch.device) -> list[str]:
     """Make what this training reads beside the data, or check it, all ranks together; a line for each."""
-    folder, lines = find_data(config.data, config.data_revision), []
+    folder, lines = find_data(config.data, config), []
     config = settle_cameras(config, folder, config.init)
     demos = load(folder, in_memory=False, options=config)
     config = config.without(demos)
@@ -212,7 +211,7 @@ def open_data(
     Returns the configuration with what the world encoder's model settles, and the demonstrations, their
     features and their latents.
     """
-    folder = find_data(config.data, config.data_revision)
+    folder = find_data(config.data, config)
     config = settle_cameras(config, folder, config.init if last is None else str(last))
     home = config.cache_home(folder)
     if config.val_every:
@@ -335,12 +334,12 @@ def build_policy(config: StartConfig, demos: Demos) -> tuple[SmolVLA, Processor]
         return load_policy(config.init, **how_to_load(config, demos))
     widths = {"state_dim": demos.state.shape[1], "action_dim": demos.action.shape[1]}
     preset = dataclasses.replace(PRESETS[config.init], cameras=tuple(demos.images), **widths)
-    size = next(iter(demos.images.values())).shape[1]
+    shapes = {name: (3, *pictures.shape[1:3]) for name, pictures in demos.images.items()}
     stats = data_statistics(config, demos)
     if config.vlm is not None:
-        policy, processor = start_from_vlm(preset, config.vlm, stats, (3, size, size))
+        policy, processor = start_from_vlm(preset, config.vlm, stats, shapes)
     else:
-        processor = fresh_processor(preset, stats, demos.tasks, (3, size, size))
+        processor = fresh_processor(preset, stats, demos.tasks, shapes)
         policy = SmolVLA(preset).initialise()
     processor.before = with_rename(processor.before, demos.renamed)
     return policy, processor
@@ -351,7 +350,7 @@ def how_to_load(config: StartConfig, demos: Demos) -> dict[str, Any]:
     by `settle_cameras`), widths and, but with --statistics checkpoint, statistics."""
     known, _ = read_cameras(config.init, config.revision)
     cameras = {name: (3, *demos.images[name].shape[1:3]) for name in known if name in demos.images}
-    stats = data_statistics(config, demos) if config.statistics == "data" else None
+    stats = data_statistics(config, demos) if config.statistics != "checkpoint" else None
     fit = Fit(cameras, demos.state.shape[1], demos.action.shape[1], demos.renamed, stats)
     names = ("revision", "vlm", "stats_of", "allow_missing")
     return {name: getattr(config, name) for name in names} | {"fit": fit}
@@ -366,7 +365,7 @@ def trained_on(config: StartConfig, demos: Demos) -> Demos:
 
 def data_statistics(config: StartConfig, demos: Demos) -> Statistics:
     """The data's statistics, with the floors that the configuration asks for."""
-    stats, _ = chosen_statistics(trained_on(config, demos))
+    stats, _ = chosen_statistics(trained_on(config, demos), config.statistics == "computed")
     floors = {"observation.state": config.state_std_floor, "action": config.action_std_floor}
     for feature, floor in floors.items():
         stats[feature]["std"] = stats[feature]["std"].clamp(min=floor)
@@ -375,8 +374,8 @@ def data_statistics(config: StartConfig, demos: Demos) -> Statistics:
 
 def whose_statistics(config: StartConfig, demos: Demos) -> str:
     """Say whose statistics a run uses, for its banner and its record."""
-    if config.statistics == "data":
-        found = chosen_statistics(trained_on(config, demos))[1]
+    if config.statistics != "checkpoint":
+        found = chosen_statistics(trained_on(config, demos), config.statistics == "computed")[1]
         floors = config.state_std_floor, config.action_std_floor
         least = f", deviations of at least {floors[0]:g} (state) and {floors[1]:g} (action)"
         return f"the data's, {found}" + least * any(floors)

@@ -316,25 +316,41 @@ def frames(count: int, size: tuple[int, int] = (H, W)) -> list[np.ndarray]:
 DAMAGES = {
     "v2.1": (lambda r: info(r, codebase_version="v2.1"), "version v2.1, .*convert_dataset_v21_to_v30"),
     "v4": (lambda r: info(r, codebase_version="v4.0"), "version v4.0, v3.0 is read here: use a copy"),
-    "no info": (lambda r: (r / "meta/info.json").unlink(), "info.json is missing or damaged"),
-    "half an info": (lambda r: cut(r / "meta/info.json"), "info.json is missing or damaged .*JSONDecode"),
-    "no fps": (lambda r: info(r, fps=None), "missing or damaged .*fps"),
-    "fps 0": (lambda r: info(r, fps=0), "fps is 0, it must be positive"),
+    "no info": (lambda r: (r / "meta/info.json").unlink(), "info.json is missing"),
+    "half an info": (lambda r: cut(r / "meta/info.json"), "info.json is damaged .*JSONDecode"),
+    "no fps": (lambda r: info(r, fps=None), "damaged .*fps"),
+    "fps 0": (lambda r: info(r, fps=0), "fps is 0, it must be a positive"),
+    "fps in words": (lambda r: info(r, fps="10"), "fps is '10', it must be a positive number"),
+    "total in words": (lambda r: info(r, total_frames="8"), "total_frames is '8', no whole number"),
+    "feature": (lambda r: info(r, features={"action": 7}), "feature 'action' is 7, no description"),
     "no tasks": (lambda r: (r / "meta/tasks.parquet").unlink(), "tasks.parquet is missing"),
     "blank task": (lambda r: change(r / "meta/tasks.parquet", task=["a", " "]), "no instruction, got ' '"),
     "null task": (lambda r: change(r / "meta/tasks.parquet", task=["a", None]), "task 1 has no instruction"),
-    "two texts": (lambda r: change(r / "meta/tasks.parquet", more=["a", "b"]), "one column of text"),
+    "two texts": (
+        lambda r: change(r / "meta/tasks.parquet", task=None, more=["a", "b"], most=["a", "b"]),
+        "one column of text",
+    ),
+    "task twice": (
+        lambda r: change(r / "meta/tasks.parquet", task_index=[0, 0]),
+        "task 0 is there twice, 'push the block' and 'open the drawer'",
+    ),
     "lost task": (
         lambda r: change(r / "meta/tasks.parquet", task_index=[0, 7]),
-        r"episode 1 has no instruction, task_index \[1\]",
+        r"episode 1 has no instruction for task_index 1, tasks.parquet has \[0, 7\]",
     ),
-    "task changes": (lambda r: column(r / DATA, "task_index", 2, 1), "episode 0 changes its instruction"),
+    "task changes": (
+        lambda r: column(r / DATA, "task_index", 2, 1),
+        r"episode 0 are \['open the drawer', 'push the block'\], meta/episodes says \['push the block'\]",
+    ),
     "no episodes": (lambda r: shutil.rmtree(r / "meta/episodes"), "no chunk-.* in .*episodes"),
     "half the episodes": (lambda r: cut(r / EPISODES), "truncated or damaged"),
-    "episode gap": (lambda r: column(r / EPISODES, "episode_index", 1, 5), r"\[1, 5\] are missing"),
+    "episode gap": (
+        lambda r: column(r / EPISODES, "episode_index", 1, 5),
+        "episode 5 begins at frame 4, not 8",
+    ),
     "episode twice": (
         lambda r: (info(r, total_episodes=None), column(r / EPISODES, "episode_index", 2, 1)),
-        r"should be 0\.\.2",
+        r"episodes \[1\] are there twice",
     ),
     "empty episode": (lambda r: column(r / EPISODES, "length", 1, 0), "the shortest of no frames"),
     "wrong start": (
@@ -380,9 +396,12 @@ VIDEO_DAMAGES = {
     "no mp4": (lambda r: (r / VIDEO).write_bytes(b"hello"), "file-000.mp4 is truncated or damaged"),
     "frames lost": (
         lambda r: write_video(r / VIDEO, frames(7), 10),
-        r"no frame at 0\.7000 s, the nearest of 7 is at 0\.6000 s",
+        r"no frame at 0\.7000 s, step 2 of episode 2, the nearest of 7 is at 0\.6000 s: --episodes leaves",
     ),
-    "other rate": (lambda r: write_video(r / VIDEO, frames(8), 12), r"no frame at 0\.1000 s, the"),
+    "other rate": (
+        lambda r: write_video(r / VIDEO, frames(8), 12),
+        r"no frame at 0\.1000 s, step 1 of episode 0.*--nearest-frame 0.4 takes",
+    ),
     "shifted": (
         lambda r: column(r / EPISODES, f"videos/{CAMERA}/from_timestamp", 1, 0.45),
         r"no frame at 0\.4500 s",

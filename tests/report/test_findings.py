@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from study import write_lines
 
-from report import findings, reading, stats
+from report import findings, reading, stats, tables
 
 STARTS = 40
 
@@ -169,6 +169,26 @@ def test_a_bank_is_compared_on_tasks_with_two_right_answers_and_on_the_others(tm
     assert signal.number == "+48 (+45 to +50) there, +0 (+0 to +0) elsewhere" and signal.answer == "yes"
 
 
+def test_success_by_what_was_taken_is_a_table_of_ambiguous_tasks_alone(tmp_path):
+    write(tmp_path, "E2", {"pred": [10], "off": [0]})
+    panel, _ = reading.load_runs((tmp_path,))
+    assert tables.taken_table(panel) is None
+    path = tmp_path / "E2-s0" / "episodes.jsonl"
+    went = {0: None, 1: "milk", 2: "cream_cheese"}
+    lines = [
+        line | {"protocol": {"either": "milk,cream_cheese"}, "taken": went[line["init_state"] % 3]}
+        for line in map(json.loads, path.read_text().splitlines())
+        if line["init_state"] < 12
+    ]
+    write_lines(path, lines)
+    table = tables.taken_table(reading.load_runs((tmp_path,))[0])
+    assert table.header == ("arm", "memory at rollout", "cream_cheese", "milk", "nothing")
+    assert [[cell.partition(" ")[0] for cell in row] for row in table.rows] == [
+        ["E2", "pred", "3/4", "3/4", "4/4"],
+        ["E2", "off", "0/4", "0/4", "0/4"],
+    ]
+
+
 def test_variances_are_of_arms_and_of_differences_over_seeds(tmp_path):
     write_controls(tmp_path)
     panel, _ = reading.load_runs((tmp_path,))
@@ -176,3 +196,6 @@ def test_variances_are_of_arms_and_of_differences_over_seeds(tmp_path):
     assert [what for what, *_ in found[:2]] == ["E0", "E1s"] and "E2 - E2n" in [what for what, *_ in found]
     won = np.array([[i < k for i in range(STARTS)] for k in (11, 10, 10, 9, 12)], float)
     assert found[0][1:3] == (5, STARTS) and found[0][3] == pytest.approx(stats.partition(won))
+    rows = [row for row in tables.result_rows(panel, [], {}, found) if row.get("kind") == "variance"]
+    assert [(row["arm"], row["what"]) for row in rows[:3]] == [("E0", x) for x in ("seed", "start", "rest")]
+    assert float(rows[1]["number"]) == pytest.approx(found[0][3][1], abs=1e-6)

@@ -418,7 +418,7 @@ def test_facts_are_few_bytes_and_few_pictures_even_of_forty_tasks():
         return StoredPictures(demos.images[camera].shape, list(range(80)), demos.first, take)
 
     stored = dataclasses.replace(
-        demos, images={c: reading(c) for c in CAMERAS}, tasks=tasks, task=np.arange(80) % 40
+        demos, images={c: reading(c) for c in CAMERAS}, tasks=tasks, task=np.repeat(np.arange(80) % 40, 3)
     )
     found = describe_data(stored)
     assert len(json.dumps(found)) < 10_000

@@ -31,7 +31,7 @@ from training.diagnostics import (
 )
 
 K, D = tiny.FUTURE, tiny.LATENT
-BANK = ("world_cos_best", "oracle_gap", "oracle_gap_excess", "div_cos")
+BANK = ("world_cos_best", "oracle_gap", "oracle_gap_excess", "oracle_gap_excess_early", "div_cos")
 seeds = st.integers(0, 2**31)
 
 
@@ -91,7 +91,12 @@ def test_baselines_are_what_a_hand_computes():
     e1, e2 = torch.eye(D)[:2]
     past = torch.stack([normal(D), 0 * e1, e1])[None]
     future = e1 + torch.stack([e1, e1 + e2, e2, -e1])[None]  # the last one: at the origin
-    world = {"z_hist": past, "z_future": future, "valid": torch.ones(1, K, dtype=torch.bool)}
+    world = {
+        "z_hist": past,
+        "z_future": future,
+        "valid": torch.ones(1, K, dtype=torch.bool),
+        "early": torch.ones(1) > 0,
+    }
     got = {}
     for delta in (True, False):
         arm = tiny.arm(delta=delta)
@@ -173,7 +178,7 @@ def test_a_right_and_an_opposite_hypothesis_have_the_gap_that_a_hand_computes():
     assert out["div_cos"] == pytest.approx(2, abs=1e-5)
     assert out["world_cos_k1"] == pytest.approx(0, abs=1e-5)
     same = world_diagnostics(arm, world, torch.stack([target, target], dim=1))
-    assert [same[name] for name in BANK] == pytest.approx([1, 0, 0, 0], abs=1e-5)
+    assert [same[name] for name in BANK] == pytest.approx([1, 0, 0, 0, 0], abs=1e-5)
 
 
 @settings(max_examples=20, deadline=None)
@@ -203,12 +208,22 @@ def test_noise_has_a_gap_but_none_in_excess_and_hypotheses_that_hit_different_ta
     arm, mean = tiny.arm(lambda_mag=0.0), normal(batch, 1, K, D)
     target = mean[:, 0] + normal(batch, K, D, seed=1)
     valid = torch.arange(K).expand(batch, -1) < 1  # of one step: luck at many steps evens out
-    world = {"z_hist": torch.zeros(batch, tiny.HISTORY, D), "z_future": target, "valid": valid}
+    early = torch.arange(batch) < batch // 2
+    world = {
+        "z_hist": torch.zeros(batch, tiny.HISTORY, D),
+        "z_future": target,
+        "valid": valid,
+        "early": early,
+    }
     noise = world_diagnostics(arm, world, mean + 0.3 * normal(batch, count, K, D, seed=2))
     assert noise["oracle_gap"] > 0.02 and abs(noise["oracle_gap_excess"]) < 0.01
     modes = mean + normal(batch, count - 1, K, D, seed=3)
     hits = world_diagnostics(arm, world, torch.cat([modes, target[:, None]], dim=1))
     assert hits["oracle_gap"] > 0.2 and hits["oracle_gap_excess"] > 0.2
+    # Hypotheses that hit in the first half alone show in the early excess whole, in the other by half.
+    hits = torch.where(early[:, None, None, None], torch.cat([modes, target[:, None]], dim=1), mean)
+    found = world_diagnostics(arm, world, hits)
+    assert found["oracle_gap_excess_early"] > 1.5 * found["oracle_gap_excess"] > 0.1
 
 
 def test_the_control_is_the_same_every_time_and_draws_from_no_global_generator():

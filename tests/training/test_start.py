@@ -128,6 +128,27 @@ def test_a_fresh_policys_rename_is_written_too(data, tmp_path):
     assert rename_map(processor.before) == dict(zip(full("image", "image2"), full("front", "wrist")))
 
 
+@pytest.mark.parametrize(("mode", "names"), [("QUANTILES", ("q01", "q99")), ("QUANTILE10", ("q10", "q90"))])
+def test_quantiles_that_the_data_do_not_store_are_computed(mode, names, data, base, tmp_path):
+    shutil.copytree(base.parent, tmp_path / "base")
+    for name in ("policy_preprocessor", "policy_postprocessor"):
+        path = tmp_path / "base" / "checkpoint" / f"{name}.json"
+        description = json.loads(path.read_text())
+        for step in description["steps"]:
+            if step["registry_name"].endswith("normalizer_processor"):
+                step["config"]["norm_map"] = {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode}
+        path.write_text(json.dumps(description))
+    run(data, tmp_path / "base" / "checkpoint", tmp_path / "run")
+    _, processor = load_policy(tmp_path / "run" / "last")
+    demos = load(data)
+    for feature, values in (("observation.state", demos.state), ("action", demos.action)):
+        want = np.quantile(values.astype(np.float64), [int(name[1:]) / 100 for name in names], axis=0)
+        got = torch.stack([processor.stats[feature][name] for name in names])
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+        normal = processor.normalise(feature, torch.from_numpy(want).float())
+        np.testing.assert_allclose(normal, [[-1] * values.shape[1], [1] * values.shape[1]], atol=1e-5)
+
+
 def test_a_camera_that_the_data_lack_is_left_out_and_a_black_one_is_not_asked_of_them(
     data, base, tmp_path, capsys
 ):
