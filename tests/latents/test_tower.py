@@ -176,7 +176,7 @@ from training.start import make_caches
 tower.BLOCK, real, calls = 8, os.fsync, []
 def fsync(number):
     calls.append(number)
-    if len(calls) == 3:
+    if len(calls) == 4:  # the first brings the sidecar
         os.kill(os.getpid(), signal.SIGKILL)  # rows of the third block are written, its mark is not
     real(number)
 os.fsync = fsync
