@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from arm import Arm, load_arm
 from data import Source
-from files import LARGEST, Refused, read_json, read_tensors
+from files import LARGEST, Refused, read_json, read_tensors, shape_of
 from model import masked_mean
 from ranks import Stop, Together, run_program, start_ranks, sum_over_ranks
 from readers.demos import Demos
@@ -195,7 +195,7 @@ def main(config: TrainConfig) -> None:
     progress = Progress()
     if last is not None:
         arm, processor = load_arm(last, config.world_model, allow_missing=config.allow_missing)
-        progress = Progress(**read_json(last / STATE))
+        progress = Progress(**read_json(last / STATE, shape_of(Progress)))
     else:
         arm, processor = build_arm(config, demos, latents, frames)
         for note in processor.notes:

@@ -217,7 +217,7 @@ def test_data_far_outside_of_a_checkpoints_statistics_stop_a_run_before_its_firs
 ):
     copy = tmp_path / "far"
     shutil.copytree(adapted / "last", copy)
-    (copy / "manifest.json").unlink()
+    (copy / "manifest.json").unlink()  # what is changed on purpose
     for path in copy.glob("policy_*processor_step*.safetensors"):
         stats = load_file(path)
         stats["observation.state.mean"] = (
