@@ -46,6 +46,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from arm import Arm, ArmConfig, Summary
 from bench import latents, loop, simulator
 from files import Refused
+from fusion import SITES as ALL
+from fusion import Late
 from model import SmolVLA, prefix_inputs
 from readers.demos import Demos
 from readers.load import load
@@ -60,18 +62,15 @@ PROMPT = 16  # tokens of an instruction
 LEAST = 1.0  # seconds that a case is measured for at least
 ONE = {"none": {"fusion": ("none",)}}
 SITES = ONE | {
-    "late": {"fusion": ("late",)},
-    "suffix_in": {"fusion": ("suffix_in",)},
-    "prefix_tokens, block state": {"fusion": ("prefix_tokens",), "prefix_block": "state"},
-    "prefix_tokens, block prefix": {"fusion": ("prefix_tokens",)},
-    "prefix_cross": {"fusion": ("prefix_cross",)},
+    " ".join([name, *fields.values()]): {"fusion": (name,)} | fields
+    for name, site in ALL.items()
+    for fields in site.variants
 }
+LATE = {"fusion": (Late.name,)}
 BANKS = {
-    "late, 1 hypothesis": {"fusion": ("late",)},
-    "late, 4 hypotheses": {
-        "fusion": ("late",), "num_hypotheses": 4, "hypothesis_method": "mixture", "world_loss": "softmin",
-    },
-}  # fmt: skip
+    "1 hypothesis": LATE,
+    "4 hypotheses": LATE | {"num_hypotheses": 4, "hypothesis_method": "mixture", "world_loss": "softmin"},
+}
 
 
 @dataclass(frozen=True)
