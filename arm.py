@@ -20,12 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
-import safetensors
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from files import Refused, check_finite, read_json, read_tensors, save_tensors
+from files import Refused, check_finite, misfit, read_json, read_tensors, save_tensors, shape_of
 from fusion import SITES, Fusion, FusionConfig, Memory, Sizes
 from latents.encoders import PCA, Learned, WorldConfig, encoder_from_state
 from model import SmolVLA, load_policy
@@ -48,11 +47,10 @@ from prophet import (
     parse_mode,
     world_loss,
 )
-from smolvla.checkpoint import save_policy
+from smolvla.checkpoint import WORLD_FILE, save_policy, stored_arm
 from smolvla.folders import checkpoint_in
 from smolvla.processor import Processor
 
-WORLD_FILE = "world.safetensors"
 Fusions = Literal[("none", *SITES)]
 
 
@@ -431,14 +429,16 @@ def stored_config(folder: Path) -> ArmConfig | None:
     Raises Refused where the file is damaged or of another version.
     """
     path = world_file(folder)
-    if not path.is_file():
+    stored = stored_arm(path.parent)
+    if stored is None:
         refuse_lost_memory(path)
         return None
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return ArmConfig(**{k: as_tuple(v) for k, v in json.loads(file.metadata()["config"]).items()})
-    except (safetensors.SafetensorError, TypeError, KeyError) as error:
-        raise Refused(f"{path} cannot be read ({error}): take the checkpoint before it") from error
+    known = shape_of(ArmConfig)
+    strange = sorted(name for name in stored if f"{name}?" not in known)
+    why = f"nobody knows {', '.join(strange)}" if strange else misfit(stored, known)
+    if why:
+        raise Refused(f"{path} cannot be read ({why}): another version wrote it; train the arm again")
+    return ArmConfig(**{name: as_tuple(value) for name, value in stored.items()})
 
 
 def refuse_lost_memory(path: Path) -> None:

@@ -311,8 +311,12 @@ class PrefixTokens(Site):
         return Attention(p, self.rows, view.finite)
 
     def logged(self, calls: Calls, view: WorldTokens) -> dict[str, Tensor]:
-        """The share (B, C) of all attention that is theirs."""
-        return {"world_mass": self.shares(calls).sum(-1).mean(1)}  # (B, H, C, m) -> (B, C)
+        """The share (B, C) of all attention that is theirs; the lengths of what they add to a layer's
+        attention, and of what it gives without them."""
+        pairs = [(torch.tanh(self.gate) * (shown - hidden), hidden) for hidden, shown in map(outputs, calls)]
+        lengths = [torch.stack([x.float().norm(dim=-1) for x in side]).mean(0) for side in zip(*pairs)]
+        mass = self.shares(calls).sum(-1).mean(1)  # (B, H, C, m) -> (B, C)
+        return {"world_mass": mass, **dict(zip(("ctx_norm", "act_norm"), lengths))}
 
 
 # A new site is a name here: command line, diagnostics, reports, speed and tests all read this table.
@@ -449,6 +453,22 @@ def probabilities(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return logits.masked_fill(~mask, -torch.inf).softmax(-1)
     return (logits + mask).softmax(-1)
+
+
+def outputs(call: tuple[nn.Module, tuple]) -> list[Tensor]:
+    """Recompute what an expert layer's attention gives, (B, C, W), without world tokens and with them."""
+    block, (x, rope, mask, past) = call
+    values = past[1]
+    if not block.cross:
+        own = block.self_attn.keys_values(block.input_layernorm(x), rope)[1]
+        values = torch.cat([values, own], dim=2)
+    found = []
+    for seen in (mask.hidden, mask.shown):
+        p = layer_attention(block, x, rope, seen, past)
+        context = p @ values.float().repeat_interleave(p.shape[1] // values.shape[1], dim=1)  # (B, H, C, d)
+        out = block.self_attn.o_proj
+        found.append(out(context.transpose(1, 2).flatten(2).to(out.weight.dtype)))
+    return found
 
 
 def layer_attention(

@@ -192,7 +192,8 @@ class SmolVLA(nn.Module):
 
     def prepare_image(self, image: Tensor) -> Tensor:
         """Resize and pad (B, 3, h, w) in [0, 1] to (B, 3, S, S) in [-1, 1]."""
-        image = resize_with_pad(image, self.config.image_size) * 2 - 1
+        image = resize_with_pad(image, self.config.image_size)
+        image = torch.add(image.new_tensor(-1.0), image, alpha=2)  # 2 x - 1 in one pass
         return image.to(self.vision.post_layernorm.weight.dtype)
 
     def embed_images(self, images: list[Tensor]) -> list[Tensor]:

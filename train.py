@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from arm import Arm, load_arm
 from data import Source
-from files import LARGEST, Refused, read_json, read_tensors
+from files import LARGEST, Refused, read_json, read_tensors, shape_of
 from model import masked_mean
 from ranks import Stop, Together, run_program, start_ranks, sum_over_ranks
 from readers.demos import Demos
@@ -38,6 +38,7 @@ from readers.load import in_files
 from readers.prefetch import Loader
 from rollouts.conform import check_statistics
 from rollouts.facts import describe_data
+from simulator.env import CONTROL_HZ
 from smolvla import kernels
 from smolvla.folders import OPTIMIZER, RAW, STATE, newest_whole, point
 from training.diagnostics import (
@@ -204,11 +205,13 @@ def main(config: TrainConfig) -> None:
     progress = Progress()
     if last is not None:
         arm, processor = load_arm(last, config.world_model, allow_missing=config.allow_missing)
-        progress = Progress(**read_json(last / STATE))
+        progress = Progress(**read_json(last / STATE, shape_of(Progress)))
     else:
         arm, processor = build_arm(config, demos, latents, frames)
         for note in processor.notes:
             say(f"adapted: {note}")
+    for cut in processor.cut(demos.tasks[task] for task in np.unique(demos.task)):
+        say(f"warning: {cut}")
     weights = fingerprint(arm.policy) if rank == 0 else ""
     if latents is not None:
         latents = latents.under(arm.encoder, demos)  # of a checkpoint that was trained on other data
@@ -529,8 +532,9 @@ def banner(
     if config.sites:
         ahead, chunk = config.future * config.world_stride, arm.policy.config.n_action_steps
         back = (config.history - 1) * config.world_stride + config.world_clip - 1
-        looks = f"looks {ahead / 20:.1f} s ahead, {back / 20:.1f} s back"
-        lines.append(f"memory {config.mode}: {looks}; a chunk executes {chunk / 20:.1f} s")
+        rate = facts["data_facts"]["control_hz"] or facts["data_facts"]["fps"] or CONTROL_HZ
+        looks = f"looks {ahead / rate:.1f} s ahead, {back / rate:.1f} s back"
+        lines.append(f"memory {config.mode}: {looks}; a chunk executes {chunk / rate:.1f} s, at {rate:g} Hz")
     return lines
 
 

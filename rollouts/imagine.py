@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from arm import Arm
+from files import beside
 from latents.encoders import PCA
 from prophet import NEEDS
 from simulator.env import CONTROL_HZ
@@ -245,7 +246,6 @@ def save_strips(folder: Path, name: str, strips: Sequence[np.ndarray]) -> list[P
     drawn = {f"{name}_d{number:03d}.png": picture for number, picture in enumerate(strips)}
     drawn[f"{name}.png"] = contact_sheet(strips)
     for file, picture in drawn.items():
-        partial = folder / f".{file}.partial"
-        Image.fromarray(picture).save(partial, format="PNG")
-        partial.replace(folder / file)
+        with beside(folder / file) as partial:
+            Image.fromarray(picture).save(partial)
     return [folder / file for file in drawn]

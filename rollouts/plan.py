@@ -16,7 +16,18 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from arm import Arm
-from files import Refused, check_numbers, number_from_environment, read_json, write_json
+from files import (
+    NUMBER,
+    Refused,
+    check_numbers,
+    naming,
+    number_from_environment,
+    read_json,
+    shape_of,
+    write_json,
+)
+from readers.selection import plain_text
+from rollouts.facts import Facts
 from simulator.env import (
     NUM_INIT_STATES,
     NUM_TASKS,
@@ -27,8 +38,24 @@ from simulator.env import (
     check_suite,
     check_task,
     parse_ids,
+    task_instructions,
 )
 from smolvla.folders import find_folder, holds_weights
+
+RECORDED = {
+    **dict.fromkeys(("suite?", "draw?", "reset?", "texture_colorspace?", "either?"), str | None),
+    **dict.fromkeys(("task_id?", "size?"), int | None),
+    **{
+        "displace?": NUMBER | None,
+        "init_state_ids?": ([int | None], type(None)),
+        "versions?": ({str: str}, type(None)),
+    },
+}
+# What a run records of itself, as far as an evaluation reads it.
+RUN = {
+    **{"fusion?": [str], "held_out?": [int], "data_provenance?": ([RECORDED], type(None))},
+    **{"data?": str, "data_fingerprint?": str | None, "data_facts?": (shape_of(Facts), type(None))},
+}
 
 
 @dataclass(frozen=True)
@@ -129,7 +156,8 @@ def newest_run(root: Path, sited: bool = False) -> Path:
     steps.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     runs = list(dict.fromkeys(step.parent for step in steps if (step.parent / "config.json").is_file()))
     if sited:
-        runs = [run for run in runs if read_json(run / "config.json").get("fusion", ["none"]) != ["none"]]
+        sites = {run: read_json(run / "config.json", RUN).get("fusion", ["none"]) for run in runs}
+        runs = [run for run in runs if sites[run] != ["none"]]
     if not runs:
         which = " with a memory site" if sited else ""
         raise Refused(
@@ -167,7 +195,7 @@ def find_target(config: ProtocolConfig, sited: bool = False) -> Target:
             "folder (with model.safetensors)"
         )
     record = folder.parent / "config.json"
-    if record.is_file() and "arm" in (run := read_json(record)):
+    if record.is_file() and "arm" in (run := read_json(record, RUN)):
         return Target(folder, config.out or folder.parent, folder.name, run)
     return Target(folder, config.out or Path("runs/eval", title), folder.name, {})
 
@@ -189,7 +217,8 @@ def open_out(target: Target, arm: Arm) -> None:
     there = read_json(path).get("results_of", "a training run") if path.is_file() else source
     if there != source:
         raise Refused(f"{target.out} holds results of {there}, not of {source}: choose another --out")
-    target.out.mkdir(parents=True, exist_ok=True)
+    with naming(target.out):
+        target.out.mkdir(parents=True, exist_ok=True)
     write_json(path, record | {"results_of": source})
 
 
@@ -215,6 +244,11 @@ class Plan:
         moved = f", displaced by up to {100 * sim.displace:g} cm" if sim.displace else ""
         return f"{sim.suite}: {what}, {self.n_action_steps} actions a chunk, drawn {sim.draw}{moved}"
 
+    def instructions(self) -> list[str]:
+        """The instructions of its tasks, as LIBERO has them."""
+        every = task_instructions(self.sim.suite)
+        return [every[task] for task in sorted({task for task, _ in self.starts})]
+
     def record(self) -> dict:
         """The protocol, as it is stored with every result."""
         named = {"cameras": " ".join(sorted(self.cameras))} if self.cameras else {}
@@ -231,14 +265,25 @@ def make_plans(config: ProtocolConfig, run: dict, arm: Arm) -> list[Plan]:
     data = [d for d in run.get("data_provenance") or [] if d.get("suite")]
     suites = config.suites or tuple(dict.fromkeys(d["suite"] for d in data))
     if not suites:
-        raise Refused(
-            "--suite is needed: the checkpoint does not say what it was trained on; choose from "
-            + ", ".join(s.removeprefix("libero_") for s in SUITES)
-        )
+        raise Refused(f"--suite is needed: {why_no_suite(run)}")
     return [
         make_plan(config, suite, {d["task_id"]: d for d in data if d["suite"] == suite}, arm)
         for suite in suites
     ]
+
+
+def why_no_suite(run: dict) -> str:
+    """Say why a run's data name no suite, and which ones have their instructions."""
+    said = (run.get("data_facts") or {}).get("tasks")
+    choose = "choose from " + ", ".join(s.removeprefix("libero_") for s in SUITES)
+    if said is None:
+        return f"the checkpoint does not say what it was trained on; {choose}"
+    known = set(map(plain_text, said))
+    fit = [suite for suite in SUITES if known & set(map(plain_text, task_instructions(suite)))]
+    if not fit:
+        return f'the run was trained on no LIBERO data, but on such as "{said[0]}"; {choose}'
+    short = " ".join(suite.removeprefix("libero_") for suite in fit)
+    return f"the data's instructions are those of --suite {short}"
 
 
 def make_plan(config: ProtocolConfig, suite: str, mine: dict[int, dict], arm: Arm) -> Plan:

@@ -26,7 +26,8 @@ FLOORS = (
     ("latents",),
     ("model", "readers", "matrix"),
     ("smolvla", "simulator"),
-    ("fusion", "prophet", "files", "ranks", "report"),
+    ("fusion", "prophet", "ranks", "report"),
+    ("files",),
 )
 ROOMS = {room: -floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 AT_THE_ROOT = {

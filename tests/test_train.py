@@ -36,6 +36,8 @@ from training.start import build_arm, keyed_seed, open_data
 
 ROOT = Path(__file__).parent.parent
 FLAGS = [
+    "--dtype",
+    "float32",
     "--freeze",
     "none",
     "--batch-size",

@@ -319,7 +319,7 @@ KINDS = ("attn_pmax", "attn_entropy", "attn_entropy_step")
 
 @pytest.mark.parametrize("site", ATTENDING)
 def test_each_site_reports_its_numbers_and_no_hypotheses_where_there_is_one(site):
-    own = ("world_mass",) if SITES[site].at == "tokens" else ("ctx_norm", "act_norm")
+    own = ("ctx_norm", "act_norm") + ("world_mass",) * (SITES[site].at == "tokens")
     out = attention(made((site,), prefix_tokens=K))
     assert set(out) == {f"{site}/{name}" for name in KINDS + own}
     bank = attention(with_bank(site, normal(2, 2, K, D)))
@@ -359,7 +359,7 @@ def test_recomputed_attention_to_world_tokens_is_what_the_expert_did(mode):
     layers = list(arm.policy.expert.layers)
     read = [layer for layer, _ in calls["prefix_tokens"]]
     assert read == [layer for layer in layers if layer.cross == (mode == "cross_attn")] and len(read) > 1
-    masses = []
+    masses, added = [], []
     for layer, (x, rope, mask, past) in calls["prefix_tokens"]:
         v = past[1]
         if not layer.cross:
@@ -367,11 +367,29 @@ def test_recomputed_attention_to_world_tokens_is_what_the_expert_did(mode):
         p = layer_attention(layer, x, rope, mask.shown, past)
         context = (p @ v.repeat_interleave(p.shape[1] // v.shape[1], dim=1)).transpose(1, 2).flatten(2)
         torch.testing.assert_close(context, seen[layers.index(layer)], atol=1e-5, rtol=1e-4)
+        q = layer.self_attn.queries(layer.input_layernorm(x), rope)
+        k = past[0] if layer.cross else torch.cat([past[0], layer.keys_values(x, rope)[0]], dim=2)
+        without = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.hidden, enable_gqa=True)
+        both = (layer.self_attn.o_proj(c) for c in (context, without.transpose(1, 2).flatten(2)))
+        added.append(torch.sub(*both).norm(dim=-1))
         masses.append((p * (mask.shown & ~mask.hidden)).sum(-1))  # only world tokens are shown, not hidden
     out = attention(arm)
     assert out["prefix_tokens/world_mass"] == pytest.approx(torch.stack(masses).mean().item(), rel=1e-4)
     assert 0 < out["prefix_tokens/world_mass"] < 1
     assert 0.5 <= out["prefix_tokens/attn_pmax"] < 1
+    assert out["prefix_tokens/ctx_norm"] == pytest.approx(torch.stack(added).mean().item(), rel=1e-4)
+    assert 0 < out["prefix_tokens/ctx_norm"] < 2 * out["prefix_tokens/act_norm"]
+
+
+@pytest.mark.parametrize("freeze", ["expert", "none"])
+def test_sites_are_measured_in_bfloat16_too(freeze):
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        arm = made(tuple(SITES), prefix_tokens=K)
+        arm.policy.freeze(freeze)
+        arm.policy.set_dtype(dtype)
+        found[dtype] = attention(arm)
+    assert found[torch.bfloat16] == pytest.approx(found[torch.float32], rel=0.1, abs=0.01)
 
 
 def test_closed_gates_are_measured_too():
