@@ -354,7 +354,7 @@ class Work:
     def shared(self, rollout: Rollout) -> dict:
         """What all lines of a mode have in common."""
         state = self.target.folder / "state.json"
-        samples = {"samples": read_json(state)["samples"]} if state.is_file() else {}
+        samples = {"samples": read_json(state, {"samples": int})["samples"]} if state.is_file() else {}
         common = {"checkpoint": self.target.name, **samples, "memory": rollout.mode}
         return common | {"protocol": rollout.plan.record()}
 

@@ -9,13 +9,18 @@ Tensors that are read stay mapped from their file; what replaces it is another f
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 LARGEST = 10**15  # of any number that a person gives
+Shape = Any  # of a JSON value, as `misfit` reads it
+NUMBER = int | float
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,14 +96,103 @@ def check_finite(tensors: Mapping[str, Tensor], where: object) -> None:
             )
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON file; a missing or broken one is Refused by name."""
-    if not path.is_file():
-        raise Refused(f"{path} is missing: a checkpoint folder needs it")
+# ---- reading ------------------------------------------------------------------------------------------
+
+
+def misfit(value: object, shape: Shape, name: str = "") -> str:
+    """Say what keeps a JSON value from having a shape; "" where it has it.
+
+    Args: shape, a type or several (int | None; numbers are neither true nor false), a Literal, a tuple of
+    shapes to choose from, a list of one shape, or a dictionary: of keys that must be there, of "key?" that
+    may be, or of `str` for whatever keys there are.
+    """
+    what = name or "it"
+    if isinstance(shape, tuple):
+        return "" if any(not misfit(value, each) for each in shape) else f"{what} is {value!r:.40}"
+    if not isinstance(shape, dict | list):
+        kinds, literal = get_args(shape) or (shape,), get_origin(shape) is Literal
+        fits = isinstance(value, str) and value in kinds if literal else isinstance(value, kinds)
+        if isinstance(value, bool):
+            fits = bool in kinds or object in kinds
+        return "" if fits else f"{what} is {value!r:.40}"
+    if not isinstance(value, type(shape)):
+        return f"{what} is {value!r:.40}, not {'an object' if isinstance(shape, dict) else 'a list'}"
+    if isinstance(shape, list):
+        inner = (misfit(each, shape[0], f"{name}[{i}]") for i, each in enumerate(value))
+        return next(filter(None, inner), "")
+    if missing := [k for k in shape if k is not str and not k.endswith("?") and k not in value]:
+        return f"{what} has no {', '.join(missing)}"
+    dot = f"{name}." if name else ""
+    known = {k.removesuffix("?"): each for k, each in shape.items() if k is not str}
+    found = ((key, known.get(key, shape.get(str))) for key in value)
+    inner = (misfit(value[key], each, f"{dot}{key}") for key, each in found if each is not None)
+    return next(filter(None, inner), "")
+
+
+def shape_of(hint: Any) -> Shape:
+    """Give the shape of a type hint's JSON; of a dataclass's, none of whose fields need be there."""
+    origin, args = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        hints, fields = get_type_hints(hint), dataclasses.fields(hint)
+        return {f"{field.name}?": shape_of(hints[field.name]) for field in fields}
+    if origin in (list, tuple):
+        return [shape_of(args[0])]
+    if origin is dict:
+        return {str: shape_of(args[1])}
+    if origin in (Union, UnionType):
+        return tuple(map(shape_of, args))
+    return {Any: object, float: NUMBER}.get(hint, hint)
+
+
+def parse_json(text: str | bytes, shape: Shape | None = None) -> Any:
+    """Read a JSON object, or what `shape` says. Raises Refused that says what is wrong with it."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise Refused(f"{path} is not JSON ({error}): copy the checkpoint again") from error
+        value, why = json.loads(text), ""
+    except RecursionError:
+        why = "nested too deep"
+    except UnicodeDecodeError:
+        why = "its bytes are not UTF-8"
+    except ValueError as error:
+        why = str(error)
+    if why or (shape is None and not isinstance(value, dict)):
+        raise Refused(f"it is not a JSON object ({why or f'{value!r:.40}'})")
+    if shape is not None and (why := misfit(value, shape)):
+        raise Refused(why)
+    return value
+
+
+def read_bytes(path: Path, again: str) -> bytes:
+    """Read a file; one that is missing, or cannot be read, is Refused in the system's words."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+            raise Refused(f"{path} is missing: {again}") from error
+        raise Refused(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def read_json(path: Path, shape: Shape | None = None, again: str = "copy the checkpoint again") -> dict:
+    """Read a JSON file of a shape; one that is missing, broken or of another shape is Refused by name."""
+    content = read_bytes(path, again)
+    try:
+        return parse_json(content, shape)
+    except ValueError as error:
+        raise Refused(f"{path} cannot be used, {error}: {again}") from error
+
+
+def json_lines(path: Path, shape: Shape | None = None) -> Iterator[tuple[int, dict, str]]:
+    """Yield number, object and "" of each line of a JSONL file; or what is wrong with it, and no object.
+
+    Nothing for a file that is not there. A last line that is being written, or was cut off, is left out.
+    """
+    lines = read_bytes(path, "").split(b"\n") if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield number, parse_json(line, shape), ""
+            except ValueError as error:
+                if number < len(lines):
+                    yield number, {}, str(error)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -114,26 +208,65 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise Refused(f"{path} cannot be read ({error}): copy the checkpoint again") from error
 
 
+# ---- writing ------------------------------------------------------------------------------------------
+
+
+# What a disk says that is full, read-only or broken: nobody's mistake here, and no traceback helps.
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+class Unwritable(OSError):
+    """A file that a disk refuses to take; programs print it as one line."""
+
+    def __str__(self) -> str:
+        again = "make room or choose another folder; the same command goes on from here"
+        return f"{self.filename} cannot be written ({self.strerror}): {again}"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give what a disk refuses the name of the file that could not be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        raise Unwritable(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Give a name to write a file under; once it is on the disk, it takes its own.
+
+    A kill or a full disk leaves the file before, or none; what is half there goes, but after a kill.
+    """
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        with naming(path):
+            yield partial
+            to_disk(partial)
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file beside, then rename it: tensors may be mapped from the one it replaces."""
     from safetensors.torch import save_file
 
-    partial = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
-    partial.replace(path)
+    with beside(path) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
 
 
 def write_json(path: Path, content: dict) -> None:
     """Write indented JSON."""
-    path.write_text(to_json(content) + "\n")
+    replace_text(path, to_json(content) + "\n")
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file beside, to the disk, then rename it: a kill leaves the one before, or none."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text)
-    to_disk(beside)
-    beside.replace(path)
+def replace_text(path: Path, text: str | bytes) -> None:
+    """Write a file."""
+    with beside(path) as partial:
+        partial.write_bytes(text.encode() if isinstance(text, str) else text)
 
 
 def to_disk(path: Path) -> None:
@@ -146,9 +279,16 @@ def to_disk(path: Path) -> None:
 
 
 def append_json(path: Path, line: dict) -> None:
-    """Append one line of JSON."""
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    """Append one line of JSON, all of it or nothing."""
+    content = json.dumps(line).encode() + b"\n"
+    with naming(path), path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def to_json(content: dict, indent: int = 2) -> str:

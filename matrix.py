@@ -14,7 +14,6 @@ puts them. Python is all that is needed here, so that --dry-run and --list work 
 from __future__ import annotations
 
 import fcntl
-import json
 import math
 import os
 import re
@@ -34,7 +33,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from files import Refused
+from files import Refused, parse_json
 from smolvla.config import PRETRAINED, RECIPES
 
 WHOLE, TASK = "[1-9][0-9]{0,14}", "[0-9]{1,4}(-[0-9]{1,4})?"
@@ -247,10 +246,9 @@ def text(path: Path) -> str:
 def parse(line: str) -> dict:
     """Read a JSON object; empty where there is none, as in a line that is being written."""
     try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
+        return parse_json(line)
+    except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def clean(line: str) -> str:

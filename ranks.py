@@ -33,6 +33,8 @@ import torch.distributed as dist
 import tyro
 from torch import Tensor
 
+from files import Unwritable
+
 
 def start_ranks(
     backend: str | None = None, timeout: timedelta | None = None
@@ -152,6 +154,8 @@ def run_program(
     try:
         main(read_command_line(config, description, first))
     except refused as error:
+        line = str(error)
+    except Unwritable as error:
         line = str(error)
     except torch.OutOfMemoryError as error:
         line = f"{str(error).splitlines()[0]}: raise --accumulate, or lower --batch-size or --num-envs"

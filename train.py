@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from arm import Arm, load_arm
 from data import Source
-from files import LARGEST, Refused, read_json, read_tensors
+from files import LARGEST, Refused, read_json, read_tensors, shape_of
 from model import masked_mean
 from ranks import Stop, Together, run_program, start_ranks, sum_over_ranks
 from readers.demos import Demos
@@ -75,6 +75,7 @@ from training.start import (
     record_demo,
     whose_statistics,
 )
+from training.trackers import check_package, open_trackers
 
 # Options that --help begins with.
 OFTEN = ("data", "init", "fusion", "memory", "total_samples", "batch_size", "lr", "seed", "out", "arm")
@@ -130,6 +131,12 @@ class TrainConfig(StartConfig, OptimiseConfig):
     threads: int | None = None
     """Threads of torch on a CPU; default: torch's own choice."""
 
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the log lines as well; needs the package wandb."""
+
+    tensorboard: bool = False
+    """Write the log lines for TensorBoard as well, to OUT/tensorboard; needs the package tensorboard."""
+
     limits: ClassVar = {
         **dict.fromkeys(("flow_draws", "log_every", "save_every", "max_bad_steps"), (1, LARGEST)),
         **dict.fromkeys(("keep_every", "save_minutes"), (0, LARGEST)),
@@ -139,6 +146,8 @@ class TrainConfig(StartConfig, OptimiseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.settle({"out": Path("runs", f"{self.arm_name}-n{self.total_samples}-s{self.seed}")})
+        for package in filter(lambda name: getattr(self, name), ("wandb", "tensorboard")):
+            check_package(package)
         if self.keep_every % self.save_every:
             raise Refused(
                 f"--keep-every {self.keep_every} must be a multiple of --save-every {self.save_every}, or 0"
@@ -157,7 +166,8 @@ class TrainConfig(StartConfig, OptimiseConfig):
         return (
             "out", "data", "pictures", "workers", "features", "prepare", "log_every", "save_every",
             "save_minutes", "keep_every", "max_bad_steps", "compile", "threads", "accumulate", "world_model",
-            "data_facts", "flops_per_sample", "weights_fingerprint", "compared_with", "accept",
+            "data_facts", "flops_per_sample", "weights_fingerprint", "compared_with", "accept", "wandb",
+            "tensorboard",
         )  # fmt: skip
 
     def stays(self, step: int) -> bool:
@@ -195,7 +205,7 @@ def main(config: TrainConfig) -> None:
     progress = Progress()
     if last is not None:
         arm, processor = load_arm(last, config.world_model, allow_missing=config.allow_missing)
-        progress = Progress(**read_json(last / STATE))
+        progress = Progress(**read_json(last / STATE, shape_of(Progress)))
     else:
         arm, processor = build_arm(config, demos, latents, frames)
         for note in processor.notes:
@@ -339,6 +349,7 @@ def spend(
     usage, watch = Usage(config.num_hypotheses, source.device), CollapseWatch()
     bad = BadSteps(source.device, progress.bad_steps, progress.bad_in_a_row)
     clock, since = time.perf_counter(), progress.samples
+    trackers = open_trackers(vars(config), config.out, progress.samples) if rank == 0 else []
     saved, wait = time.monotonic(), min(1.0, config.save_minutes)  # a first checkpoint comes early
     with Stop() as stop:
         while progress.samples < config.total_samples:
@@ -364,6 +375,8 @@ def spend(
                 line = log_line(config, arm, out, progress, rate, ranks, facts) | usage.read()
                 if rank == 0:
                     log(config.out, line, config.total_samples)
+                    for tell in trackers:
+                        tell(line)
                 if (warning := watch.see(step, line)) and rank == 0:
                     print(warning, flush=True)
                 clock, since = time.perf_counter(), done
@@ -371,7 +384,10 @@ def spend(
                 with nullcontext() if average is None else average.in_place():
                     found = validate(source, out_episodes, rank, ranks)
                 if rank == 0:
-                    log_validation(config.out, {"samples": done, "step": step} | found)
+                    found = {"samples": done, "step": step} | found
+                    log_validation(config.out, found)
+                    for tell in trackers:
+                        tell(found)
             if rank == 0 and saves:
                 save(config.out, arm, source.processor, optimizer, progress, average, config.stays)
             if saves:

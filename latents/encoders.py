@@ -40,7 +40,7 @@ import tyro
 from safetensors import SafetensorError
 from torch import Tensor
 
-from files import Refused, check_numbers, read_json
+from files import Refused, check_numbers, parse_json, read_json
 from readers.selection import camera_name
 from smolvla.folders import find_folder
 from smolvla.layers import VisionTower, resize_with_pad
@@ -382,10 +382,21 @@ def encoder_from_state(
     Args: policy, whose tower `siglip` is.
     """
     tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
-    stats = WorldStats(*(tensors[f"stats.{name}"] for name in ("mean", "std", "dim_std")))
+    own = ("pca.size", "pca.mean", "pca.components")
+    own = own if config.world_encoder == "pca" else ("learned.size", "learned.facts")
+    statistics = [f"stats.{name}" for name in ("mean", "std", "dim_std")]
+    if lacking := sorted({*own, *statistics} - set(tensors)):
+        raise Refused(
+            f"the stored world encoder lacks {', '.join(lacking)}: it is damaged, or of another kind"
+        )
+    stats = WorldStats(*(tensors[name] for name in statistics))
     if config.world_encoder != "pca":
         backbone = open_backbone(config, policy)
-        stored = json.loads(bytes(tensors["learned.facts"].tolist()))
+        try:
+            shape = dict.fromkeys(("weights", "pooling", "model"), str)
+            stored = parse_json(bytes(tensors["learned.facts"].tolist()), shape)
+        except ValueError as error:
+            raise Refused(f"the stored world encoder's facts are damaged: {error}") from error
         for field in ("weights", "pooling"):
             if stored[field] != backbone.facts[field]:
                 raise Refused(

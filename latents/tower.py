@@ -32,13 +32,13 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from files import Refused
+from files import Refused, read_json, replace_text
 from latents import blocks
 from latents.blocks import (
     Layout,
@@ -182,15 +182,18 @@ class Features:
         return dict(zip(self.stored["cameras"], rows.view(getattr(torch, self.stored["dtype"])).unbind(1)))
 
 
+SHAPE = {
+    **dict.fromkeys(("rows", "tokens", "width"), int),
+    **{"cameras": [str], "dtype": Literal["bfloat16", "float32"], "checks": {str: [int]}},
+}
+
+
 def read_sidecar(folder: Path, again: str) -> dict[str, Any]:
     """Read what a cache was made from; Refused where it is missing or damaged."""
     try:
-        stored = json.loads((folder / SIDECAR).read_text())
-        row_bytes(stored), stored["checks"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
-        raise Refused(f"features {folder} are missing or damaged ({cause}): {again}") from error
-    return stored
+        return read_json(folder / SIDECAR, SHAPE)
+    except Refused as error:
+        raise Refused(f"features {folder} are missing or damaged ({error}): {again}") from error
 
 
 def row_shape(stored: dict[str, Any]) -> tuple[int, int, int, int]:
@@ -259,7 +262,7 @@ def seal(part: Path) -> None:
     rows = np.memmap(part / ROWS, KINDS[stored["dtype"]], "r", shape=row_shape(stored))
     content = io.BytesIO()
     np.save(content, np.array([zlib.crc32(row) for row in rows], np.uint32))
-    blocks.write_beside(part / CHECKS, content.getvalue())
+    replace_text(part / CHECKS, content.getvalue())
 
 
 @torch.no_grad()

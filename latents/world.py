@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from files import Refused
+from files import Refused, read_json, replace_text
 from latents import blocks
 from latents.blocks import Layout, agree, cache_folder, compare, part_of, with_checks
 from latents.encoders import (
@@ -200,10 +200,10 @@ def missing(path: Path, config: WorldConfig, backbone: Backbone) -> Refused:
     identity, nearest = identity_of(config, backbone), None
     for other in sorted(path.parent.glob(f"{path.name.rsplit('_', 1)[0]}_*/{SIDECAR}")):
         try:
-            stored = json.loads(other.read_text())
-            differ = [field for field, value in identity.items() if stored.get(field) != value]
-        except (OSError, ValueError, AttributeError):
+            stored = read_json(other)
+        except Refused:
             continue
+        differ = [field for field, value in identity.items() if stored.get(field) != value]
         if not other.parent.name.endswith(".part") and (nearest is None or len(differ) < len(nearest[0])):
             nearest = differ, other.parent, stored
     if nearest and nearest[0]:
@@ -269,7 +269,7 @@ def open_cache(path: Path, demos: Demos, config: WorldConfig, backbone: Backbone
     if blocks.unfinished(path):
         raise Refused(f"world cache {path} is not finished: run the same command with --prepare")
     try:
-        stored = json.loads((path / SIDECAR).read_text())
+        stored = read_json(path / SIDECAR, {"crc?": {str: int}})
         rows = np.load(path / ROWS, mmap_mode="r")
         tensors = load_file(path / ENCODER)
     except (OSError, ValueError, EOFError, SafetensorError) as error:
@@ -371,15 +371,15 @@ def open_part(
     wanted, again = made_from(demos, config, backbone), f"delete {part} and run again"
     if (part / SIDECAR).is_file():
         try:
-            stored = json.loads((part / SIDECAR).read_text())
-        except (OSError, ValueError) as error:
+            stored = read_json(part / SIDECAR)
+        except Refused as error:
             raise Refused(f"unfinished world cache {part} is damaged ({error}): {again}") from error
         compare(stored, wanted, again, f"unfinished world cache {part}")
     blocks.lay_out(part, layout, wanted)
     if backbone is None and not (part / ENCODER).is_file():
         (part / blocks.MARKS).write_bytes(bytes(layout.blocks))  # what is there was another fit's
         # Where several processes fit at once, the first one's counts for all.
-        blocks.write_beside(part / ENCODER, save(fit(demos, config).state()), keep=True)
+        blocks.write_once(part / ENCODER, save(fit(demos, config).state()))
 
 
 def read_pca(part: Path, config: WorldConfig) -> PCA:
@@ -396,10 +396,10 @@ def complete(part: Path, encoder: PCA | Learned, among: np.ndarray | None = None
         encoder = dataclasses.replace(
             encoder, stats=WorldStats.of_each(rows if among is None else rows[among])
         )
-        blocks.write_beside(part / ENCODER, save(encoder.state()))
-    stored = json.loads((part / SIDECAR).read_text()) | stats_json(encoder.stats)
+        replace_text(part / ENCODER, save(encoder.state()))
+    stored = read_json(part / SIDECAR) | stats_json(encoder.stats)
     stored["crc"] = checksums(part, rows)
-    blocks.write_beside(part / SIDECAR, json.dumps(stored, indent=1).encode() + b"\n")
+    replace_text(part / SIDECAR, json.dumps(stored, indent=1) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from typing import Annotated
 
 import tyro
 
+from files import Unwritable, beside, naming, replace_text
 from report import figures
 from report.findings import looks, partitions, sentences, signals
 from report.page import Bullets, Media, Plot, Section, Shot, Table, Text, markdown, markdown_table, page
@@ -270,7 +271,8 @@ def write_report(runs: list[RunFolder], out: Path, title: str = "Report", aside:
     if not panels:
         names = ", ".join(run.name for run in runs)
         raise Refusal(f"no episodes in episodes.jsonl of {names}; run eval.py on a checkpoint first")
-    out.mkdir(parents=True, exist_ok=True)
+    with naming(out):
+        out.mkdir(parents=True, exist_ok=True)
     palette = figures.looks(sorted({run.arm for run in runs}))
     looked = looks(panels, out / "looks.json")
     sections, printed, rows = [Section("At a glance", [glance_table(panels, looked)])], [], []
@@ -284,12 +286,12 @@ def write_report(runs: list[RunFolder], out: Path, title: str = "Report", aside:
         printed.append(for_terminal(found))
         sections += [*found, *training_sections(panel, palette, out)]
     sections.append(Section("Reproduction", reproduction(runs)))
-    (out / "table.md").write_text(markdown(title, sections, out))
-    with (out / "results.csv").open("w", newline="") as file:
+    replace_text(out / "table.md", markdown(title, sections, out))
+    with beside(out / "results.csv") as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    (out / "report.html").write_text(page(title, LEAD, sections, out))
+    replace_text(out / "report.html", page(title, LEAD, sections, out))
     printed += [f"Not evaluated: {', '.join(missing)}."] if missing else []
     size = (out / "report.html").stat().st_size / 1e6
     wrote = f"wrote {out}/report.html ({size:.1f} MB), table.md, results.csv and figures"
@@ -306,6 +308,8 @@ def main() -> None:
         title = " and ".join(plain(path.resolve().name) for path in config.runs)
         print(write_report(runs, config.out or config.runs[0] / "report", title, aside))
     except Refusal as error:
+        sys.exit(f"error: {error}")
+    except Unwritable as error:
         sys.exit(f"error: {error}")
 
 

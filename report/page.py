@@ -140,7 +140,7 @@ def shrink(path: Path) -> bytes | None:
     try:
         with Image.open(path) as picture:
             picture = picture.convert("RGB")
-    except (OSError, SyntaxError):  # Pillow's words for a file that was cut off
+    except (OSError, SyntaxError, Image.DecompressionBombError):  # cut off, or made to fill the memory
         return None
     if picture.width > WIDEST:
         picture = picture.resize((WIDEST, round(picture.height * WIDEST / picture.width)), Image.LANCZOS)

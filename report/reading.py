@@ -21,15 +21,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from files import NUMBER, Refused, json_lines, misfit, read_json
 from report.stats import Run, pair_key
 
-NUMBER = int | float
-NONE = type(None)
-CONFIG = {"arm": str, "seed": int, "total_samples": int | NONE}
-CONFIG_MAY = {
-    **{"fusion": list | str | NONE, "memory": str | NONE, "compared_with": list | NONE, "blind": bool | NONE},
-    **dict.fromkeys(("memory_dropout", "lambda_world", "flops_per_sample"), NUMBER | NONE),
-    **dict.fromkeys(("params_total", "params_trainable", "num_hypotheses"), int | NONE),
+Refusal = Refused
+CONFIG = {
+    **{"arm": str, "seed": int, "total_samples": int | None},
+    **{"fusion?": list | str | None, "memory?": str | None, "compared_with?": list | None},
+    **dict.fromkeys(("memory_dropout?", "lambda_world?", "flops_per_sample?"), NUMBER | None),
+    **dict.fromkeys(("params_total?", "params_trainable?", "num_hypotheses?"), int | None),
+    "blind?": bool | None,
 }
 EPISODE = {
     "suite": str,
@@ -41,10 +42,6 @@ EPISODE = {
 }
 STEPS = "n_action_steps"  # of each chunk: one checkpoint may be seen under several
 OFFLINE = {"checkpoint": str, "data": str, "fingerprint": str, "episodes": list, "modes": dict}
-
-
-class Refusal(ValueError):
-    """What a person can put right, in one line."""
 
 
 class Aside(NamedTuple):
@@ -123,33 +120,12 @@ def ranges(numbers: Iterable[int]) -> str:
     return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
 
 
-def parse(text: str) -> dict:
-    """Return the object that JSON text holds, its strings made plain. Raises ValueError for anything else."""
-    try:
-        value = json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
-    if not isinstance(value, dict):
-        raise ValueError("not an object")
-    return value if text.isprintable() and "\\" not in text else made_plain(value)
-
-
 def made_plain(value: object) -> object:
     if isinstance(value, dict):
         return {plain(key): made_plain(x) for key, x in value.items()}
     if isinstance(value, list):
         return [made_plain(x) for x in value]
     return plain(value) if isinstance(value, str) else value
-
-
-def wrong(row: dict, needed: dict, may: dict | None = None) -> str:
-    """Say what an object lacks, or what in it has another type; "" where it is as it should be."""
-    if missing := [key for key in needed if key not in row]:
-        return f"it has no {', '.join(missing)}"
-    for key, kind in (needed | (may or {})).items():
-        if key in row and not isinstance(row[key], kind):
-            return f"{key} is {row[key]!r:.40}"
-    return ""
 
 
 def find_runs(paths: tuple[Path, ...]) -> list[tuple[str, Path]]:
@@ -184,35 +160,21 @@ def may_be_run(path: Path) -> bool:
 
 
 def read_config(path: Path) -> dict:
-    """Return the object that a JSON file holds."""
-    try:
-        return parse(path.read_text())
-    except ValueError as error:
-        raise Refusal(f"{path}: not a JSON object ({error}); train this run again") from None
+    """Return the object that a JSON file holds, its strings made plain."""
+    return made_plain(read_json(path, again="train this run again"))
 
 
 def read_lines(
-    path: Path, needed: dict, aside: list[Aside], check: Callable[[dict], str] = wrong
+    path: Path, shape: dict, aside: list[Aside], check: Callable[[dict], str] = lambda _: ""
 ) -> list[dict]:
     """Return the objects of a JSONL file, each with its number as `_line`; what is none is set aside."""
     rows, bad = [], {}
-    text = path.read_text(errors="replace") if path.is_file() else ""
-    lines = text.split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = parse(line) | {"_line": number}
-            why = check(row, needed)
-        except ValueError as error:
-            if number == len(lines):
-                continue  # its writer is not done with it
-            why = f"not a JSON object ({error})"
-        if why:
+    for number, row, why in json_lines(path, shape):
+        if why := why or check(row):
             bad.setdefault(why, []).append(number)
         else:
-            rows.append(row)
-    aside += [Aside(path, why, tuple(numbers)) for why, numbers in bad.items()]
+            rows.append(made_plain(row) | {"_line": number})
+    aside += [Aside(path, plain(why), tuple(numbers)) for why, numbers in bad.items()]
     return rows
 
 
@@ -220,10 +182,8 @@ def read_lines(
 # episodes
 
 
-def episode_wrong(row: dict, needed: dict) -> str:
+def episode_wrong(row: dict) -> str:
     """Say what keeps a line from being an episode that either ran or crashed; "" for one that is."""
-    if why := wrong(row, needed):
-        return why
     if "/" in row["checkpoint"] or row["checkpoint"].startswith("."):
         return f"checkpoint {row['checkpoint']!r:.40} is no name"
     ran = isinstance(row.get("success"), bool) and isinstance(row.get("steps"), NUMBER)
@@ -291,7 +251,7 @@ def load_run(name: str, folder: Path, aside: list[Aside]) -> RunFolder:
     config = read_config(folder / "config.json")
     sites = config.get("fusion") or []
     sites = [sites] if isinstance(sites, str) else sites
-    why = wrong(config, CONFIG, CONFIG_MAY)
+    why = misfit(config, CONFIG)
     names = [config.get("compared_with") or [], sites] if not why else []
     if why or not all(isinstance(x, str) for some in names for x in some):
         raise Refusal(why or "fusion and compared_with must be lists of names")

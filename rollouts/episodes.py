@@ -15,11 +15,16 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from files import Refused, replace_text
+from files import Refused, json_lines, replace_text
 from report.stats import wilson
 from rollouts.plan import Plan
 from rollouts.rollout import Episode
 from simulator.pool import Observation
+
+EPISODE = {
+    **dict.fromkeys(("checkpoint", "memory", "suite"), str),
+    **{"task_id": int, "init_state": int, "protocol": dict, "success": bool | None, "crash": str | None},
+}
 
 
 def own_file(path: Path, rank: int) -> Path:
@@ -37,16 +42,11 @@ def read_lines(path: Path) -> list[dict]:
 
     Raises Refused, naming file and line, for anything else that is no episode.
     """
-    if not path.is_file():
-        return []
-    *whole, _ = path.read_text().split("\n")  # after the last line's end there is nothing, or half a line
     lines = []
-    for number, text in enumerate(whole, start=1):
-        try:
-            lines.append(json.loads(text))
-            key_of(lines[-1])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise Refused(f"{path}:{number} is no episode ({error!r}): mend or remove the line") from error
+    for number, line, why in json_lines(path, EPISODE):
+        if why:
+            raise Refused(f"{path}:{number} is no episode ({why}): mend or remove the line")
+        lines.append(line)
     return lines
 
 

@@ -16,8 +16,18 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from arm import Arm
-from files import Refused, check_numbers, number_from_environment, read_json, write_json
+from files import (
+    NUMBER,
+    Refused,
+    check_numbers,
+    naming,
+    number_from_environment,
+    read_json,
+    shape_of,
+    write_json,
+)
 from readers.selection import plain_text
+from rollouts.facts import Facts
 from simulator.env import (
     NUM_INIT_STATES,
     NUM_TASKS,
@@ -31,6 +41,21 @@ from simulator.env import (
     task_instructions,
 )
 from smolvla.folders import find_folder, holds_weights
+
+RECORDED = {
+    **dict.fromkeys(("suite?", "draw?", "reset?", "texture_colorspace?", "either?"), str | None),
+    **dict.fromkeys(("task_id?", "size?"), int | None),
+    **{
+        "displace?": NUMBER | None,
+        "init_state_ids?": ([int | None], type(None)),
+        "versions?": ({str: str}, type(None)),
+    },
+}
+# What a run records of itself, as far as an evaluation reads it.
+RUN = {
+    **{"fusion?": [str], "held_out?": [int], "data_provenance?": ([RECORDED], type(None))},
+    **{"data?": str, "data_fingerprint?": str | None, "data_facts?": (shape_of(Facts), type(None))},
+}
 
 
 @dataclass(frozen=True)
@@ -131,7 +156,8 @@ def newest_run(root: Path, sited: bool = False) -> Path:
     steps.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     runs = list(dict.fromkeys(step.parent for step in steps if (step.parent / "config.json").is_file()))
     if sited:
-        runs = [run for run in runs if read_json(run / "config.json").get("fusion", ["none"]) != ["none"]]
+        sites = {run: read_json(run / "config.json", RUN).get("fusion", ["none"]) for run in runs}
+        runs = [run for run in runs if sites[run] != ["none"]]
     if not runs:
         which = " with a memory site" if sited else ""
         raise Refused(
@@ -169,7 +195,7 @@ def find_target(config: ProtocolConfig, sited: bool = False) -> Target:
             "folder (with model.safetensors)"
         )
     record = folder.parent / "config.json"
-    if record.is_file() and "arm" in (run := read_json(record)):
+    if record.is_file() and "arm" in (run := read_json(record, RUN)):
         return Target(folder, config.out or folder.parent, folder.name, run)
     return Target(folder, config.out or Path("runs/eval", title), folder.name, {})
 
@@ -191,7 +217,8 @@ def open_out(target: Target, arm: Arm) -> None:
     there = read_json(path).get("results_of", "a training run") if path.is_file() else source
     if there != source:
         raise Refused(f"{target.out} holds results of {there}, not of {source}: choose another --out")
-    target.out.mkdir(parents=True, exist_ok=True)
+    with naming(target.out):
+        target.out.mkdir(parents=True, exist_ok=True)
     write_json(path, record | {"results_of": source})
 
 

@@ -34,7 +34,7 @@ import h5py
 import numpy as np
 import tyro
 
-from files import Refused, number_from_environment
+from files import Refused, json_lines, misfit, number_from_environment, parse_json
 from simulator import env as sim
 from simulator.expert import Expert, check_solvable
 from simulator.goal import way
@@ -306,11 +306,19 @@ def open_checked(path: Path, settings: dict[str, Any]) -> h5py.File:
     """Open demonstrations for reading. Raises Refused if their settings differ, OSError if broken."""
     file = h5py.File(path, "r")
     try:
-        check_settings(json.loads(file.attrs["settings"]), settings, path)
-    except (ValueError, KeyError):
+        check_settings(_stored(file, "settings"), settings, path)
+    except (ValueError, KeyError, OSError):
         file.close()
         raise
     return file
+
+
+def _stored(file: h5py.HLObject, name: str) -> dict[str, Any]:
+    """Read JSON that a recording has as an attribute; OSError where it is broken."""
+    try:
+        return parse_json(file.attrs[name])
+    except (ValueError, TypeError) as error:
+        raise OSError(f"its {name} are broken: {error}") from error
 
 
 def check_settings(stored: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
@@ -339,7 +347,7 @@ def read_final(path: Path, settings: dict[str, Any]) -> Stored:
                 int(demo.attrs["attempt"]): int(demo.attrs["num_samples"]) for demo in file["data"].values()
             }
             return Stored(set(steps), set(range(int(file["data"].attrs["attempts"]))), steps)
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, KeyError) as error:
         raise Refused(f"{path} is broken ({error}): delete it and run again") from error
 
 
@@ -353,7 +361,7 @@ def read_parts(folder: Path, settings: dict[str, Any]) -> Stored:
                 for name in ("actions", "obs/agentview_rgb", "obs/eye_in_hand_rgb"):
                     demo[name][-1]  # a truncated file fails here
                 steps[int(demo.attrs["attempt"])] = int(demo.attrs["num_samples"])
-        except (OSError, KeyError, json.JSONDecodeError) as error:
+        except (OSError, KeyError) as error:
             print(f"{path.name} is broken ({str(error)[:60]}): it is recorded again", flush=True)
             path.unlink()
     failed = {line["attempt"] for line in _log_lines(folder, settings) if not line["success"]}
@@ -363,14 +371,10 @@ def read_parts(folder: Path, settings: dict[str, Any]) -> Stored:
 def _log_lines(folder: Path, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the attempts of this folder's log; its first line holds the settings, torn ones are left out."""
     path = folder / "attempts.jsonl"
-    for number, text in enumerate(path.read_text().splitlines() if path.exists() else []):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if number == 0:
+    for number, line, why in json_lines(path):
+        if number == 1 and not why:
             check_settings(line, settings, folder)
-        elif "attempt" in line:
+        elif not misfit(line, {"attempt": int, "success": bool}):
             yield line
 
 
@@ -397,7 +401,7 @@ def assemble(path: Path, folder: Path, attempts: list[int], settings: dict[str, 
         for attempt in attempts:
             if attempt not in sources:
                 part = opened.enter_context(open_checked(part_path(folder, attempt), settings))
-                sources[attempt], about = part["demo"], json.loads(part.attrs["about"])
+                sources[attempt], about = part["demo"], _stored(part, "about")
         temporary = opened.enter_context(_replaced(path))
         with h5py.File(temporary, "w") as file:
             file.attrs["settings"] = json.dumps(settings)

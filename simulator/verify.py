@@ -16,7 +16,6 @@ Shapes: S picture side, T actions.
 """
 
 import functools
-import json
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from files import Refused
+from files import Refused, read_json
 from simulator.env import CAMERAS, MUJOCO_VERSION, LiberoEnv, SimConfig, versions
 from simulator.pool import in_fresh_process
 from simulator.render import APT_LINE, check_gl, setup_gl
@@ -151,10 +150,13 @@ class Replay:
         return self.physics_ok() and self.picture <= picture_tolerance
 
 
+META = {"suite": str, **dict.fromkeys(("px", "env_seed", "task_id", "init_state_id"), int)}
+
+
 def replay(folder: Path, texture_colorspace: str = "as_installed", tolerance: float = TOLERANCE) -> Replay:
     """Replay one recorded episode here. Raises OSError, KeyError or ValueError for a broken recording."""
     run = read_run(folder)
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = read_json(folder / "meta.json", META, "record it again")
     config = SimConfig(
         suite=meta["suite"],
         size=meta["px"],
@@ -213,7 +215,10 @@ def recorded_pictures(folder: Path, step: int) -> Iterator[tuple[str, np.ndarray
     for camera, name in zip(CAMERAS, ("image", "image2"), strict=True):
         path = folder / f"step{step:02d}_{name}.png"
         if path.exists():
-            yield camera, np.asarray(Image.open(path).convert("RGB"), dtype=np.float64)
+            try:
+                yield camera, np.asarray(Image.open(path).convert("RGB"), dtype=np.float64)
+            except (SyntaxError, Image.DecompressionBombError) as error:
+                raise OSError(f"{path.name} is no picture of that size: {error}") from error
 
 
 def largest(a: np.ndarray, b: np.ndarray) -> float:

@@ -14,7 +14,6 @@ Source: lerobot 0.6.1 (policies/smolvla, policies/pretrained.py).
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -25,7 +24,17 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from files import Refused, check_finite, plain_name, read_json, read_tensors, save_tensors, to_json
+from files import (
+    NUMBER,
+    Refused,
+    check_finite,
+    parse_json,
+    plain_name,
+    read_json,
+    read_tensors,
+    save_tensors,
+    to_json,
+)
 from smolvla.config import EMPTY, SmolVLAConfig
 from smolvla.fit import Fit, Shape, adapt, own_fit
 from smolvla.folders import ADAPTER, SHARDS, WEIGHTS, find_folder
@@ -35,6 +44,7 @@ from smolvla.processor import (
     POST,
     PRE,
     STATE,
+    STEPS,
     Processor,
     Statistics,
     choose_statistics,
@@ -43,6 +53,7 @@ from smolvla.processor import (
     sort_statistics,
 )
 
+WORLD_FILE = "world.safetensors"
 Shapes = Shape | dict[str, Shape]  # of every camera's pictures, or each camera's
 # Ours -> lerobot's, longest first; what is not listed sits directly under `model.`.
 KEY_NAMES = {
@@ -82,6 +93,17 @@ LEROBOT_DEFAULTS = {
     "self_attn_every_n_layers": 2, "expert_width_multiplier": 0.75, "min_period": 0.004, "max_period": 4.0,
     "rtc_config": None, "compile_model": False, "compile_mode": "max-autotune",
 }  # fmt: skip
+FEATURES = {str: {"type": str, "shape": [int]}}
+CONFIG = {
+    **{f"{name}?": type(LEROBOT_DEFAULTS[name]) for name in SAME_NAME if name in LEROBOT_DEFAULTS},
+    **dict.fromkeys(("min_period?", "max_period?", "expert_width_multiplier?"), NUMBER),
+    **dict.fromkeys(("num_vlm_layers?", "num_expert_layers?"), int),
+    **dict.fromkeys(("type?", "vlm_model_name?", "pad_language_to?"), str),
+    **dict.fromkeys(("adapt_to_pi_aloha?", "use_delta_joint_actions_aloha?"), bool),
+    **dict.fromkeys(("add_image_special_tokens?", "train_state_proj?"), bool),
+    **{"input_features?": FEATURES, "output_features?": FEATURES, "normalization_mapping?": {str: str}},
+    "resize_imgs_with_padding?": ([int], type(None)),
+}
 
 
 # ---- names ---------------------------------------------------------------------------------
@@ -182,9 +204,7 @@ def read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
         refuse_adapter(folder)
         yield from read_tensors(folder / WEIGHTS).items()
         return
-    table = read_json(folder / SHARDS).get("weight_map")
-    if not isinstance(table, dict):
-        raise Refused(f"{folder / SHARDS} has no weight_map of names and files: copy the checkpoint again")
+    table = read_json(folder / SHARDS, {"weight_map": {str: object}})["weight_map"]
     for name in sorted({plain_name(file, folder / SHARDS) for file in table.values()}):
         tensors = read_tensors(folder / name)
         if lost := [key for key, file in table.items() if file == name and key not in tensors]:
@@ -276,7 +296,7 @@ def open_checkpoint(
     """Find a checkpoint, a run folder's last one too, and read what it is: config, language model, sizes."""
     folder = find_folder(name, revision)
     refuse_adapter(folder)
-    raw = LEROBOT_DEFAULTS | read_json(folder / "config.json")
+    raw = LEROBOT_DEFAULTS | read_json(folder / "config.json", CONFIG)
     language = find_language(raw["vlm_model_name"], folder, vlm)
     return folder, raw, language, policy_config(raw, language)
 
@@ -285,13 +305,13 @@ def read_cameras(name: str, revision: str | None) -> tuple[list[str], dict[str, 
     """Give the cameras that a checkpoint's config.json names, and its rename map, without its weights."""
     folder = find_folder(name, revision)
     refuse_adapter(folder)
-    raw = LEROBOT_DEFAULTS | read_json(folder / "config.json")
+    raw = LEROBOT_DEFAULTS | read_json(folder / "config.json", CONFIG)
     check_type(raw)
     cameras = [
         n for n, f in raw["input_features"].items() if f["type"] == "VISUAL" and not n.startswith(EMPTY)
     ]
     path = folder / f"{PRE}.json"
-    return cameras, rename_map(read_json(path)) if path.is_file() else {}
+    return cameras, rename_map(read_json(path, STEPS)) if path.is_file() else {}
 
 
 def find_language(name: str, folder: Path, vlm: str | None) -> Language:
@@ -319,7 +339,7 @@ def load_processor(
     features = [*raw["input_features"], *raw["output_features"]]
     before, after, found, found_after = {}, {}, sort_statistics(among_weights, features), {}
     if (folder / f"{PRE}.json").is_file():
-        before, after = read_json(folder / f"{PRE}.json"), read_json(folder / f"{POST}.json")
+        before, after = (read_json(folder / f"{name}.json", STEPS) for name in (PRE, POST))
         found = read_statistics(folder, before, features) or found
         found_after = read_statistics(folder, after, features)
     try:
@@ -394,12 +414,27 @@ def describe_checkpoint(folder: Path, policy: nn.Module, processor: Processor) -
         ("tokenizer", f"{language.tokenizer.get_vocab_size():,} of {c.vocab_size:,} ids, {language.source}"),
         *(("note", note) for note in processor.notes),
     ]  # fmt: skip
-    if (folder / "world.safetensors").is_file():
-        with safetensors.safe_open(folder / "world.safetensors", "pt") as file:
-            arm = json.loads(file.metadata()["config"])
+    arm = stored_arm(folder)
+    if arm is not None:
         memory = "" if arm["fusion"] == ["none"] else f" --memory {arm['memory']}"
         rows.append(("memory", f"--fusion {' '.join(arm['fusion'])}{memory}"))
     return "\n".join(f"{name:12s} {text}" for name, text in rows)
+
+
+def stored_arm(folder: Path) -> dict | None:
+    """Read the configuration that an arm's file holds beside its tensors; None where there is no such file.
+
+    Raises Refused where the file is damaged.
+    """
+    path = folder / WORLD_FILE
+    if not path.is_file():
+        return None
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("config", "")
+        return parse_json(text, {"fusion": [str], "memory": str})
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise Refused(f"{path} cannot be read ({error}): take the checkpoint before it") from error
 
 
 def count_trained(policy: nn.Module, raw: dict) -> str:

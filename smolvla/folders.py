@@ -26,6 +26,7 @@ MANIFEST, STATE, OPTIMIZER, RAW = "manifest.json", "state.json", "optimizer.pt",
 # Where a checkpoint lies in what a person names, beside a run folder of ours: itself, one of lerobot's runs.
 PLACES = ("", "pretrained_model", "last/pretrained_model", "checkpoints/last/pretrained_model", "last")
 WHOLE = 2  # newest checkpoints that a run can go on from
+SEALS = {str: {"bytes": int, "crc32": int}}
 CHUNK = 2**22  # bytes read at a time
 
 
@@ -94,7 +95,7 @@ def number(folder: Path) -> int:
     """The optimiser step of a checkpoint's folder; of a `last` that a copy made a folder of, what it says."""
     step = folder.name.removeprefix("step_")
     if not step.isdecimal():
-        step = read_json(folder / STATE).get("step")
+        step = read_json(folder / STATE, {"step": int})["step"]
     return int(step)
 
 
@@ -187,8 +188,8 @@ def damage(folder: Path, resume: bool = True) -> str | None:
     if not resume and not path.exists():
         return None
     try:
-        wanted = {name: (made["bytes"], made["crc32"]) for name, made in read_json(path).items()}
-    except (Refused, OSError, KeyError, TypeError) as error:
+        wanted = {n: (made["bytes"], made["crc32"]) for n, made in read_json(path, SEALS).items()}
+    except Refused as error:
         return f"{MANIFEST} cannot be read ({error})"
     for name, (size, crc) in wanted.items():
         path, training = folder / name, name in (OPTIMIZER, RAW)

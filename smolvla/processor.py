@@ -35,6 +35,19 @@ NEEDED = {
     "IDENTITY": (), "MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"),
     "QUANTILE10": ("q10", "q90"),
 }  # fmt: skip
+# What the two descriptions hold of what is read here.
+STEPS = {
+    "steps": [
+        {
+            "registry_name?": str,
+            "class?": str,
+            "config?": {
+                "rename_map?": {str: str}, "max_length?": int, "padding?": str, "norm_map?": {str: str},
+                "eps?": int | float, "normalize_observation_keys?": ([str], type(None)),
+            },
+        }
+    ]
+}  # fmt: skip
 # Steps of the two descriptions that this file does, or that are no more than moving tensors about.
 KNOWN_STEPS = (
     "rename_observations_processor",
@@ -181,6 +194,9 @@ class Processor:
         self.stats_after = self.stats_after or self.stats
         for description in (self.before, self.after):
             check_steps(description)
+        longest = find_step(self.before, "tokenizer_processor").get("config", {}).get("max_length", 1)
+        if not 1 <= longest <= 100_000:
+            raise Refused(f"{PRE}.json: max_length {longest} of an instruction must lie in 1..100000 tokens")
         if self.norm_map.get("VISUAL", "IDENTITY") != "IDENTITY":
             raise Refused(
                 f"normalization_mapping {self.norm_map['VISUAL']} of pictures: only IDENTITY is done here"

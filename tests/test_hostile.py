@@ -20,13 +20,15 @@ from safetensors.torch import load_file, save_file
 from test_arm import processor
 
 import model
-from arm import load_arm, save_arm, stored_config
+from arm import ArmConfig, load_arm, save_arm, stored_config
 from eval import EvalConfig
-from files import Refused, plain_name
+from files import Refused, misfit, plain_name, shape_of
 from model import load_policy
 from prophet import ROLLOUT_MODES
 from readers import lerobot_v3, libero_hdf5
 from readers.lerobot_meta import FIELDS, check_pattern
+from report.reading import load_runs
+from rollouts import episodes
 from rollouts.plan import find_target, make_plans
 from rollouts.rollout import Episode, Rollout
 from simulator.env import CAMERAS, load_init_states
@@ -374,3 +376,94 @@ def test_of_a_run_whose_newest_step_is_damaged_the_one_before_is_taken_with_a_li
     flip(run / "step_000001" / "config.json")
     with pytest.raises(Refused, match="no whole checkpoint"):
         find_target(EvalConfig(str(run)))
+
+
+# ---- JSON that is not what it should be -----------------------------------------------------------------
+
+NOT_JSON = {
+    "nested": "[" * 100_000 + "]" * 100_000,
+    "latin-1": '{"a": "\u00e9"}'.encode("latin-1"),
+    "nothing": "",
+    "half": '{"a": [1, 2',
+    **{text: text for text in ("null", "[]", "5", '"text"', "true")},
+}
+NOT_JSON = {name: x if isinstance(x, bytes) else x.encode() for name, x in NOT_JSON.items()}
+
+
+@pytest.mark.parametrize("content", NOT_JSON.values(), ids=NOT_JSON)
+@pytest.mark.parametrize(
+    "name", ["config.json", "policy_preprocessor.json", "policy_postprocessor.json", "manifest.json",
+    "vlm/config.json", "vlm/tokenizer_config.json", "vlm/tokenizer.json"]
+)  # fmt: skip
+def test_json_of_a_checkpoint_that_is_none_is_one_line_with_its_name(run, name, content):
+    step = run / "step_000002"
+    if name != MANIFEST:
+        (step / MANIFEST).unlink()
+    (step / name).write_bytes(content)
+    with pytest.raises(Refused, match=Path(name).name) as error:
+        load_arm(step)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+WRONG = {
+    "config.json": ("input_features", "output_features", "chunk_size", "vlm_model_name", "min_period",
+        "normalization_mapping", "resize_imgs_with_padding", "num_vlm_layers", "attention_mode", "type"),
+    "policy_preprocessor.json": ("steps",),
+    "vlm/config.json": ("text_config", "vision_config", "scale_factor"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name, keys in WRONG.items() for key in keys])
+def test_a_field_of_another_type_or_size_is_one_line(run, name, key):
+    path = run / "step_000002" / name
+    whole = json.loads(path.read_text())
+    (run / "step_000002" / MANIFEST).unlink()
+    for value in (None, [], {}, "text", -(10**12), 10**12, 1.5, True, [None], [[]], {"a": 5}):
+        path.write_text(json.dumps(whole | {key: value}))
+        try:
+            load_arm(run / "step_000002")
+        except Refused as error:
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("content", NOT_JSON.values(), ids=NOT_JSON)
+def test_a_line_that_is_no_episode_is_named_with_its_number(tmp_path, content):
+    path = tmp_path / "episodes.jsonl"
+    fields = {"checkpoint": "a", "memory": "off", "suite": "s", "task_id": 1, "init_state": 2}
+    whole = json.dumps(fields | {"protocol": {}, "success": True, "crash": None}).encode() + b"\n"
+    path.write_bytes(whole + content)  # cut off, or being written
+    assert len(episodes.read_lines(path)) == 1
+    path.write_bytes(whole + content + b"\n")
+    if content:
+        with pytest.raises(Refused, match=r"episodes.jsonl:2 is no episode"):
+            episodes.read_lines(path)
+
+
+@pytest.mark.parametrize("content", NOT_JSON.values(), ids=NOT_JSON)
+def test_a_log_and_a_runs_record_that_are_damaged_are_named_or_left_out(run, content):
+    (run / "metrics.jsonl").write_bytes(b'{"samples": 8}\n' + content)
+    run_folder.cut_metrics(run, 8)
+    assert (run / "metrics.jsonl").read_text() == '{"samples": 8}\n'
+    (run / "config.json").write_bytes(content)
+    for read in (lambda: find_target(EvalConfig(str(run))), lambda: run_folder.open_run(run, {}, {}, ())):
+        with pytest.raises(Refused, match=r"run/config\.json"):
+            read()
+    _, [aside] = load_runs((run,))
+    assert "config.json" in str(aside)
+
+
+def test_the_shape_of_json_says_what_is_where():
+    shape = {"a": int, "b?": [float | None], "c?": {str: {"d": bool}}, "e?": ([int], type(None))}
+    for value, said in (
+        ({"a": 1}, ""),
+        ({"a": 1, "b": [0.5, None], "c": {"x": {"d": True}}, "e": None, "f": 5}, ""),
+        ({}, "it has no a"),
+        ({"a": True}, "a is True"),
+        ({"a": 1, "b": [0.5, "x"]}, "b[1] is 'x'"),
+        ({"a": 1, "c": {"x": {}}}, "c.x has no d"),
+        ({"a": 1, "c": {"x": []}}, "c.x is [], not an object"),
+        ({"a": 1, "e": ["x"]}, "e is ['x']"),
+    ):
+        assert misfit(value, shape) == said
+    assert misfit({"memory": "prde"}, shape_of(ArmConfig)) == "memory is 'prde'"
+    assert misfit(json.loads(json.dumps(dataclasses.asdict(ArmConfig()))), shape_of(ArmConfig)) == ""

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +28,18 @@ import torch
 from safetensors import SafetensorError
 
 from arm import Arm, save_arm
-from files import Refused, append_json, read_json, replace_text, save_tensors, to_disk, to_json, write_json
+from files import (
+    NUMBER,
+    Refused,
+    append_json,
+    json_lines,
+    read_json,
+    replace_text,
+    save_tensors,
+    to_disk,
+    to_json,
+    write_json,
+)
 from model import SmolVLA
 from smolvla.folders import (
     MANIFEST,
@@ -65,7 +76,7 @@ def writing(out: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides it
-        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
+        reason = getattr(cause, "strerror", None) or (str(cause).splitlines() or [type(cause).__name__])[0]
         raise Refused(
             f"--out {out} cannot be written ({reason}): make room or choose another folder; in the same one, "
             "the same command goes on from the last checkpoint"
@@ -237,15 +248,9 @@ def cut_metrics(out: Path, done: int) -> None:
     """Drop logged lines beyond the checkpoint that a run resumes from: they will be logged again."""
     path = out / "metrics.jsonl"
     if path.is_file():
+        kept = [line for _, line, why in json_lines(path, {"samples": NUMBER}) if not why]
         with writing(out):
-            replace_text(path, "".join(kept(path.read_text().splitlines(), done)))
-
-
-def kept(lines: Iterable[str], done: int) -> Iterator[str]:
-    """Pick the lines up to `done` samples; a kill may have cut the last one off."""
-    for line in lines:
-        if line.endswith("}") and json.loads(line)["samples"] <= done:
-            yield line + "\n"
+            replace_text(path, "".join(json.dumps(x) + "\n" for x in kept if x["samples"] <= done))
 
 
 def log_validation(out: Path, line: dict[str, float]) -> None:

@@ -42,6 +42,7 @@ from readers.selection import (
     match_cameras,
     split_camera,
 )
+from smolvla import kernels
 from smolvla.checkpoint import fresh_processor, read_cameras
 from smolvla.config import PRESETS, PRETRAINED, RECIPES
 from smolvla.fit import Fit
@@ -114,8 +115,9 @@ class StartConfig(ArmConfig, DataConfig):
     stand in for the pictures, and none is decoded. Not with --blind, whose mean picture needs them."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type that tower, trunk and expert compute in; auto: bfloat16 on a GPU, float32 on a CPU. What trains is
-    held in float32 in any case, what is frozen in this type."""
+    """Type that tower, trunk and expert compute in; auto: bfloat16 on a GPU, and with --freeze none on a CPU
+    that has instructions for it, else float32. What trains is held in float32 in any case, what is frozen in
+    this type."""
 
     limits: ClassVar = {
         **dict.fromkeys(("state_std_floor", "action_std_floor"), (0, 1e6)),
@@ -170,8 +172,10 @@ class StartConfig(ArmConfig, DataConfig):
 
     def precision(self, device: torch.device) -> torch.dtype:
         """The type to compute in on a device."""
-        auto = "bfloat16" if device.type == "cuda" else "float32"
-        return getattr(torch, auto if self.dtype == "auto" else self.dtype)
+        if self.dtype != "auto":
+            return getattr(torch, self.dtype)
+        native = self.freeze == "none" and kernels.native_bfloat16()
+        return torch.bfloat16 if device.type == "cuda" or native else torch.float32
 
 
 # ---- data and what is kept beside them ----------------------------------------------------------------

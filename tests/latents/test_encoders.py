@@ -310,7 +310,7 @@ def test_learned_latents_are_standardised_one_by_one_but_not_below_a_floor():
 
 BAD = {
     "--world-clip 2 with --world-encoder pca: only vjepa2": {"world_clip": 2},
-    "--world-clip 0 with --world-encoder vjepa2": {"world_encoder": "vjepa2", "world_clip": 0},
+    "--world-clip 0 must be at least 1": {"world_encoder": "vjepa2", "world_clip": 0},
     "--world-model x with --world-encoder pca, which is fitted on the data": {"world_model": "x"},
     "--world-model x with --world-encoder siglip, which is the policy's": {
         "world_encoder": "siglip", "world_model": "x",
@@ -630,7 +630,7 @@ world.CLIPS = world.ENCODE_FRAMES = 4
 real, calls = os.fsync, []
 def fsync(number):
     calls.append(number)
-    if len(calls) == 3:
+    if len(calls) == 4:  # the first brings the sidecar
         os.kill(os.getpid(), signal.SIGKILL)  # rows of the third block are written, its mark is not
     real(number)
 os.fsync = fsync

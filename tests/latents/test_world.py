@@ -212,7 +212,7 @@ def test_the_encoder_refuses_pictures_and_configs_that_it_was_not_made_for():
 
 BAD_CONFIGS = {
     "--world-camera needs different cameras": {"world_camera": ("image", CAMERA)},
-    "--world-resolution must be positive, got 0": {"world_resolution": 0},
+    "--world-resolution 0 must be at least 1": {"world_resolution": 0},
     "--world-dim is 13 with 12 pixels": {"world_dim": 13, "world_resolution": 2},
 }
 

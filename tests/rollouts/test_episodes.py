@@ -10,8 +10,8 @@ from rollouts.episodes import gather, key_of, own_file, parts, read_all, read_li
 
 
 def line(init_state: int, **fields) -> dict:
-    made = {"checkpoint": "step_1", "memory": "off", "task_id": 1, "init_state": init_state, "crash": None}
-    return made | {"protocol": {"a": 1}} | fields
+    made = {"checkpoint": "step_1", "memory": "off", "suite": "s", "task_id": 1, "init_state": init_state}
+    return made | {"success": True, "crash": None, "protocol": {"a": 1}} | fields
 
 
 def write(path, *lines: dict, tail: str = "") -> None:

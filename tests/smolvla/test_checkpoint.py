@@ -198,7 +198,7 @@ def test_damaged_and_missing_files_are_one_line_each(folder, monkeypatch):
     with pytest.raises(ValueError, match=r"tokenizer\.json is missing.*--vlm DIR"):
         load_policy(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(ValueError, match="it is not a JSON object"):
         load_policy(folder)
     with pytest.raises(ValueError, match=r"no folder './nowhere'"):
         find_folder("./nowhere")
@@ -246,7 +246,7 @@ def test_heads_that_do_not_divide_and_other_activations_are_refused(folder):
         with pytest.raises(ValueError, match=message):
             load_policy(folder)
     path.write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match="no text_config and vision_config"):
+    with pytest.raises(ValueError, match="has no text_config, vision_config"):
         load_policy(folder)
 
 
@@ -448,4 +448,4 @@ def test_model_py_says_what_a_checkpoint_is(folder):
 def test_model_py_ends_in_one_line_where_there_is_nothing_to_describe(tmp_path):
     done = run_model(tmp_path)
     assert done.returncode == 1
-    assert done.stderr == f"error: {tmp_path}/config.json is missing: a checkpoint folder needs it\n"
+    assert done.stderr == f"error: {tmp_path}/config.json is missing: copy the checkpoint again\n"
