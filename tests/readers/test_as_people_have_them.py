@@ -598,6 +598,32 @@ def test_a_value_that_the_rest_makes_impossible_is_named(feature, value, tmp_pat
     assert len(load(path, options=DataConfig(episodes="0"))) == 40
 
 
+def test_a_number_too_large_for_float32_is_none(tmp_path):
+    root = write_set(tmp_path)
+    rows = pq.read_table(root / DATA)["action"].to_pylist()
+    change(root / DATA, action=[*rows[:6], [1e300, *rows[6][1:]], rows[7]])
+    refused(root, "action has a non-finite value at step 1 of episode 2")
+
+
+def test_episodes_may_lie_in_files_in_any_order(tmp_path):
+    places = [(0, 0), (0, 1), (0, 0), (0, 1), (0, 0)]
+    root = write_set(
+        tmp_path, (4, 3, 5, 2, 1), {CAMERA: "image", WRIST: "video"}, places, {WRIST: places[::-1]}
+    )
+    file = root / DATA.replace("000.parquet", "001.parquet")
+    change(file, timestamp=pq.read_table(file)["timestamp"].to_pylist())
+    demos = load(root)
+    own = demos.numbers.tolist()
+    assert sorted(own) == [0, 1, 2, 3, 4] and codes(demos) == codes(demos, WRIST) == wanted(demos, own)
+    in_order = load(write_set(tmp_path / "one", (4, 3, 5, 2, 1)))
+    for number, first, last in zip(own, demos.first, demos.last):
+        a, b = in_order.first[number], in_order.last[number]
+        np.testing.assert_array_equal(demos.state[first : last + 1], in_order.state[a : b + 1])
+    part = load(root, options=DataConfig(episodes="1-2"))
+    assert codes(part) == codes(part, WRIST) == wanted(part, part.numbers.tolist())
+    assert not check.check(root).errors
+
+
 def test_values_of_any_unit_are_possible():
     rng = np.random.default_rng(0)
     rows = np.arange(300)
