@@ -108,7 +108,10 @@ def misfit(value: object, shape: Shape, name: str = "") -> str:
     """
     what = name or "it"
     if isinstance(shape, tuple):
-        return "" if any(not misfit(value, each) for each in shape) else f"{what} is {value!r:.40}"
+        found = {misfit(value, each, name): type(each) for each in shape}
+        alike = (why for why, kind in found.items() if kind is type(value))
+        closest = next(alike, f"{what} is {value!r:.40}")
+        return "" if "" in found else closest
     if not isinstance(shape, dict | list):
         kinds, literal = get_args(shape) or (shape,), get_origin(shape) is Literal
         fits = isinstance(value, str) and value in kinds if literal else isinstance(value, kinds)

@@ -154,7 +154,7 @@ class TrainConfig(StartConfig, OptimiseConfig):
     def free(self) -> tuple[str, ...]:
         """Fields and facts that may change when a run is resumed."""
         return (
-            "out", "data", "pictures", "workers", "features", "prepare", "log_every", "save_every",
+            "out", "data", "cache", "pictures", "workers", "features", "prepare", "log_every", "save_every",
             "save_minutes", "keep_every", "max_bad_steps", "compile", "threads", "accumulate", "world_model",
             "data_facts", "flops_per_sample", "weights_fingerprint", "compared_with", "accept",
         )  # fmt: skip

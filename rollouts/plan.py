@@ -41,7 +41,7 @@ from simulator.env import (
 from smolvla.folders import find_folder, holds_weights
 
 RECORDED = {
-    **dict.fromkeys(("suite?", "draw?", "reset?", "texture_colorspace?", "either?"), str | None),
+    **dict.fromkeys(("suite?", "either?"), str | None),  # draw, reset and colours are SimConfig's
     **dict.fromkeys(("task_id?", "size?"), int | None),
     **{
         "displace?": NUMBER | None,

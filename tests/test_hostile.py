@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,11 +20,13 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from test_arm import processor
+from test_data import write_task
 
 import model
+import train
 from arm import ArmConfig, load_arm, save_arm, stored_config
 from eval import EvalConfig
-from files import Refused, misfit, plain_name, shape_of
+from files import Refused, Unwritable, append_json, json_lines, misfit, plain_name, shape_of, write_json
 from model import load_policy
 from prophet import ROLLOUT_MODES
 from readers import lerobot_v3, libero_hdf5
@@ -462,8 +466,62 @@ def test_the_shape_of_json_says_what_is_where():
         ({"a": 1, "b": [0.5, "x"]}, "b[1] is 'x'"),
         ({"a": 1, "c": {"x": {}}}, "c.x has no d"),
         ({"a": 1, "c": {"x": []}}, "c.x is [], not an object"),
-        ({"a": 1, "e": ["x"]}, "e is ['x']"),
+        ({"a": 1, "e": ["x"]}, "e[0] is 'x'"),
     ):
         assert misfit(value, shape) == said
     assert misfit({"memory": "prde"}, shape_of(ArmConfig)) == "memory is 'prde'"
     assert misfit(json.loads(json.dumps(dataclasses.asdict(ArmConfig()))), shape_of(ArmConfig)) == ""
+
+
+# ---- disks that are full, or only to be read ------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 1 MB, and a way to leave `room` bytes of it."""
+    home = tmp_path / "disk"
+    home.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", home]).returncode:
+        pytest.skip("a disk can be mounted by root alone")
+
+    def leave(room: int) -> None:
+        (home / "filler").write_bytes(bytes(shutil.disk_usage(home).free - room))
+
+    yield home, leave
+    subprocess.run(["umount", home], check=True)
+
+
+def test_a_full_disk_leaves_whole_files_and_whole_lines(small_disk):
+    home, leave = small_disk
+    write_json(home / "config.json", {"a": 1})
+    line = {"text": "x" * 3000}
+    append_json(home / "lines.jsonl", line)
+    leave(4096)
+    for _ in range(2):
+        with pytest.raises(Unwritable, match=r"config.json cannot be written .No space left.*: make room"):
+            write_json(home / "config.json", {"b": "y" * 20_000})
+        with pytest.raises(Unwritable, match=r"lines.jsonl cannot be written"):
+            for _ in range(9):
+                append_json(home / "lines.jsonl", line)
+    assert json.loads((home / "config.json").read_text()) == {"a": 1}
+    assert [why for _, _, why in json_lines(home / "lines.jsonl")] == [""] * len(
+        list(json_lines(home / "lines.jsonl"))
+    )
+    assert (home / "lines.jsonl").read_bytes().endswith(b"}\n")
+    assert {p.name for p in home.iterdir()} == {"config.json", "lines.jsonl", "filler"}
+
+
+def test_caches_of_data_that_are_only_to_be_read_lie_elsewhere(tmp_path, monkeypatch, small_disk):
+    home, _ = small_disk
+    write_task(home / "soup_demo.hdf5", lengths=(9, 24, 12), size=32)
+    subprocess.run(["mount", "-o", "remount,ro", home], check=True)
+    monkeypatch.chdir(tmp_path)
+    flags = {"total_samples": 16, "batch_size": 8, "threads": 1, "fusion": ("late",), "world_dim": 16}
+    flags |= {"data": home, "world_resolution": 8, "future": 3, "pictures": "files"}
+    train.main(TrainConfig(**flags, out=tmp_path / "a"))
+    train.main(TrainConfig(**flags, out=tmp_path / "b", cache=tmp_path / "mine"))
+    made = [
+        [p.name.split("_")[0] for p in sorted((tmp_path / place).glob("*/*"))]
+        for place in ("data/cache", "mine")
+    ]
+    assert made == [["picture", "world"]] * 2
