@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from arm import Arm, load_arm
 from data import Source
-from files import LARGEST, Refused, read_json, read_tensors, shape_of
+from files import LARGEST, Refused, only_writer, read_json, read_tensors, shape_of
 from model import masked_mean
 from ranks import Stop, Together, run_program, start_ranks, sum_over_ranks
 from readers.demos import Demos
@@ -183,8 +183,16 @@ def main(config: TrainConfig) -> None:
             say(line)
         return
 
-    # data
     check_trunk(config)
+    with only_writer(config.out, "train.py") if rank == 0 else nullcontext():
+        train(config, rank, ranks, device, together)
+
+
+def train(config: TrainConfig, rank: int, ranks: int, device: torch.device, together: Together) -> None:
+    """Train into a run folder that is this run's alone."""
+    say = print if rank == 0 else lambda *_: None
+
+    # data
     last = agree_on_checkpoint(config, rank, together)
     config, demos, features, latents = open_data(config, last, rank, ranks, say)
     out_episodes = np.array(config.held_out, np.int64)
