@@ -330,12 +330,17 @@ def conform_all(config: EvalConfig, target: Target, rollouts: list[Rollout]) -> 
     write_json(target.out / "conformance.json", found)
 
 
-def first_look(rollout: Rollout) -> Observation:
-    """Draw the first start, as every episode of a rollout begins. Raises Refused where nothing runs."""
+def first_look(rollout: Rollout, again: bool = True) -> Observation:
+    """Draw the first start, as every episode of a rollout begins; once more where the simulator dies of it.
+
+    Raises Refused where nothing runs.
+    """
     try:
         rollout.pool.reset(0, *rollout.plan.starts[0])
         [(_, observation)] = rollout.pool.ready()
     except SimCrash as crash:
+        if again:
+            return first_look(rollout, again=False)
         raise Refused(f"{crash}; `python -m simulator verify` says what is amiss") from crash
     return observation
 
