@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import gzip
 import json
 import os
+import socket
+import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TextIO, Union, get_args, get_origin, get_type_hints
 
 LARGEST = 10**15  # of any number that a person gives
 Shape = Any  # of a JSON value, as `misfit` reads it
@@ -111,7 +114,10 @@ def misfit(value: object, shape: Shape, name: str = "") -> str:
     """
     what = name or "it"
     if isinstance(shape, tuple):
-        return "" if any(not misfit(value, each) for each in shape) else f"{what} is {value!r:.40}"
+        found = {misfit(value, each, name): type(each) for each in shape}
+        alike = (why for why, kind in found.items() if kind is type(value))
+        closest = next(alike, f"{what} is {value!r:.40}")
+        return "" if "" in found else closest
     if not isinstance(shape, dict | list):
         kinds, literal = get_args(shape) or (shape,), get_origin(shape) is Literal
         fits = isinstance(value, str) and value in kinds if literal else isinstance(value, kinds)
@@ -309,6 +315,75 @@ def append_json(path: Path, line: dict) -> None:
         except OSError:
             file.truncate(end)
             raise
+
+
+# ---- one writer ---------------------------------------------------------------------------------------
+
+
+class Busy(Refused):
+    """Another process is at it."""
+
+
+def clean(line: str) -> str:
+    """Leave out what would steer a terminal, and what is too long."""
+    return "".join(letter for letter in line if letter.isprintable())[:300]
+
+
+@contextmanager
+def locked(
+    path: Path,
+    command: str,
+    waits: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = print,
+) -> Iterator[TextIO]:
+    """Hold a lock file; where another process holds it, wait while `waits` says so, or raise Busy: who it is.
+
+    The system lets go of it when its holder ends, however that ends.
+    """
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", errors="replace")
+    with file:
+        told = ""
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                file.seek(0)
+                holder = f"{clean(file.read(400)) or 'another process'} is at it"
+            except OSError as error:  # a file system without locks
+                say(f"warning: {file.name} cannot be locked ({error}): see that no two processes use it")
+                break
+            if not waits():
+                raise Busy(holder)
+            if holder != told:
+                say(f"waiting for {path.with_suffix('')}: {holder}")
+            told = holder
+            time.sleep(0.5)
+        sign(file, os.getpid(), command)
+        yield file
+
+
+def sign(file: TextIO, process: int, command: str) -> None:
+    """Write who holds a lock."""
+    file.truncate(0)
+    file.write(f"process {process} on {socket.gethostname()}, since {time.strftime('%F %T')}: {command}")
+    file.flush()
+
+
+@contextmanager
+def only_writer(out: Path, program: str, grace: float = 5.0) -> Iterator[None]:
+    """Be the one process of a program that writes into a folder; Busy where there is another.
+
+    grace: seconds that one that was killed has to end, as where torchrun starts ranks again.
+    """
+    end = time.monotonic() + grace
+    try:
+        with locked(out.with_name(f".{out.name}.{program}.lock"), program, lambda: time.monotonic() < end):
+            yield
+    except Busy as error:
+        raise Busy(f"--out {out}: {error}; end it first, or choose another --out") from error
 
 
 def to_json(content: dict, indent: int = 2) -> str:

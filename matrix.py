@@ -13,14 +13,12 @@ puts them. Python is all that is needed here, so that --dry-run and --list work 
 
 from __future__ import annotations
 
-import fcntl
 import gzip
 import math
 import os
 import re
 import shlex
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -34,7 +32,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from files import Refused, parse_json, replace_text
+from files import Busy, Refused, clean, locked, parse_json, replace_text, sign
 from smolvla.config import PRETRAINED, RECIPES
 
 WHOLE, TASK = "[1-9][0-9]{0,14}", "[0-9]{1,4}(-[0-9]{1,4})?"
@@ -51,10 +49,6 @@ GRACE = 60  # seconds that commands have to save what they have, once they are a
 KEPT = 300  # log lines of a finished cell that are kept
 LOOK = 60  # seconds between two looks at a cell that runs
 STARTED = time.monotonic()
-
-
-class Busy(Exception):
-    """Another process is at it."""
 
 
 class Failed(Exception):
@@ -261,11 +255,6 @@ def parse(line: str) -> dict:
         return {}
 
 
-def clean(line: str) -> str:
-    """Leave out what would steer a terminal, and what is too long."""
-    return "".join(letter for letter in line if letter.isprintable())[:300]
-
-
 @lru_cache(512)
 def values(log: Path, key: str, changed: tuple[int, int]) -> list[float]:
     """Read a key's numbers from a log; changed, its size and time, tells when to read again."""
@@ -424,34 +413,9 @@ class Crew:
 @contextmanager
 def lock(path: Path, waits: Crew | None = None) -> Iterator[TextIO]:
     """Hold PATH.lock; where it is held, wait while the crew works, or raise Busy, and say who holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.lock", "a+", errors="replace") as file:
-        told = ""
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                file.seek(0)
-                holder = f"{clean(file.read(400)) or 'another process'} is at it"
-            except OSError as error:  # a file system without locks
-                say(f"warning: {file.name} cannot be locked ({error}): see that no two processes use it")
-                break
-            if waits is None or waits.stopping:
-                raise Busy(holder)
-            if holder != told:
-                say(f"waiting for {path}: {holder}")
-            told = holder
-            time.sleep(0.5)
-        sign(file, os.getpid(), "run_matrix.sh")
+    going = (lambda: not waits.stopping) if waits else (lambda: False)
+    with locked(Path(f"{path}.lock"), "run_matrix.sh", going, say) as file:
         yield file
-
-
-def sign(file: TextIO, process: int, command: str) -> None:
-    """Write who holds a lock."""
-    file.truncate(0)
-    file.write(f"process {process} on {socket.gethostname()}, since {time.strftime('%F %T')}: {command}")
-    file.flush()
 
 
 def carry_out(todo: dict[str, Callable[[str], None]], places: list[str], crew: Crew) -> list[str]:
