@@ -109,13 +109,15 @@ class Rows:
     """(n,) int64: their own numbers."""
 
     @classmethod
-    def of(cls, rows: dict[str, np.ndarray], places: list[int], keep: np.ndarray, all_: Episodes) -> "Rows":
+    def of(
+        cls, rows: dict[str, np.ndarray], places: list[int], keep: np.ndarray, episodes: Episodes
+    ) -> "Rows":
         """Take those of a file's episodes that are asked for."""
         here = np.isin(places, keep)
         kept = np.array(places)[here]
-        mask = np.repeat(here, all_.length[places])
+        mask = np.repeat(here, episodes.length[places])
         values = {name: column[mask] for name, column in rows.items()}
-        return cls(kept, values, all_.length[kept], all_.number[kept])
+        return cls(kept, values, episodes.length[kept], episodes.number[kept])
 
     @property
     def episode(self) -> np.ndarray:
@@ -200,7 +202,8 @@ def read_rows(
         parts.append(part)
     if not parts:
         raise Refused(f"{root}: none of its data files can be read")
-    values = {name: np.concatenate([part.values[name] for part in parts]) for name in parts[0].values}
+    shared = [name for name in parts[0].values if all(name in part.values for part in parts)]
+    values = {name: np.concatenate([part.values[name] for part in parts]) for name in shared}
     joined = (np.concatenate([getattr(part, name) for part in parts]) for name in ("length", "number"))
     rows = Rows(np.concatenate([part.keep for part in parts]), values, *joined)
     for name in (STATE, ACTION):

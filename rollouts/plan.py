@@ -16,6 +16,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from arm import Arm
+from commands import parse_numbers
 from files import (
     NUMBER,
     Refused,
@@ -31,19 +32,20 @@ from rollouts.facts import Facts
 from simulator.env import (
     NUM_INIT_STATES,
     NUM_TASKS,
+    SCENES,
     STEP_LIMITS,
     SUITES,
     SimConfig,
     check_either,
     check_suite,
     check_task,
-    parse_ids,
+    scenes,
     task_instructions,
 )
 from smolvla.folders import find_folder, holds_weights
 
 RECORDED = {
-    **dict.fromkeys(("suite?", "draw?", "reset?", "texture_colorspace?", "either?"), str | None),
+    **dict.fromkeys(("suite?", "either?"), str | None),  # draw, reset and colours are SimConfig's
     **dict.fromkeys(("task_id?", "size?"), int | None),
     **{
         "displace?": NUMBER | None,
@@ -167,7 +169,7 @@ def newest_run(root: Path, sited: bool = False) -> Path:
     return runs[0]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Target:
     """The checkpoint that is rolled out, and where its results go."""
 
@@ -175,6 +177,7 @@ class Target:
     out: Path  # the run folder, or one made for a checkpoint without
     name: str  # what results call the checkpoint
     run: dict  # what its training run recorded of itself; empty for a checkpoint without
+    weights: str = ""  # their fingerprint, once they are loaded
 
 
 def find_target(config: ProtocolConfig, sited: bool = False) -> Target:
@@ -236,6 +239,7 @@ class Plan:
     policy_batch: int
     dtype: str = "float32"
     cameras: tuple[str, ...] = ()  # --cameras, where it was needed
+    scenes: str = ""  # CRC of LIBERO's files, where they are not the pinned package's
 
     def __str__(self) -> str:
         """The protocol in a line."""
@@ -252,6 +256,7 @@ class Plan:
     def record(self) -> dict:
         """The protocol, as it is stored with every result."""
         named = {"cameras": " ".join(sorted(self.cameras))} if self.cameras else {}
+        named |= {"scenes": self.scenes} if self.scenes else {}
         return self.sim.record() | named | {
             "n_action_steps": self.n_action_steps, "policy_batch": self.policy_batch, "dtype": self.dtype,
         }  # fmt: skip
@@ -297,7 +302,7 @@ def make_plan(config: ProtocolConfig, suite: str, mine: dict[int, dict], arm: Ar
             chosen[name] = value
     sim = SimConfig(suite=suite, seed=config.seed, max_steps=config.step_limit(suite), **chosen)
     starts, seen = [], set()
-    asked = parse_ids(config.task_ids, "--task-ids") if config.task_ids else ()
+    asked = parse_numbers(config.task_ids, "--task-ids")
     for task in asked or sorted(mine) or range(NUM_TASKS[suite]):
         check_task(suite, task)
         if sim.either:
@@ -310,13 +315,15 @@ def make_plan(config: ProtocolConfig, suite: str, mine: dict[int, dict], arm: Ar
         raise Refused(
             f"--n-action-steps {steps}: a chunk of this policy has {chunk} actions, ask for no more"
         )
-    return Plan(sim, starts, seen, steps, config.policy_batch, config.dtype, config.cameras)
+    crc = scenes(suite)
+    other = "" if crc == SCENES[suite] else crc
+    return Plan(sim, starts, seen, steps, config.policy_batch, config.dtype, config.cameras, other)
 
 
 def chosen_starts(config: ProtocolConfig, task: int, used: set[int]) -> list[int]:
     """The init states of a task, of which demonstrations `used` some; Refused where there are too few."""
     if config.init_states is not None:
-        ids = parse_ids(config.init_states, "--init-states", NUM_INIT_STATES)
+        ids = parse_numbers(config.init_states, "--init-states", NUM_INIT_STATES)
     else:
         ids = [i for i in range(NUM_INIT_STATES) if i not in used]
     if len(ids) < (config.episodes_per_task or 1):

@@ -27,7 +27,8 @@ def write_task(path: Path, lengths: tuple[int, ...] = (5, 3), size: int = 8, see
         group = file.create_group("data")
         group.attrs["problem_info"] = json.dumps({"language_instruction": f"pick up the {path.stem}"})
         recorded = {"suite": "libero_spatial", "task_id": 3, "displace": 0.0, "noise": 0.1, "size": size}
-        recorded |= {"draw": 1, "reset": "hard", "env_seed": 7, "versions": json.dumps({"mujoco": "3.3.2"})}
+        recorded |= {"draw": "exact", "reset": "hard", "env_seed": 7}
+        recorded |= {"versions": json.dumps({"mujoco": "3.3.2"})}
         recorded |= {"pairing": "observation_before_action", "num_demos": len(lengths), "total": sum(lengths)}
         for name, value in recorded.items():
             group.attrs[name] = value

@@ -426,7 +426,7 @@ def test_all_crashed_and_no_metrics_still_make_a_report(tmp_path):
 
 
 def test_script_prints_the_table_and_refuses_in_one_line(tree, monkeypatch):
-    command = [sys.executable, "-m", "report", tree / "E0_s0", tree / "E0b_s0", "-o", tree / "out"]
+    command = [sys.executable, "-m", "report", tree / "E0_s0", tree / "E0b_s0", "--out", tree / "out"]
     good = subprocess.run(command, capture_output=True, text=True)
     assert good.returncode == 0, good.stderr
     assert "31 to 83" in good.stdout and (tree / "out" / "report.html").is_file()
