@@ -136,7 +136,7 @@ def test_an_array_of_cells_runs_one_is_killed_and_requeued_and_the_report_follow
     wait_until(
         lambda: "Restarts=1" in ask(env, "scontrol", "show", "job", f"{array}_1"), 60, Path(f"{log}.1")
     )
-    wait_until(lambda: "COMPLETING" not in ask(env, "squeue", "-h", "-o", "%T"), 60, Path(f"{log}.1"))
+    wait_until(lambda: "stopped by SIGTERM" in Path(f"{log}.1").read_text(), 60, Path(f"{log}.1"))
     ask(env, "scontrol", "update", f"JobId={array}_1", "StartTime=now")  # SLURM would wait two minutes
     wait_until(lambda: not ask(env, "squeue", "-h"), 500, Path(f"{log}.1"))
 
