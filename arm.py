@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -374,6 +375,17 @@ def save_arm(folder: Path, arm: Arm, processor: Processor) -> None:
     save_policy(folder, arm.policy, processor)
     config = json.dumps(dataclasses.asdict(arm.config))
     save_tensors(tensors, folder / WORLD_FILE, {"config": config})
+
+
+def fingerprint(arm: Arm, processor: Processor) -> str:
+    """A CRC over all that decides an arm's actions: weights, memory, world encoder, statistics."""
+    crc, encoder = 0, {} if arm.encoder is None else arm.encoder.state()
+    statistics = {f"{f}.{k}": t for f, x in processor.stats_after.items() for k, t in x.items()}
+    statistics |= {f"{f} {k}": t for f, x in processor.stats.items() for k, t in x.items()}
+    for name, tensor in (*arm.state_dict().items(), *sorted(encoder.items()), *sorted(statistics.items())):
+        values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        crc = zlib.crc32(values, zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
 
 
 def is_ours(name: str) -> bool:

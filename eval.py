@@ -20,7 +20,7 @@ import dataclasses
 import importlib.util
 import os
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,9 +29,9 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from arm import Arm, load_arm
+from arm import Arm, fingerprint, load_arm
 from data import Source
-from files import LARGEST, Refused, append_json, read_json, write_json
+from files import LARGEST, Refused, append_json, only_writer, read_json, write_json
 from latents.world import latents_for
 from prophet import GATE, ROLLOUT_MODES
 from ranks import run_program, start_ranks, wait_for_ranks
@@ -44,7 +44,7 @@ from rollouts.film import episode_name, film_name, save_film
 from rollouts.imagine import save_strips, strips_of_episode
 from rollouts.plan import Plan, ProtocolConfig, Target, find_target, make_plans, open_out
 from rollouts.rollout import Rollout, seen_latents
-from simulator.env import CAMERAS, CONTROL_HZ
+from simulator.env import CAMERAS, CONTROL_HZ, PACKAGE
 from simulator.pool import EnvPool, Observation, SimCrash
 from simulator.render import setup_gl
 from smolvla import kernels
@@ -161,6 +161,7 @@ def open_arm(config: EvalConfig, target: Target, device: torch.device) -> tuple[
     """Load the checkpoint onto the device, ready to act."""
     how = {name: getattr(config, name) for name in ("vlm", "stats_of", "allow_missing")}
     arm, processor = load_arm(target.folder, config.world_model, **how)
+    target.weights = fingerprint(arm, processor)
     if config.cameras and config.offline is None:
         processor = refit(processor, named_cameras(config.cameras, arm))
         arm.policy.config = processor.config
@@ -226,17 +227,29 @@ def main(config: EvalConfig) -> None:
     for mode in modes:
         arm.needs(mode)
 
-    # results that are there
     work = Work(target, target.out / "episodes.jsonl", rank, ranks, config.imagine)
-    if rank == 0:
-        introduce(target, plans, modes)
-        open_out(target, arm)
-        gather(work.path, config.retry_crashes)
-    wait_for_ranks()
-    done = read_all(work.path)
-    wait_for_ranks()  # before anybody writes
+    with only_writer(target.out, "eval.py") if rank == 0 else nullcontext():
+        if rank == 0:
+            introduce(target, plans, modes)
+            open_out(target, arm)
+            gather(work.path, config.retry_crashes)
+            work.refuse_other_weights()
+        roll_out(config, arm, processor, plans, modes, work, device)
 
-    # rollouts, a suite after the other
+
+def roll_out(
+    config: EvalConfig,
+    arm: Arm,
+    processor: Processor,
+    plans: list[Plan],
+    modes: tuple[str, ...],
+    work: Work,
+    device: torch.device,
+) -> None:
+    """Roll out a suite after the other, each rank its share of the episodes that are not there."""
+    wait_for_ranks()
+    done, rank, target = work.found(), work.rank, work.target
+    wait_for_ranks()  # before anybody writes
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     num_envs = config.num_envs or max(1, (os.cpu_count() or 1) // ranks_here)
     with ExitStack() as stack:
@@ -259,8 +272,7 @@ def main(config: EvalConfig) -> None:
     wait_for_ranks()
     if rank == 0:
         gather(work.path)
-        lines = read_all(work.path).values()
-        print(summary(line for line in lines if line["checkpoint"] == target.name))
+        print(summary(line for line in work.found().values() if work.is_ours(line)))
 
 
 def evaluate_offline(config: EvalConfig, arm: Arm, processor: Processor, target: Target) -> None:
@@ -286,7 +298,12 @@ def evaluate_offline(config: EvalConfig, arm: Arm, processor: Processor, target:
     found.check(target.folder)
     print(f"checkpoint {target.folder}, data {config.offline}\n{held_out.table(found)}")
     open_out(target, arm)
-    line = {"checkpoint": target.name, "data": str(config.offline), "fingerprint": demos.fingerprint}
+    line = {
+        "checkpoint": target.name,
+        "weights": target.weights,
+        "data": str(config.offline),
+        "fingerprint": demos.fingerprint,
+    }
     append_json(target.out / "offline.jsonl", line | held_out.record(found))
 
 
@@ -316,12 +333,17 @@ def conform_all(config: EvalConfig, target: Target, rollouts: list[Rollout]) -> 
     write_json(target.out / "conformance.json", found)
 
 
-def first_look(rollout: Rollout) -> Observation:
-    """Draw the first start, as every episode of a rollout begins. Raises Refused where nothing runs."""
+def first_look(rollout: Rollout, again: bool = True) -> Observation:
+    """Draw the first start, as every episode of a rollout begins; once more where the simulator dies of it.
+
+    Raises Refused where nothing runs.
+    """
     try:
         rollout.pool.reset(0, *rollout.plan.starts[0])
         [(_, observation)] = rollout.pool.ready()
     except SimCrash as crash:
+        if again:
+            return first_look(rollout, again=False)
         raise Refused(f"{crash}; `python -m simulator verify` says what is amiss") from crash
     return observation
 
@@ -331,6 +353,11 @@ def introduce(target: Target, plans: list[Plan], modes: tuple[str, ...]) -> None
     print(f"checkpoint {target.folder}, memory {' '.join(modes)} of {' '.join(ROLLOUT_MODES)}")
     for plan in plans:
         print(f"protocol {plan}")
+        if plan.scenes:
+            print(
+                f"warning: LIBERO's files of {plan.sim.suite} are not those of {PACKAGE}: they decide what "
+                f"succeeds, and results say so (scenes {plan.scenes})"
+            )
         overlap = sum(start in plan.seen for start in plan.starts)
         if overlap:
             print(f"warning: demonstrations started from {overlap} of the {len(plan.starts)} init states")
@@ -346,6 +373,30 @@ class Work:
     ranks: int
     imagine: int  # episodes of each mode whose futures are drawn
 
+    def is_ours(self, line: dict) -> bool:
+        """Whether a line is of these weights; one that an earlier version wrote says of which name alone."""
+        if "weights" in line:
+            return line["weights"] == self.target.weights
+        return line["checkpoint"] == self.target.name
+
+    def found(self) -> dict[str, dict]:
+        """The episodes that are there, by key; what a copied run did is there too, whatever its name."""
+        lines = read_all(self.path).values()
+        ours = {"weights": self.target.weights}
+        return {key_of(line | ours if self.is_ours(line) else line): line for line in lines}
+
+    def refuse_other_weights(self) -> None:
+        """Raise Refused where the results of this name are of other weights."""
+        mine = [line for line in read_all(self.path).values() if line["checkpoint"] == self.target.name]
+        for line in mine:
+            if not self.is_ours(line):
+                raise Refused(
+                    f"{self.path} holds episodes of {self.target.name} with other weights (fingerprint "
+                    f"{line['weights']}, not {self.target.weights}): choose another --out, or move that file"
+                )
+        if unsaid := sum("weights" not in line for line in mine):
+            print(f"warning: {unsaid} episodes of {self.target.name} do not say of which weights they are")
+
     def share(self, starts: list) -> list:
         """This rank's part: neighbours stay together, since an environment is built anew for each task."""
         bounds = [len(starts) * i // self.ranks for i in (self.rank, self.rank + 1)]
@@ -355,7 +406,8 @@ class Work:
         """What all lines of a mode have in common."""
         state = self.target.folder / "state.json"
         samples = {"samples": read_json(state, {"samples": int})["samples"]} if state.is_file() else {}
-        common = {"checkpoint": self.target.name, **samples, "memory": rollout.mode}
+        common = {"checkpoint": self.target.name, "weights": self.target.weights}
+        common |= {**samples, "memory": rollout.mode}
         return common | {"protocol": rollout.plan.record()}
 
     def missing(self, rollout: Rollout, done: dict[str, dict]) -> list[tuple[int, int]]:
@@ -415,7 +467,7 @@ def film(rollout: Rollout, work: Work, rate: float) -> None:
     """Run the episodes that are worth a film again, drawn throughout; say so where one does not repeat."""
     plan, mode = rollout.plan, rollout.mode
     wanted, shared = {}, work.shared(rollout)
-    found = read_all(work.path)
+    found = work.found()
     lines = [found.get(key_of(shared | {"task_id": t, "init_state": i})) for t, i in plan.starts]
     for line in filter(None, lines):
         if not line["crash"]:

@@ -10,17 +10,23 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
+import gzip
 import json
 import os
-from collections.abc import Iterator, Mapping
+import socket
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TextIO, Union, get_args, get_origin, get_type_hints
 
 LARGEST = 10**15  # of any number that a person gives
 Shape = Any  # of a JSON value, as `misfit` reads it
 NUMBER = int | float
+UNPACKED = 2**28  # bytes that a packed file may come to
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,7 +114,10 @@ def misfit(value: object, shape: Shape, name: str = "") -> str:
     """
     what = name or "it"
     if isinstance(shape, tuple):
-        return "" if any(not misfit(value, each) for each in shape) else f"{what} is {value!r:.40}"
+        found = {misfit(value, each, name): type(each) for each in shape}
+        alike = (why for why, kind in found.items() if kind is type(value))
+        closest = next(alike, f"{what} is {value!r:.40}")
+        return "" if "" in found else closest
     if not isinstance(shape, dict | list):
         kinds, literal = get_args(shape) or (shape,), get_origin(shape) is Literal
         fits = isinstance(value, str) and value in kinds if literal else isinstance(value, kinds)
@@ -183,9 +192,12 @@ def read_json(path: Path, shape: Shape | None = None, again: str = "copy the che
 def json_lines(path: Path, shape: Shape | None = None) -> Iterator[tuple[int, dict, str]]:
     """Yield number, object and "" of each line of a JSONL file; or what is wrong with it, and no object.
 
-    Nothing for a file that is not there. A last line that is being written, or was cut off, is left out.
+    Nothing for a file that is not there, packed (.gz) neither. A last line that is being written, or was cut
+    off, is left out.
     """
-    lines = read_bytes(path, "").split(b"\n") if path.is_file() else []
+    lines = (read_bytes(path, "") if path.is_file() else unpacked(path.with_name(f"{path.name}.gz"))).split(
+        b"\n"
+    )
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
@@ -193,6 +205,20 @@ def json_lines(path: Path, shape: Shape | None = None) -> Iterator[tuple[int, di
             except ValueError as error:
                 if number < len(lines):
                     yield number, {}, str(error)
+
+
+def unpacked(path: Path) -> bytes:
+    """Return what a gzip file holds; nothing for one that is not there, Refused for one that is damaged."""
+    try:
+        with gzip.open(path) as file:
+            content = file.read(UNPACKED + 1)
+    except FileNotFoundError:
+        return b""
+    except (OSError, EOFError, zlib.error) as error:
+        raise Refused(f"{path} cannot be unpacked ({error}): copy it again") from error
+    if len(content) > UNPACKED:
+        raise Refused(f"{path} unpacks to more than {UNPACKED:,} bytes: no run writes so much")
+    return content
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -289,6 +315,75 @@ def append_json(path: Path, line: dict) -> None:
         except OSError:
             file.truncate(end)
             raise
+
+
+# ---- one writer ---------------------------------------------------------------------------------------
+
+
+class Busy(Refused):
+    """Another process is at it."""
+
+
+def clean(line: str) -> str:
+    """Leave out what would steer a terminal, and what is too long."""
+    return "".join(letter for letter in line if letter.isprintable())[:300]
+
+
+@contextmanager
+def locked(
+    path: Path,
+    command: str,
+    waits: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = print,
+) -> Iterator[TextIO]:
+    """Hold a lock file; where another process holds it, wait while `waits` says so, or raise Busy: who it is.
+
+    The system lets go of it when its holder ends, however that ends.
+    """
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", errors="replace")
+    with file:
+        told = ""
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                file.seek(0)
+                holder = f"{clean(file.read(400)) or 'another process'} is at it"
+            except OSError as error:  # a file system without locks
+                say(f"warning: {file.name} cannot be locked ({error}): see that no two processes use it")
+                break
+            if not waits():
+                raise Busy(holder)
+            if holder != told:
+                say(f"waiting for {path.with_suffix('')}: {holder}")
+            told = holder
+            time.sleep(0.5)
+        sign(file, os.getpid(), command)
+        yield file
+
+
+def sign(file: TextIO, process: int, command: str) -> None:
+    """Write who holds a lock."""
+    file.truncate(0)
+    file.write(f"process {process} on {socket.gethostname()}, since {time.strftime('%F %T')}: {command}")
+    file.flush()
+
+
+@contextmanager
+def only_writer(out: Path, program: str, grace: float = 5.0) -> Iterator[None]:
+    """Be the one process of a program that writes into a folder; Busy where there is another.
+
+    grace: seconds that one that was killed has to end, as where torchrun starts ranks again.
+    """
+    end = time.monotonic() + grace
+    try:
+        with locked(out.with_name(f".{out.name}.{program}.lock"), program, lambda: time.monotonic() < end):
+            yield
+    except Busy as error:
+        raise Busy(f"--out {out}: {error}; end it first, or choose another --out") from error
 
 
 def to_json(content: dict, indent: int = 2) -> str:

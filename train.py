@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from arm import Arm, load_arm
 from data import Source
-from files import LARGEST, Refused, read_json, read_tensors, shape_of
+from files import LARGEST, Refused, only_writer, read_json, read_tensors, shape_of
 from model import masked_mean
 from ranks import Stop, Together, run_program, start_ranks, sum_over_ranks
 from readers.demos import Demos
@@ -164,7 +164,7 @@ class TrainConfig(StartConfig, OptimiseConfig):
     def free(self) -> tuple[str, ...]:
         """Fields and facts that may change when a run is resumed."""
         return (
-            "out", "data", "pictures", "workers", "features", "prepare", "log_every", "save_every",
+            "out", "data", "cache", "pictures", "workers", "features", "prepare", "log_every", "save_every",
             "save_minutes", "keep_every", "max_bad_steps", "compile", "threads", "accumulate", "world_model",
             "data_facts", "flops_per_sample", "weights_fingerprint", "compared_with", "accept", "wandb",
             "tensorboard",
@@ -194,8 +194,16 @@ def main(config: TrainConfig) -> None:
             say(line)
         return
 
-    # data
     check_trunk(config)
+    with only_writer(config.out, "train.py") if rank == 0 else nullcontext():
+        train(config, rank, ranks, device, together)
+
+
+def train(config: TrainConfig, rank: int, ranks: int, device: torch.device, together: Together) -> None:
+    """Train into a run folder that is this run's alone."""
+    say = print if rank == 0 else lambda *_: None
+
+    # data
     last = agree_on_checkpoint(config, rank, together)
     config, demos, features, latents = open_data(config, last, rank, ranks, say)
     out_episodes = np.array(config.held_out, np.int64)

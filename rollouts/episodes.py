@@ -24,6 +24,7 @@ from simulator.pool import Observation
 EPISODE = {
     **dict.fromkeys(("checkpoint", "memory", "suite"), str),
     **{"task_id": int, "init_state": int, "protocol": dict, "success": bool | None, "crash": str | None},
+    "weights?": str,
 }
 
 
@@ -75,9 +76,10 @@ def read_all(path: Path) -> dict[str, dict]:
 
 
 def key_of(line: dict) -> str:
-    """What tells one episode of a run from another."""
+    """What tells one episode from another: the weights by their fingerprint, else by their name."""
+    whose = line.get("weights") or line["checkpoint"]
     return json.dumps(
-        [line[k] for k in ("checkpoint", "memory", "task_id", "init_state", "protocol")], sort_keys=True
+        [whose, *(line[k] for k in ("memory", "task_id", "init_state", "protocol"))], sort_keys=True
     )
 
 

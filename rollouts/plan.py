@@ -31,6 +31,7 @@ from rollouts.facts import Facts
 from simulator.env import (
     NUM_INIT_STATES,
     NUM_TASKS,
+    SCENES,
     STEP_LIMITS,
     SUITES,
     SimConfig,
@@ -38,12 +39,13 @@ from simulator.env import (
     check_suite,
     check_task,
     parse_ids,
+    scenes,
     task_instructions,
 )
 from smolvla.folders import find_folder, holds_weights
 
 RECORDED = {
-    **dict.fromkeys(("suite?", "draw?", "reset?", "texture_colorspace?", "either?"), str | None),
+    **dict.fromkeys(("suite?", "either?"), str | None),  # draw, reset and colours are SimConfig's
     **dict.fromkeys(("task_id?", "size?"), int | None),
     **{
         "displace?": NUMBER | None,
@@ -167,7 +169,7 @@ def newest_run(root: Path, sited: bool = False) -> Path:
     return runs[0]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Target:
     """The checkpoint that is rolled out, and where its results go."""
 
@@ -175,6 +177,7 @@ class Target:
     out: Path  # the run folder, or one made for a checkpoint without
     name: str  # what results call the checkpoint
     run: dict  # what its training run recorded of itself; empty for a checkpoint without
+    weights: str = ""  # their fingerprint, once they are loaded
 
 
 def find_target(config: ProtocolConfig, sited: bool = False) -> Target:
@@ -236,6 +239,7 @@ class Plan:
     policy_batch: int
     dtype: str = "float32"
     cameras: tuple[str, ...] = ()  # --cameras, where it was needed
+    scenes: str = ""  # CRC of LIBERO's files, where they are not the pinned package's
 
     def __str__(self) -> str:
         """The protocol in a line."""
@@ -252,6 +256,7 @@ class Plan:
     def record(self) -> dict:
         """The protocol, as it is stored with every result."""
         named = {"cameras": " ".join(sorted(self.cameras))} if self.cameras else {}
+        named |= {"scenes": self.scenes} if self.scenes else {}
         return self.sim.record() | named | {
             "n_action_steps": self.n_action_steps, "policy_batch": self.policy_batch, "dtype": self.dtype,
         }  # fmt: skip
@@ -310,7 +315,9 @@ def make_plan(config: ProtocolConfig, suite: str, mine: dict[int, dict], arm: Ar
         raise Refused(
             f"--n-action-steps {steps}: a chunk of this policy has {chunk} actions, ask for no more"
         )
-    return Plan(sim, starts, seen, steps, config.policy_batch, config.dtype, config.cameras)
+    crc = scenes(suite)
+    other = "" if crc == SCENES[suite] else crc
+    return Plan(sim, starts, seen, steps, config.policy_batch, config.dtype, config.cameras, other)
 
 
 def chosen_starts(config: ProtocolConfig, task: int, used: set[int]) -> list[int]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,11 +21,23 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from test_arm import processor
+from test_data import write_task
 
 import model
-from arm import ArmConfig, load_arm, save_arm, stored_config
-from eval import EvalConfig
-from files import Refused, misfit, plain_name, shape_of
+import train
+from arm import ArmConfig, fingerprint, load_arm, save_arm, stored_config
+from eval import EvalConfig, Work
+from files import (
+    Refused,
+    Unwritable,
+    append_json,
+    json_lines,
+    misfit,
+    only_writer,
+    plain_name,
+    shape_of,
+    write_json,
+)
 from model import load_policy
 from prophet import ROLLOUT_MODES
 from readers import lerobot_v3, libero_hdf5
@@ -31,7 +46,7 @@ from report.reading import load_runs
 from rollouts import episodes
 from rollouts.plan import find_target, make_plans
 from rollouts.rollout import Episode, Rollout
-from simulator.env import CAMERAS, load_init_states
+from simulator.env import CAMERAS, SCENES, load_init_states, scenes
 from simulator.pool import Observation
 from smolvla.checkpoint import read_cameras, save_policy
 from smolvla.folders import MANIFEST, OPTIMIZER, damage, newest_whole, point
@@ -39,7 +54,7 @@ from train import TrainConfig
 from training import run_folder
 from training.run_folder import Progress
 
-CPU = torch.device("cpu")
+ROOT, CPU = Path(__file__).resolve().parents[1], torch.device("cpu")
 NAMES = (
     "../../outside.pth",
     "/tmp/outside.pth",
@@ -462,8 +477,176 @@ def test_the_shape_of_json_says_what_is_where():
         ({"a": 1, "b": [0.5, "x"]}, "b[1] is 'x'"),
         ({"a": 1, "c": {"x": {}}}, "c.x has no d"),
         ({"a": 1, "c": {"x": []}}, "c.x is [], not an object"),
-        ({"a": 1, "e": ["x"]}, "e is ['x']"),
+        ({"a": 1, "e": ["x"]}, "e[0] is 'x'"),
     ):
         assert misfit(value, shape) == said
     assert misfit({"memory": "prde"}, shape_of(ArmConfig)) == "memory is 'prde'"
     assert misfit(json.loads(json.dumps(dataclasses.asdict(ArmConfig()))), shape_of(ArmConfig)) == ""
+
+
+# ---- disks that are full, or only to be read ------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 1 MB, and a way to leave `room` bytes of it."""
+    home = tmp_path / "disk"
+    home.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", home]).returncode:
+        pytest.skip("a disk can be mounted by root alone")
+
+    def leave(room: int) -> None:
+        (home / "filler").write_bytes(bytes(shutil.disk_usage(home).free - room))
+
+    yield home, leave
+    subprocess.run(["umount", home], check=True)
+
+
+def test_a_full_disk_leaves_whole_files_and_whole_lines(small_disk):
+    home, leave = small_disk
+    write_json(home / "config.json", {"a": 1})
+    line = {"text": "x" * 3000}
+    append_json(home / "lines.jsonl", line)
+    leave(4096)
+    for _ in range(2):
+        with pytest.raises(Unwritable, match=r"config.json cannot be written .No space left.*: make room"):
+            write_json(home / "config.json", {"b": "y" * 20_000})
+        with pytest.raises(Unwritable, match=r"lines.jsonl cannot be written"):
+            for _ in range(9):
+                append_json(home / "lines.jsonl", line)
+    assert json.loads((home / "config.json").read_text()) == {"a": 1}
+    assert [why for _, _, why in json_lines(home / "lines.jsonl")] == [""] * len(
+        list(json_lines(home / "lines.jsonl"))
+    )
+    assert (home / "lines.jsonl").read_bytes().endswith(b"}\n")
+    assert {p.name for p in home.iterdir()} == {"config.json", "lines.jsonl", "filler"}
+
+
+def test_caches_of_data_that_are_only_to_be_read_lie_elsewhere(tmp_path, monkeypatch, small_disk):
+    home, _ = small_disk
+    write_task(home / "soup_demo.hdf5", lengths=(9, 24, 12), size=32)
+    subprocess.run(["mount", "-o", "remount,ro", home], check=True)
+    monkeypatch.chdir(tmp_path)
+    flags = {"total_samples": 16, "batch_size": 8, "threads": 1, "fusion": ("late",), "world_dim": 16}
+    flags |= {"data": home, "world_resolution": 8, "future": 3, "pictures": "files"}
+    train.main(TrainConfig(**flags, out=tmp_path / "a"))
+    train.main(TrainConfig(**flags, out=tmp_path / "b", cache=tmp_path / "mine"))
+    made = [
+        [p.name.split("_")[0] for p in sorted((tmp_path / place).glob("*/*"))]
+        for place in ("data/cache", "mine")
+    ]
+    assert made == [["picture", "world"]] * 2
+
+
+# ---- whose results, and whose tasks ---------------------------------------------------------------------
+
+
+def work_of(folder: Path, out: Path, weights: str | None = None) -> Work:
+    target = find_target(EvalConfig(str(folder), out=out))
+    target.weights = weights or fingerprint(*load_arm(target.folder))
+    return Work(target, target.out / "episodes.jsonl", 0, 1, 0)
+
+
+def test_results_are_found_by_the_weights_and_other_weights_are_refused(run, saved, tmp_path):
+    arm = tiny.arm()
+    [plan] = make_plans(EvalConfig(episodes_per_task=2), tiny.run_config(), arm)
+    rollout = Rollout(arm, processor(), plan, "off", None, CPU)
+    work = work_of(run, tmp_path / "out")
+    assert work.missing(rollout, work.found()) == plan.starts
+    line = work.shared(rollout) | {"suite": "libero_object", "success": True, "crash": None}
+    work.path.parent.mkdir()
+    for task, init_state in plan.starts[:1]:
+        append_json(work.path, line | {"task_id": task, "init_state": init_state})
+    assert work.missing(rollout, work.found()) == plan.starts[1:]
+
+    shutil.copytree(run / "step_000002", tmp_path / "copied")  # under another name, without its run
+    copied = work_of(tmp_path / "copied", tmp_path / "out")
+    assert copied.target.name == "copied" and copied.missing(rollout, copied.found()) == plan.starts[1:]
+
+    work = work_of(run / "step_000001", tmp_path / "out")  # another checkpoint of the run has its own
+    work.refuse_other_weights()
+    assert work.missing(rollout, work.found()) == plan.starts
+    shutil.rmtree(run / "step_000002")
+    (run / "step_000001").rename(run / "step_000002")  # trained on, or downloaded again
+    with pytest.raises(Refused, match=r"episodes of step_000002 with other weights .*choose another --out"):
+        work_of(run, tmp_path / "out").refuse_other_weights()
+
+
+def test_lines_of_an_earlier_version_are_found_by_name_with_a_warning(run, tmp_path, capsys):
+    work = work_of(run, tmp_path, "12345678")
+    line = {"checkpoint": "step_000002", "memory": "off", "suite": "s", "task_id": 1, "init_state": 2}
+    append_json(work.path, line | {"success": True, "crash": None, "protocol": {}})
+    work.refuse_other_weights()
+    assert "1 episodes of step_000002 do not say of which weights" in capsys.readouterr().out
+    [key] = work.found()
+    assert "12345678" in key
+
+
+@pytest.mark.parametrize("part", ["weights", "memory", "encoder", "statistics"])
+def test_whatever_decides_an_action_changes_the_fingerprint(part):
+    whole, changed = [(tiny.arm(), processor()) for _ in range(2)]
+    assert fingerprint(*whole) == fingerprint(*changed)
+    arm, made = changed
+    made.stats = made.stats_after = {f: {k: t.clone() for k, t in x.items()} for f, x in made.stats.items()}
+    tensors = {
+        "weights": arm.policy.state_proj.bias,
+        "memory": next(arm.prophet.parameters()),
+        "encoder": arm.encoder.stats.std,
+        "statistics": made.stats["action"]["mean"],
+    }
+    with torch.no_grad():
+        tensors[part].view(-1)[0] += 1
+    assert fingerprint(*whole) != fingerprint(*changed)
+
+
+def test_another_liberos_files_are_told_and_stand_in_the_protocol(tmp_path):
+    """LIBERO_CONFIG_PATH at a copy whose goal is another one's: its BDDL would decide success."""
+    libero = Path(pytest.importorskip("libero.libero").__file__).parent
+    shutil.copytree(libero / "bddl_files" / "libero_object", tmp_path / "bddl" / "libero_object")
+    paths = {"benchmark_root": libero, "bddl_files": tmp_path / "bddl", "init_states": libero / "init_files"}
+    paths |= {"datasets": tmp_path, "assets": libero / "assets"}
+    (tmp_path / "config.yaml").write_text("".join(f"{name}: {path}\n" for name, path in paths.items()))
+    env = os.environ | {"LIBERO_CONFIG_PATH": str(tmp_path)}
+    ask = "from simulator.env import *; print(scenes('libero_object') == SCENES['libero_object'])"
+
+    def same() -> str:
+        ended = subprocess.run([sys.executable, "-c", ask], env=env, cwd=ROOT, capture_output=True, text=True)
+        return ended.stdout.strip() or ended.stderr
+
+    assert same() == "True"
+    path = next((tmp_path / "bddl" / "libero_object").glob("*.bddl"))
+    path.write_text(path.read_text().replace("(And", "(Or"))
+    assert same() == "False"
+    [plan] = make_plans(EvalConfig(episodes_per_task=2), tiny.run_config(), tiny.arm())
+    assert "scenes" not in plan.record()
+    assert dataclasses.replace(plan, scenes="0123abcd").record()["scenes"] == "0123abcd"
+    assert {suite: scenes(suite) for suite in SCENES} == SCENES
+
+
+# ---- one writer -----------------------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from files import only_writer
+with only_writer(Path(sys.argv[1]), "train.py"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_run_folder_has_one_writer_and_a_dead_one_stops_nobody(tmp_path, capsys):
+    out = tmp_path / "run"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, out], stdout=subprocess.PIPE, cwd=ROOT, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(Refused, match=rf"--out .*run: process {holder.pid} on .*: train.py is at it; end it"):
+        with only_writer(out, "train.py", grace=1):
+            pass
+    assert f"process {holder.pid}" in capsys.readouterr().out  # who waits says so
+    with only_writer(out, "eval.py"):  # another program, another file
+        pass
+    holder.kill()
+    holder.wait()
+    with only_writer(out, "train.py"):
+        pass
+    assert not out.exists()

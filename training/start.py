@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from arm import Arm, ArmConfig, Summary, load_arm, stored_config
 from data import held_out, saved_partners
-from files import LARGEST, Refused
+from files import LARGEST, Refused, naming
 from latents import tower, world
 from latents.blocks import with_checks
 from latents.encoders import open_backbone, resolved
@@ -114,6 +115,10 @@ class StartConfig(ArmConfig, DataConfig):
     """Folder of the frozen tower's tokens for this --data, --init and --seed, as --prepare writes them: they
     stand in for the pictures, and none is decoded. Not with --blind, whose mean picture needs them."""
 
+    cache: Path | None = None
+    """Folder for what is computed once from the data and kept: world latents, CRCs of pictures. Default:
+    beside the data or, where they are only to be read, data/cache/."""
+
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type that tower, trunk and expert compute in; auto: bfloat16 on a GPU, and with --freeze none on a CPU
     that has instructions for it, else float32. What trains is held in float32 in any case, what is frozen in
@@ -169,6 +174,21 @@ class StartConfig(ArmConfig, DataConfig):
         """The same, with the episodes named that are held out: nothing is fitted on them."""
         out = held_out(demos, self.val_share).tolist() if self.val_every else ()
         return dataclasses.replace(self, held_out=tuple(out))
+
+    def cache_home(self, folder: Path) -> Path:
+        """The place beside which caches lie: the data's, unless --cache or a read-only disk says another."""
+        home = super().cache_home(folder)
+        place = home if home.is_dir() else home.parent
+        while not place.exists():
+            place = place.parent
+        there = any(home.parent.glob(f"{home.stem}_world_*")) or any(home.glob("world_*"))
+        if self.cache is None and (there or os.access(place, os.W_OK)):
+            return home
+        key = hashlib.sha256(f"{folder.resolve()} {self.part}".encode()).hexdigest()[:8]
+        elsewhere = (self.cache or Path("data", "cache")) / f"{folder.stem}_{key}"
+        with naming(elsewhere):
+            elsewhere.mkdir(parents=True, exist_ok=True)
+        return elsewhere
 
     def precision(self, device: torch.device) -> torch.dtype:
         """The type to compute in on a device."""
