@@ -90,6 +90,8 @@ def read_file(
             f"{path} has {len(table):,} rows, its episodes {ends[0]}..{ends[1]} have {wanted:,}: {COPY_AGAIN}"
         )
     rows = {ours: vectors(table[name], f"{path}: {name}") for ours, name in names.items()}
+    if "timestamp" in rows:
+        rows["timestamp"] = rows["timestamp"].astype(np.float64)  # added to where a video's part begins
     for name in said[:1]:
         rows["said"] = table[name].to_numpy()[:, None]
     return rows

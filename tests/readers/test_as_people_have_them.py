@@ -124,6 +124,17 @@ def test_a_video_whose_first_frame_is_late_is_read_from_there(tmp_path):
     refused(lost, "no frame at 0.0000 s, step 0 of episode 0, .*--episodes leaves")
 
 
+def test_a_frame_hours_into_a_video_is_found(tmp_path):
+    """There a float32, as timestamps are stored, no longer tells 0.1 ms."""
+    root = write_set(tmp_path, (5, 4), {CAMERA: "video"}, fps=30, late=4 * 3600 * 30)
+    for part in ("from", "to"):
+        name = f"videos/{CAMERA}/{part}_timestamp"
+        begins = pq.read_table(root / EPISODES)[name].to_pylist()
+        episodes_column(root, name, [t + 4 * 3600 for t in begins])
+    demos = load(root)
+    assert codes(demos) == wanted(demos) and not check.check(root).errors
+
+
 def test_a_camera_of_nearly_the_labels_rate_is_read_with_a_flag(tmp_path):
     root = write_set(tmp_path, (60, 50), {CAMERA: "video"}, fps=30, video_fps=Fraction(30000, 1001))
     refused(root, r"no frame at 0\.1333 s, step 4 of episode 0.*--nearest-frame 0.4 takes frames that are a")
