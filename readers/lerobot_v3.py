@@ -281,14 +281,16 @@ def video_places(
     times = [places[e][2] + own for e, own in zip(rows.keep, rows.each("timestamp"))]
     apart = min([1 / info["fps"], *(float(np.diff(own).min()) for own in times if len(own) > 1)])
     far = max(TOLERANCE, options.nearest_frame * apart)
-    files, wanted = {}, {places[e][:2] for e in rows.keep}
+    files, row, wanted = {}, {}, {places[e][:2] for e in rows.keep}
     for file, among in by_file(places).items():
         if file not in wanted:
             continue
+        among = sorted(among, key=lambda e: places[e][2])
+        row.update(zip(among, (np.cumsum(episodes.length[among]) - episodes.length[among]).tolist()))
         begins, frames = min(places[e][2] for e in among), int(episodes.length[among].sum())
         files[file] = VideoFile(video_file(root, info, camera, file), begins, frames, far)
     return [
-        VideoPlace(files[places[e][:2]], int(number), own)
+        VideoPlace(files[places[e][:2]], int(number), row[e], own)
         for e, number, own in zip(rows.keep, rows.number, times)
     ]
 
