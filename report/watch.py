@@ -36,7 +36,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from report.reading import Refusal, find_runs, parse, read_config
+from files import parse_json
+from report.reading import Refusal, find_runs, read_config
 from report.stats import wilson
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -108,7 +109,7 @@ def objects(lines: list[bytes]) -> Iterator[dict | None]:
     """Yield each line's object; None where it is none, as where two writers met."""
     for line in lines:
         try:
-            yield parse(line.decode(errors="replace"))
+            yield parse_json(line)
         except ValueError:
             yield None
 
