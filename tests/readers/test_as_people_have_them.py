@@ -124,6 +124,17 @@ def test_a_video_whose_first_frame_is_late_is_read_from_there(tmp_path):
     refused(lost, "no frame at 0.0000 s, step 0 of episode 0, .*--episodes leaves")
 
 
+def test_a_frame_hours_into_a_video_is_found(tmp_path):
+    """There a float32, as timestamps are stored, no longer tells 0.1 ms."""
+    root = write_set(tmp_path, (5, 4), {CAMERA: "video"}, fps=30, late=4 * 3600 * 30)
+    for part in ("from", "to"):
+        name = f"videos/{CAMERA}/{part}_timestamp"
+        begins = pq.read_table(root / EPISODES)[name].to_pylist()
+        episodes_column(root, name, [t + 4 * 3600 for t in begins])
+    demos = load(root)
+    assert codes(demos) == wanted(demos) and not check.check(root).errors
+
+
 def test_a_camera_of_nearly_the_labels_rate_is_read_with_a_flag(tmp_path):
     root = write_set(tmp_path, (60, 50), {CAMERA: "video"}, fps=30, video_fps=Fraction(30000, 1001))
     refused(root, r"no frame at 0\.1333 s, step 4 of episode 0.*--nearest-frame 0.4 takes frames that are a")
@@ -134,6 +145,18 @@ def test_a_camera_of_nearly_the_labels_rate_is_read_with_a_flag(tmp_path):
     frames = [picture(e, s, 0) for e, n in enumerate((60, 50)) for s in range(n)]
     write_video(root / VIDEO, [*frames[:70], *frames[71:]], Fraction(30000, 1001))
     refused(root, r"no frame at .*, step .* of episode 1.*--episodes leaves the episode out", options)
+    slow = write_set(tmp_path / "slow", (200, 150), {CAMERA: "video"}, fps=30, video_fps=Fraction(297, 10))
+    refused(slow, "no frame at")
+    for options in (DataConfig(nearest_frame=0.4), DataConfig(nearest_frame=0.1, episodes="1")):
+        demos = load(slow, options=options)  # 3.5 frames off in the end, and still in order
+        assert codes(demos) == wanted(demos, None if demos.numbers is None else [1])
+    frames = [picture(e, s, 0) for e, n in enumerate((200, 150)) for s in range(n)]
+    write_video(slow / VIDEO, [*frames[:100], *frames[101:], frames[-1]], Fraction(297, 10), lost=100)
+    for options in (DataConfig(nearest_frame=0.49), DataConfig(nearest_frame=0.49, episodes="0")):
+        refused(slow, "no frame at", options)  # a frame is lost, another there twice
+    write_video(slow / VIDEO, frames[:-1], Fraction(297, 10))
+    for options in (DataConfig(nearest_frame=0.4), DataConfig(nearest_frame=0.4, episodes="0")):
+        refused(slow, "no frame at .*, step 4[01] of episode 0", options)
     with pytest.raises(Refused, match=r"--nearest-frame 0.5 must be .* less than 0.5"):
         DataConfig(nearest_frame=0.5)
 
