@@ -29,7 +29,7 @@ from arm import Arm, ArmConfig
 from files import Refused
 from latents.tower import Features
 from latents.world import Latents
-from prophet import draw_chance, prophet_width
+from prophet import METHODS, prophet_width
 from readers.demos import Demos
 from readers.prefetch import Loader
 from readers.selection import plain_text
@@ -162,8 +162,7 @@ def memory_noise(config: ArmConfig, rngs: list[np.random.Generator]) -> np.ndarr
 
 def chance(config: ArmConfig, rngs: list[np.random.Generator]) -> np.ndarray:
     """Draw what tells one sample's hypotheses apart, (N, ., h)."""
-    width = prophet_width(config.world_dim)
-    return draw_chance(config.hypothesis_method, rngs, config.future, width, config.prophet_dropout)
+    return METHODS[config.hypothesis_method].draw(rngs, config, prophet_width(config.world_dim))
 
 
 def stack(rows: Iterable[np.ndarray]) -> Tensor:

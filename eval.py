@@ -188,11 +188,15 @@ def named_cameras(choices: tuple[str, ...], arm: Arm) -> Fit:
     return Fit(dict.fromkeys(seen), c.state_dim, c.action_dim, names, source="LIBERO")
 
 
-def data_options(folder: Path, config: EvalConfig, arm: Arm, processor: Processor) -> DataConfig:
-    """Say how a data set's cameras are called by a policy that it did not come with."""
+def data_options(data: Path, config: EvalConfig, run: dict, arm: Arm, processor: Processor) -> DataConfig:
+    """Say how a data set is read: the run's own as it was in training (the part that was trained on, of which
+    some may be held out); another one by the names that the policy has for its cameras."""
+    if run.get("data") == str(data):
+        names = [f.name for f in dataclasses.fields(DataConfig) if f.name in run]
+        return DataConfig(**{n: tuple(run[n]) if isinstance(run[n], list) else run[n] for n in names})
     known = (*arm.policy.config.given_cameras, *(arm.config.latent_cameras if arm.config.sites else ()))
     asked = config.cameras if config.offline is not None else ()
-    there = camera_names(folder)
+    there = camera_names(find_data(data, DataConfig()))
     names = match_cameras(dict.fromkeys(known), rename_map(processor.before), there, asked, there)
     return DataConfig(cameras=names)
 
@@ -213,6 +217,9 @@ def main(config: EvalConfig) -> None:
         evaluate_offline(config, arm, processor, target)
         return
     plans = make_plans(config, target.run, arm)
+    for cut in processor.cut(instruction for plan in plans for instruction in plan.instructions()):
+        if rank == 0:
+            print(f"warning: {cut}")
     modes = config.memory or (arm.config.mode,)
     if config.checkpoint is None:  # named modes are seen beside the run's own
         modes = tuple(dict.fromkeys((arm.config.mode, *modes)))
@@ -273,12 +280,9 @@ def evaluate_offline(config: EvalConfig, arm: Arm, processor: Processor, target:
     run = target.run
     for mode in config.memory:
         arm.needs(mode, rollout=False)
-    if run.get("data") == str(config.offline):  # the part that was trained on, of which some is held out
-        names = [f.name for f in dataclasses.fields(DataConfig) if f.name in run]
-        options = DataConfig(**{n: tuple(run[n]) if isinstance(run[n], list) else run[n] for n in names})
-    else:
-        options = data_options(find_data(config.offline, DataConfig()), config, arm, processor)
-    demos = load(config.offline, in_memory=None, options=options)
+    demos = load(
+        config.offline, in_memory=None, options=data_options(config.offline, config, run, arm, processor)
+    )
     episodes, tasks = np.arange(len(demos.first)), len(np.unique(demos.task))
     modes = list(config.memory) or held_out.measurable(arm, tasks)
     if demos.fingerprint == run.get("data_fingerprint"):
@@ -311,9 +315,8 @@ def conform_all(config: EvalConfig, target: Target, rollouts: list[Rollout]) -> 
     """
     data = target.run.get("data_facts")
     if config.data is not None:
-        options = data_options(
-            find_data(config.data, DataConfig()), config, rollouts[0].arm, rollouts[0].processor
-        )
+        first = rollouts[0]
+        options = data_options(config.data, config, target.run, first.arm, first.processor)
         data = describe_data(load(config.data, in_memory=False, options=options))
     named, found = {"n_action_steps"} if config.n_action_steps is not None else set(), {}
     for rollout in rollouts:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import dataclasses
 import errno
 import fcntl
+import gzip
 import json
 import os
 import socket
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO, Union, get_args, get_ori
 LARGEST = 10**15  # of any number that a person gives
 Shape = Any  # of a JSON value, as `misfit` reads it
 NUMBER = int | float
+UNPACKED = 2**28  # bytes that a packed file may come to
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -189,9 +192,12 @@ def read_json(path: Path, shape: Shape | None = None, again: str = "copy the che
 def json_lines(path: Path, shape: Shape | None = None) -> Iterator[tuple[int, dict, str]]:
     """Yield number, object and "" of each line of a JSONL file; or what is wrong with it, and no object.
 
-    Nothing for a file that is not there. A last line that is being written, or was cut off, is left out.
+    Nothing for a file that is not there, packed (.gz) neither. A last line that is being written, or was cut
+    off, is left out.
     """
-    lines = read_bytes(path, "").split(b"\n") if path.is_file() else []
+    lines = (read_bytes(path, "") if path.is_file() else unpacked(path.with_name(f"{path.name}.gz"))).split(
+        b"\n"
+    )
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
@@ -199,6 +205,20 @@ def json_lines(path: Path, shape: Shape | None = None) -> Iterator[tuple[int, di
             except ValueError as error:
                 if number < len(lines):
                     yield number, {}, str(error)
+
+
+def unpacked(path: Path) -> bytes:
+    """Return what a gzip file holds; nothing for one that is not there, Refused for one that is damaged."""
+    try:
+        with gzip.open(path) as file:
+            content = file.read(UNPACKED + 1)
+    except FileNotFoundError:
+        return b""
+    except (OSError, EOFError, zlib.error) as error:
+        raise Refused(f"{path} cannot be unpacked ({error}): copy it again") from error
+    if len(content) > UNPACKED:
+        raise Refused(f"{path} unpacks to more than {UNPACKED:,} bytes: no run writes so much")
+    return content
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -38,6 +38,7 @@ from readers.load import in_files
 from readers.prefetch import Loader
 from rollouts.conform import check_statistics
 from rollouts.facts import describe_data
+from simulator.env import CONTROL_HZ
 from smolvla import kernels
 from smolvla.folders import OPTIMIZER, RAW, STATE, newest_whole, point
 from training.diagnostics import (
@@ -74,6 +75,7 @@ from training.start import (
     record_demo,
     whose_statistics,
 )
+from training.trackers import check_package, open_trackers
 
 # Options that --help begins with.
 OFTEN = ("data", "init", "fusion", "memory", "total_samples", "batch_size", "lr", "seed", "out", "arm")
@@ -132,6 +134,12 @@ class TrainConfig(StartConfig, OptimiseConfig):
     threads: int | None = None
     """Threads of torch on a CPU; default: torch's own choice."""
 
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the log lines as well; needs the package wandb."""
+
+    tensorboard: bool = False
+    """Write the log lines for TensorBoard as well, to OUT/tensorboard; needs the package tensorboard."""
+
     limits: ClassVar = {
         **dict.fromkeys(("flow_draws", "log_every", "save_every", "max_bad_steps"), (1, LARGEST)),
         **dict.fromkeys(("keep_every", "save_minutes"), (0, LARGEST)),
@@ -141,6 +149,8 @@ class TrainConfig(StartConfig, OptimiseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.settle({"out": Path("runs", f"{self.arm_name}-n{self.total_samples}-s{self.seed}")})
+        for package in filter(lambda name: getattr(self, name), ("wandb", "tensorboard")):
+            check_package(package)
         if self.keep_every % self.save_every:
             raise Refused(
                 f"--keep-every {self.keep_every} must be a multiple of --save-every {self.save_every}, or 0"
@@ -160,6 +170,7 @@ class TrainConfig(StartConfig, OptimiseConfig):
             "out", "data", "cache", "pictures", "workers", "features", "prepare", "log_every", "save_every",
             "save_minutes", "keep_every", "patience", "max_bad_steps", "compile", "threads", "accumulate",
             "world_model", "data_facts", "flops_per_sample", "weights_fingerprint", "compared_with", "accept",
+            "wandb", "tensorboard",
         )  # fmt: skip
 
     def stays(self, step: int) -> bool:
@@ -210,6 +221,8 @@ def train(config: TrainConfig, rank: int, ranks: int, device: torch.device, toge
         arm, processor = build_arm(config, demos, latents, frames)
         for note in processor.notes:
             say(f"adapted: {note}")
+    for cut in processor.cut(demos.tasks[task] for task in np.unique(demos.task)):
+        say(f"warning: {cut}")
     weights = fingerprint(arm.policy) if rank == 0 else ""
     if latents is not None:
         latents = latents.under(arm.encoder, demos)  # of a checkpoint that was trained on other data
@@ -347,6 +360,7 @@ def spend(
     usage, watch = Usage(config.num_hypotheses, source.device), CollapseWatch()
     bad = BadSteps(source.device, progress.bad_steps, progress.bad_in_a_row)
     clock, since = time.perf_counter(), progress.samples
+    trackers = open_trackers(vars(config), config.out, progress.samples) if rank == 0 else []
     saved, wait = time.monotonic(), min(1.0, config.save_minutes)  # a first checkpoint comes early
     with Stop() as stop, Vigil(rank, ranks, 60 * config.patience) as vigil:
         while progress.samples < config.total_samples:
@@ -373,6 +387,8 @@ def spend(
                 line = log_line(config, arm, out, progress, rate, ranks, facts) | usage.read()
                 if rank == 0:
                     log(config.out, line, config.total_samples)
+                    for tell in trackers:
+                        tell(line)
                 if (warning := watch.see(step, line)) and rank == 0:
                     print(warning, flush=True)
                 clock, since = time.perf_counter(), done
@@ -381,7 +397,10 @@ def spend(
                 with nullcontext() if average is None else average.in_place():
                     found = validate(source, out_episodes, rank, ranks)
                 if rank == 0:
-                    log_validation(config.out, {"samples": done, "step": step} | found)
+                    found = {"samples": done, "step": step} | found
+                    log_validation(config.out, found)
+                    for tell in trackers:
+                        tell(found)
             if rank == 0 and saves:
                 save(config.out, arm, source.processor, optimizer, progress, average, config.stays)
             if saves:
@@ -526,8 +545,9 @@ def banner(
     if config.sites:
         ahead, chunk = config.future * config.world_stride, arm.policy.config.n_action_steps
         back = (config.history - 1) * config.world_stride + config.world_clip - 1
-        looks = f"looks {ahead / 20:.1f} s ahead, {back / 20:.1f} s back"
-        lines.append(f"memory {config.mode}: {looks}; a chunk executes {chunk / 20:.1f} s")
+        rate = facts["data_facts"]["control_hz"] or facts["data_facts"]["fps"] or CONTROL_HZ
+        looks = f"looks {ahead / rate:.1f} s ahead, {back / rate:.1f} s back"
+        lines.append(f"memory {config.mode}: {looks}; a chunk executes {chunk / rate:.1f} s, at {rate:g} Hz")
     return lines
 
 

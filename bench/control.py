@@ -22,7 +22,7 @@ then "the hypothesis nearest to the truth" and "a hypothesis of the true branch"
 exactly 1/R. N = 2R would have pairs of near-identical hypotheses, where a miss is often a tie. It is measured
 at flow time 1, as in the first denoising step of a rollout: at earlier times the noisy actions already
 contain the true ones, and attention can follow these without any cue (a line that is shown, not judged).
-The site is `late`, since nothing nonlinear comes after it there: what the cue changes, attention changes.
+The site is `fusion.Late`, since nothing nonlinear comes after it: what the cue changes, attention changes.
 
 Shapes: B batch, T history frames, K future frames, R branches, N hypotheses, D latent width, C actions in a
 chunk, A = q numbers in a block.
@@ -49,7 +49,7 @@ from torch import Tensor
 
 from arm import Arm, ArmConfig, Summary
 from files import Refused
-from fusion import SITES
+from fusion import SITES, Late
 from latents.encoders import PCA, WorldStats
 from model import SmolVLA
 from prophet import absolute
@@ -183,10 +183,11 @@ def draw(seed: int, stream: int, count: int) -> Samples:
 
 def make_arm(samples: Samples, seed: int, **fields: object) -> Arm:
     """Build an arm on these training samples' statistics; every arm of a seed starts from the same policy."""
-    config = ArmConfig(
-        **{"fusion": ("late",), "world_dim": LATENT, "history": HISTORY, "future": FUTURE, "prophet_heads": 4,
-           "heads": 4, "prefix_tokens": FUTURE, "detach_memory": True} | fields
+    usual = ArmConfig(
+        fusion=(Late.name,), world_dim=LATENT, history=HISTORY, future=FUTURE, prophet_heads=4, heads=4,
+        prefix_tokens=FUTURE, detach_memory=True,
     )  # fmt: skip
+    config = dataclasses.replace(usual, **fields)
     world = samples.world()
     frames = torch.cat([samples.z_hist, world["z_future"]], dim=1).flatten(0, 1)  # (B * (T + K), D)
     # Of the encoder only the latents' spread is read, for `random`: nothing here comes from pictures.
@@ -282,7 +283,8 @@ def choose_best(arm: Arm, samples: Samples, seed: int, at: float | None = 1.0) -
     training, at random ones."""
     noise, times = flow(len(samples.branch), 1, generator(seed, FLOW))
     times = times if at is None else torch.full_like(times, at)
-    return attention_diagnostics(arm, samples.inputs(), samples.world(), noise, times)["late/choose_best"]
+    found = attention_diagnostics(arm, samples.inputs(), samples.world(), noise, times)
+    return found[f"{Late.name}/choose_best"]
 
 
 def gain_interval(ours: Tensor, theirs: Tensor, seed: int) -> tuple[float, float, float]:

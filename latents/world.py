@@ -42,11 +42,16 @@ from latents.encoders import (
     PCA,
     Backbone,
     Learned,
+    Sizes,
     WorldConfig,
     WorldStats,
+    as_tensor,
     encoder_from_state,
+    from_tensor,
+    in_words,
     principal,
     shrink,
+    sizes_of,
     views,
 )
 from ranks import wait_for_ranks
@@ -121,9 +126,19 @@ def fitted_on(demos: Demos, config: WorldConfig) -> np.ndarray:
     return np.flatnonzero(~np.isin(demos.episode, config.held_out))
 
 
-def picture_size(demos: Demos, config: WorldConfig) -> int:
-    """S of the data."""
-    return demos.images[config.latent_cameras[0]].shape[1]
+def picture_size(demos: Demos, config: WorldConfig) -> Sizes:
+    """How big the data's pictures are."""
+    check_cameras(demos, config)
+    return sizes_of([tuple(demos.images[camera].shape[1:3]) for camera in config.latent_cameras])
+
+
+def scaled(demos: Demos, config: WorldConfig) -> str:
+    """Say how pictures that are not square, or not of one size, are brought to the encoder's side; or ""."""
+    size = picture_size(demos, config)
+    if isinstance(size, int):
+        return ""
+    side, margin = config.world_resolution, " with a margin" * (config.world_encoder == "siglip")
+    return f"world latents: pictures of {in_words(size)} are scaled whole to {side} x {side}{margin}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -229,7 +244,7 @@ def made_from(demos: Demos, config: WorldConfig, backbone: Backbone | None) -> d
     """Return what a cache must agree on with the run that opens it, but for the statistics, as JSON."""
     return {
         **identity_of(config, backbone),
-        "size": picture_size(demos, config),
+        "size": as_tensor(size).tolist() if isinstance(size := picture_size(demos, config), tuple) else size,
         "fingerprint": demos.fingerprint_of(config.latent_cameras),
         "rows": len(demos),
     }
@@ -266,7 +281,7 @@ def open_cache(path: Path, demos: Demos, config: WorldConfig, backbone: Backbone
         encoder = encoder_from_state(tensors, config)
     else:
         stats = WorldStats(*(tensors[f"stats.{name}"] for name in ("mean", "std", "dim_std")))
-        encoder = Learned(config, int(tensors["learned.size"]), backbone, stats)
+        encoder = Learned(config, from_tensor(tensors["learned.size"]), backbone, stats)
     compare(stored, made_from(demos, config, backbone) | stats_json(encoder.stats), again)
     if rows.shape != (len(demos), config.world_dim) or rows.dtype != np.float32:
         raise Refused(

@@ -27,6 +27,7 @@ from readers.demos import Demos, StoredPictures, boundaries, picture_bytes, stat
 from readers.load import find_data, layout, load
 from readers.problems import wrong_statistics
 from readers.selection import DataConfig
+from smolvla.config import SmolVLAConfig
 
 TILE = 128  # side of a sample picture on the sheet, pixels
 SAMPLES = 3  # of an episode: its first, middle and last frame
@@ -53,6 +54,10 @@ class Config(DataConfig):
 
     decode: bool = True
     """Whether `check` decodes every picture, or only counts them."""
+
+    init: str | None = None
+    """Checkpoint (folder or hub id) whose tokenizer tells `check` which instructions it would cut; default:
+    only those are named that have too many words for any."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -117,6 +122,7 @@ class Findings:
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    instructions: list[str] = field(default_factory=list)
     said: float = field(default_factory=time.perf_counter)
 
     def error(self, problem: str) -> None:
@@ -146,11 +152,29 @@ class Findings:
             )
 
 
-def check(path: Path, decode: bool = True, options: DataConfig | None = None) -> Findings:
-    """Look for all that is wrong with a data set, or with the episodes of it that are asked for."""
+def check(
+    path: Path, decode: bool = True, options: DataConfig | None = None, init: str | None = None
+) -> Findings:
+    """Look for all that is wrong with a data set, or with the episodes of it that are asked for.
+
+    Args: init, a checkpoint that is to be trained on it.
+    """
     found, options = Findings(), options or DataConfig()
     (check_lerobot if layout(path) is lerobot_v3 else check_libero)(path, decode, found, options)
+    found.warnings += found.attempt(cut_instructions, found.instructions, init) or []
     return found
+
+
+def cut_instructions(tasks: list[str], init: str | None) -> list[str]:
+    """Say which instructions a checkpoint's tokenizer would cut, or any: a word is a token at least."""
+    if init is None:
+        longest = SmolVLAConfig.tokenizer_max_length
+        long = [task for task in tasks if len(task.split()) + 1 > longest]  # a line's end is one, too
+        return [f'"{task}" has more words than {longest} tokens hold and will be cut' for task in long]
+    from smolvla.checkpoint import load_processor, open_checkpoint  # imports torch
+
+    folder, raw, language, config = open_checkpoint(init, None, None)
+    return load_processor(folder, config, raw, language, {}, None, allow_missing=True).cut(tasks)
 
 
 def check_libero(path: Path, decode: bool, found: Findings, options: DataConfig) -> None:
@@ -161,6 +185,7 @@ def check_libero(path: Path, decode: bool, found: Findings, options: DataConfig)
     files = [file for file in headers if file is not None]
     if not files:
         return
+    found.instructions += [file.instruction for file in files]
     found.attempt(libero_hdf5.common_sizes, files)
     keep = found.attempt(libero_hdf5.choose, files, options, path)
     keep = [np.ones(len(file.demos), bool) for file in files] if keep is None else keep
@@ -213,6 +238,8 @@ def check_lerobot(root: Path, decode: bool, found: Findings, options: DataConfig
     rows = found.attempt(lerobot_v3.read_rows, root, info, episodes, keep, tasks, options, found.error)
     if rows is None:
         return
+    seen = np.unique(rows.values["task_index"]).tolist()
+    found.instructions += [text for number, text in (tasks or {}).items() if number in seen]
     values = {name: rows.values[name] for name in (lerobot_v3.STATE, lerobot_v3.ACTION)}
     for name, part in values.items():
         found.constant(name, part)
@@ -300,7 +327,7 @@ def main() -> None:
     try:
         folder = find_data(config.data, config)
         if config.command == "check":
-            raise SystemExit(report(folder, check(folder, config.decode, config)))
+            raise SystemExit(report(folder, check(folder, config.decode, config, config.init)))
         demos = load(folder, in_memory=False, options=config)
         if config.command == "unpack":
             print(f"{folder}: {unpack(demos) / 1e9:.3g} GB of pictures copied out of parquet")

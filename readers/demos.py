@@ -125,16 +125,22 @@ class Demos:
         checks = {name: [found[e] for e in episodes] for name, found in self.checks.items()}
         return replace(self, **parts, checks=checks)
 
-    def without_noops(self) -> Demos:
-        """Leave out the frames whose action does nothing: the arm stays and the gripper's command does not
-        change, as openvla's "no_noops" data sets have it. Raises Refused where an episode has no others."""
+    @property
+    def noops(self) -> np.ndarray:
+        """(F,) bool: frames whose action does nothing, as openvla's "no_noops" data sets have it: the arm
+        stays, and the gripper's command is that of the frame before, of those that do something."""
         still = np.linalg.norm(self.action[:, :-1], axis=1) < NOOP
         grip, begins = self.action[:, -1], set(self.first.tolist())
-        keep, command = ~still, None  # the gripper's last command that was kept
+        does, command = ~still, None
         for row in range(len(self)):
             command = None if row in begins else command
-            keep[row] |= command is not None and grip[row] != command
-            command = grip[row] if keep[row] else command
+            does[row] |= command is not None and grip[row] != command
+            command = grip[row] if does[row] else command
+        return ~does
+
+    def without_noops(self) -> Demos:
+        """Leave those out. Raises Refused where an episode has no other frames."""
+        keep = ~self.noops
         kept = [np.flatnonzero(keep[a : b + 1]) for a, b in zip(self.first, self.last)]
         numbers = range(len(kept)) if self.numbers is None else self.numbers
         if empty := [number for number, steps in zip(numbers, kept) if not len(steps)]:

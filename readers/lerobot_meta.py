@@ -115,6 +115,9 @@ def read_tasks(root: Path) -> dict[int, str]:
             f"{path} should have task_index and one column of text, got {table.column_names}: {COPY_AGAIN}"
         )
     numbers, texts = whole_numbers(table, "task_index", path).tolist(), table[named[0]].to_pylist()
+    for name in named[1:]:
+        if table[name].to_pylist() != texts:
+            raise Refused(f"{path}: columns {named[0]} and {name} have different instructions: drop one")
     for number, instruction in zip(numbers, texts):
         if not isinstance(instruction, str) or not instruction.strip():
             raise Refused(
@@ -187,8 +190,10 @@ class Episodes:
 
     def chosen(self, root: Path, tasks: dict[int, str], options: DataConfig) -> np.ndarray:
         """Return the places of the episodes that are asked for, by what meta/ says of them."""
-        texts = list(tasks.values())
-        of = [[i for i, text in enumerate(texts) if text in own] for own in self.tasks]
+        texts, places = list(tasks.values()), {}
+        for place, text in enumerate(texts):
+            places.setdefault(text, []).append(place)
+        of = [[place for text in own for place in places.get(text, ())] for own in self.tasks]
         return choose_episodes(texts, of, options, root, self.number)
 
 

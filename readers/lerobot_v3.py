@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from files import Refused, inside
@@ -50,6 +51,7 @@ from readers.problems import far_values, not_finite
 from readers.selection import DataConfig, camera_key
 
 STATE, ACTION = "observation.state", "action"
+SAID = ("task", "language_instruction")  # columns in which some sets repeat each row's instruction
 COUNTERS = ("index", "episode_index", "frame_index", "task_index")
 CONTROL_RATE = "fps is the label of the data set; LIBERO's control rate is 20 Hz"
 
@@ -68,6 +70,9 @@ def read_file(
     names = {STATE: options.state, ACTION: options.action} | {name: name for name in COUNTERS}
     with readable(inside(root, path)), pq.ParquetFile(path) as file:
         there = file.schema_arrow.names
+        said = [
+            name for name in SAID if name in there and pa.types.is_string(file.schema_arrow.field(name).type)
+        ]
     for flag, ours in (("state", STATE), ("action", ACTION)):
         if names[ours] not in there:
             others = ", ".join(name for name in there if name not in (*COUNTERS, "timestamp"))
@@ -77,14 +82,17 @@ def read_file(
             )
     if "timestamp" in there or episodes.videos:
         names["timestamp"] = "timestamp"
-    table = read_table(root, path, list(names.values()))
+    table = read_table(root, path, [*names.values(), *said])
     wanted = int(episodes.length[places].sum())
     if len(table) != wanted:
         ends = episodes.number[places[0]], episodes.number[places[-1]]
         raise Refused(
             f"{path} has {len(table):,} rows, its episodes {ends[0]}..{ends[1]} have {wanted:,}: {COPY_AGAIN}"
         )
-    return {ours: vectors(table[name], f"{path}: {name}") for ours, name in names.items()}
+    rows = {ours: vectors(table[name], f"{path}: {name}") for ours, name in names.items()}
+    for name in said[:1]:
+        rows["said"] = table[name].to_numpy()[:, None]
+    return rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,13 +109,15 @@ class Rows:
     """(n,) int64: their own numbers."""
 
     @classmethod
-    def of(cls, rows: dict[str, np.ndarray], places: list[int], keep: np.ndarray, all_: Episodes) -> "Rows":
+    def of(
+        cls, rows: dict[str, np.ndarray], places: list[int], keep: np.ndarray, episodes: Episodes
+    ) -> "Rows":
         """Take those of a file's episodes that are asked for."""
         here = np.isin(places, keep)
         kept = np.array(places)[here]
-        mask = np.repeat(here, all_.length[places])
+        mask = np.repeat(here, episodes.length[places])
         values = {name: column[mask] for name, column in rows.items()}
-        return cls(kept, values, all_.length[kept], all_.number[kept])
+        return cls(kept, values, episodes.length[kept], episodes.number[kept])
 
     @property
     def episode(self) -> np.ndarray:
@@ -154,6 +164,12 @@ def wrong_rows(path: Path, rows: Rows, episodes: Episodes, tasks: dict[int, str]
         elif {tasks[task] for task in seen} != set(episodes.tasks[place]):
             said = f"{sorted({tasks[task] for task in seen})}, meta/episodes says {episodes.tasks[place]}"
             yield f"{path}: the instructions of episode {number} are {said}: correct either"
+    for row, text in enumerate(values["said"][:, 0] if "said" in values and tasks else ()):
+        task = tasks.get(int(values["task_index"][row, 0]))
+        if task is not None and str(text).strip() != task:
+            where = f"step {step[row]} of episode {rows.episode[row]}"
+            yield f"{path}: {where} says {text!r}, its task_index stands for {task!r}: correct either"
+            break
 
 
 def read_rows(
@@ -186,7 +202,8 @@ def read_rows(
         parts.append(part)
     if not parts:
         raise Refused(f"{root}: none of its data files can be read")
-    values = {name: np.concatenate([part.values[name] for part in parts]) for name in parts[0].values}
+    shared = [name for name in parts[0].values if all(name in part.values for part in parts)]
+    values = {name: np.concatenate([part.values[name] for part in parts]) for name in shared}
     joined = (np.concatenate([getattr(part, name) for part in parts]) for name in ("length", "number"))
     rows = Rows(np.concatenate([part.keep for part in parts]), values, *joined)
     for name in (STATE, ACTION):
@@ -207,9 +224,8 @@ def wrong_spans(
     places, ends = episodes.videos[camera], episodes.ends[camera]
     begins = np.array([place[2] for place in places])
     follows: dict[int, int] = {}  # each episode's follower in its video
-    for file in dict.fromkeys(place[:2] for place in places):
-        here = [e for e in np.argsort(begins, kind="stable").tolist() if places[e][:2] == file]
-        follows |= dict(pairwise(here))
+    for here in by_file(places).values():
+        follows.update(pairwise(sorted(here, key=lambda e: begins[e])))
     for e, number, own_times in zip(rows.keep.tolist(), rows.number, rows.each("timestamp")):
         where = f"{video_file(root, info, camera, places[e])}: episode {number}"
         own = f"meta/episodes gives it {begins[e]:.4f} to {ends[e]:.4f} s"
@@ -223,6 +239,14 @@ def wrong_spans(
             other = f"episode {episodes.number[follows[e]]} begins at {after:.4f} s"
             seen = f"shows step {len(times) - 1} at {times[-1]:.4f} s and {own}"
             yield f"{where} {seen}, but {other}: {COPY_AGAIN}"
+
+
+def by_file(places: list[tuple[int, int, float]]) -> dict[tuple[int, int], list[int]]:
+    """Sort episodes by the video that they lie in."""
+    files: dict[tuple[int, int], list[int]] = {}
+    for e, place in enumerate(places):
+        files.setdefault(place[:2], []).append(e)
+    return files
 
 
 def stored_pictures(
@@ -255,9 +279,10 @@ def video_places(
     times = [places[e][2] + own for e, own in zip(rows.keep, rows.each("timestamp"))]
     apart = min([1 / info["fps"], *(float(np.diff(own).min()) for own in times if len(own) > 1)])
     far = max(TOLERANCE, options.nearest_frame * apart)
-    files = {}
-    for file in {places[e][:2] for e in rows.keep}:
-        among = [e for e, place in enumerate(places) if place[:2] == file]
+    files, wanted = {}, {places[e][:2] for e in rows.keep}
+    for file, among in by_file(places).items():
+        if file not in wanted:
+            continue
         begins, frames = min(places[e][2] for e in among), int(episodes.length[among].sum())
         files[file] = VideoFile(video_file(root, info, camera, file), begins, frames, far)
     return [

@@ -24,8 +24,9 @@ Moments = Mapping[str, np.ndarray]  # mean, std, min, max, maybe q01 and so on -
 
 
 def not_finite(name: str, values: np.ndarray, episode: np.ndarray, step: np.ndarray) -> Iterator[str]:
-    """Name the episodes (F,) with a value (F, D) that is no number, by their first such step."""
-    rows = np.flatnonzero(~np.isfinite(values).all(1))
+    """Name the episodes (F,) with a value (F, D) that is no number in float32, by their first such step."""
+    with np.errstate(over="ignore"):
+        rows = np.flatnonzero(~np.isfinite(values.astype(np.float32)).all(1))
     for number in np.unique(episode[rows]):
         first = step[rows[episode[rows] == number][0]]
         yield f"{name} has a non-finite value at step {first} of episode {number}"

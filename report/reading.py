@@ -40,6 +40,7 @@ EPISODE = {
     "checkpoint": str,
     "protocol": dict,
 }
+STEPS = "n_action_steps"  # of each chunk: one checkpoint may be seen under several
 OFFLINE = {"checkpoint": str, "data": str, "fingerprint": str, "episodes": list, "modes": dict}
 
 
@@ -342,7 +343,8 @@ def alike(
 
 
 def of_one_protocol(runs: list[RunFolder], aside: list[Aside]) -> list[RunFolder]:
-    """Return the runs with the episodes alone whose suite's protocol is that of most."""
+    """Return the runs with the episodes alone whose suite's protocol is that of most; those that executed
+    another part of each chunk, and differ in nothing else, are a run beside, compared with its own."""
     counts: dict[str, Counter] = {}
     records: dict[str, dict] = {}
     hashes = {id(e): protocol_hash(e) for run in runs for e in all_episodes(run)}
@@ -354,22 +356,34 @@ def of_one_protocol(runs: list[RunFolder], aside: list[Aside]) -> list[RunFolder
     found = []
     for run in runs:
         other: dict[str, list[dict]] = {}
+        beside: dict[object, set[int]] = {}  # actions a chunk -> episodes
         for e in all_episodes(run):
             if hashes[id(e)] != usual.get(e["suite"], hashes[id(e)]):
                 other.setdefault(hashes[id(e)], []).append(e)
         for episodes in other.values():
             here, there = protocol_of(episodes[0]), records[usual[episodes[0]["suite"]]]
             keys = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)]
+            if keys == [STEPS]:
+                beside.setdefault(here[STEPS], set()).update(map(id, episodes))
+                continue
             said = ", ".join(f"{key} {here.get(key)!r:.40}, not {there.get(key)!r:.40}" for key in keys[:3])
             lines = tuple(e["_line"] for e in episodes)
             why = f"another protocol of {episodes[0]['suite']}: {said}"
             aside.append(Aside(run.folder / "episodes.jsonl", why, lines))
         out = {id(e) for episodes in other.values() for e in episodes}
-        fit = lambda some, out=out: tuple(e for e in some if id(e) not in out)  # noqa: E731
-        earlier = [Checkpoint(c.samples, fit(c.episodes)) for c in run.earlier]
-        earlier = tuple(c for c in earlier if c.episodes)
-        found.append(replace(run, episodes=fit(run.episodes), earlier=earlier) if out else run)
+        found.append(of_episodes(run, {id(e) for e in all_episodes(run)} - out) if out else run)
+        for steps, here in beside.items():
+            arm, name = (f"{of}, {steps} actions a chunk" for of in (run.arm, run.name))
+            config = run.config | {"compared_with": [run.arm]}
+            found.append(replace(of_episodes(run, here), arm=arm, name=name, config=config))
     return found
+
+
+def of_episodes(run: RunFolder, kept: set[int]) -> RunFolder:
+    """Return a run with some of its episodes alone, by their ids."""
+    fit = lambda some: tuple(e for e in some if id(e) in kept)  # noqa: E731
+    earlier = [Checkpoint(c.samples, fit(c.episodes)) for c in run.earlier]
+    return replace(run, episodes=fit(run.episodes), earlier=tuple(c for c in earlier if c.episodes))
 
 
 def all_episodes(run: RunFolder) -> list[dict]:

@@ -67,7 +67,8 @@ def decisions_of(
         return []
     with torch.no_grad():
         memory = arm.memory(mode, arm.like(noise), world)
-    mass = memory_mass(arm, inputs, memory, noise).cpu()
+    mass = memory_mass(arm, inputs, memory, noise)
+    mass = [None] * len(memory.rows) if mass is None else mass.cpu()
     past = world["z_partner" if mode == "shuffle" else "z_hist"].cpu()
     imagined = memory.rows.cpu().unflatten(1, (-1, arm.config.future))  # (B, N*K, D) -> (B, N, K, D)
     return [Decision(*of) for of in zip(steps, past, imagined, mass, strict=True)]

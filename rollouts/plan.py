@@ -26,6 +26,7 @@ from files import (
     shape_of,
     write_json,
 )
+from readers.selection import plain_text
 from rollouts.facts import Facts
 from simulator.env import (
     NUM_INIT_STATES,
@@ -39,6 +40,7 @@ from simulator.env import (
     check_task,
     parse_ids,
     scenes,
+    task_instructions,
 )
 from smolvla.folders import find_folder, holds_weights
 
@@ -246,6 +248,11 @@ class Plan:
         moved = f", displaced by up to {100 * sim.displace:g} cm" if sim.displace else ""
         return f"{sim.suite}: {what}, {self.n_action_steps} actions a chunk, drawn {sim.draw}{moved}"
 
+    def instructions(self) -> list[str]:
+        """The instructions of its tasks, as LIBERO has them."""
+        every = task_instructions(self.sim.suite)
+        return [every[task] for task in sorted({task for task, _ in self.starts})]
+
     def record(self) -> dict:
         """The protocol, as it is stored with every result."""
         named = {"cameras": " ".join(sorted(self.cameras))} if self.cameras else {}
@@ -263,14 +270,25 @@ def make_plans(config: ProtocolConfig, run: dict, arm: Arm) -> list[Plan]:
     data = [d for d in run.get("data_provenance") or [] if d.get("suite")]
     suites = config.suites or tuple(dict.fromkeys(d["suite"] for d in data))
     if not suites:
-        raise Refused(
-            "--suite is needed: the checkpoint does not say what it was trained on; choose from "
-            + ", ".join(s.removeprefix("libero_") for s in SUITES)
-        )
+        raise Refused(f"--suite is needed: {why_no_suite(run)}")
     return [
         make_plan(config, suite, {d["task_id"]: d for d in data if d["suite"] == suite}, arm)
         for suite in suites
     ]
+
+
+def why_no_suite(run: dict) -> str:
+    """Say why a run's data name no suite, and which ones have their instructions."""
+    said = (run.get("data_facts") or {}).get("tasks")
+    choose = "choose from " + ", ".join(s.removeprefix("libero_") for s in SUITES)
+    if said is None:
+        return f"the checkpoint does not say what it was trained on; {choose}"
+    known = set(map(plain_text, said))
+    fit = [suite for suite in SUITES if known & set(map(plain_text, task_instructions(suite)))]
+    if not fit:
+        return f'the run was trained on no LIBERO data, but on such as "{said[0]}"; {choose}'
+    short = " ".join(suite.removeprefix("libero_") for suite in fit)
+    return f"the data's instructions are those of --suite {short}"
 
 
 def make_plan(config: ProtocolConfig, suite: str, mine: dict[int, dict], arm: Arm) -> Plan:

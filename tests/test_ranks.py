@@ -51,7 +51,7 @@ def test_a_config_without_flags_is_the_plain_one_and_flags_win():
         (("--batch-size", "0"), "--batch-size 0 must be at least 1"),
         (("--init", "tinny"), "--init tinny is no preset (tiny, base, libero), no folder and no hub id"),
         (("--data", "README.md"), "README.md is no HDF5 file"),
-        (("--fusion", "late", "--num-hypotheses", "4"), "dropout, noise, ensemble or mixture"),
+        (("--fusion", "late", "--num-hypotheses", "4"), "repeat, dropout, noise, ensemble, mixture"),
         (("--memory", "pred"), "--memory pred with --fusion none: there is no site for it"),
         (("--fusion", "late", "--memory", "off"), "--memory off with --fusion late: the site would never"),
         (("--freeze", "expert"), "--init tiny --freeze expert: all but the expert stays random"),

@@ -24,7 +24,7 @@ from arm import Arm
 from data import HELD_OUT, Source, spread_over
 from files import Refused
 from model import sample_means
-from prophet import CHANCE, MODES
+from prophet import MODES
 from readers.demos import Demos
 from training.diagnostics import most_attended
 
@@ -106,7 +106,7 @@ def world_cosine(source: Source, episodes: np.ndarray, frames: int = 16) -> tupl
     total, count = 0.0, 0
     for episode in episodes:
         index = spread(demos, int(episode), frames)
-        needed = ("z_hist", "z_future", *(("chance",) if arm.config.hypothesis_method in CHANCE else ()))
+        needed = ("z_hist", "z_future", *(("chance",) if arm.prophet.chance else ()))
         world = dataclasses.replace(source, seed=SEED, stream=HELD_OUT).world(index, index, needed)
         losses = arm.world_losses(arm.imagine(world["z_hist"], world), world)
         total += losses["world_cos"].mean(1).sum().item()

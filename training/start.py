@@ -38,10 +38,12 @@ from readers.load import camera_names, find_data, load, remember_checks
 from readers.selection import (
     DataConfig,
     camera_key,
+    camera_name,
     choose_cameras,
     match_cameras,
     split_camera,
 )
+from smolvla import kernels
 from smolvla.checkpoint import fresh_processor, read_cameras
 from smolvla.config import PRESETS, PRETRAINED, RECIPES
 from smolvla.fit import Fit
@@ -88,6 +90,10 @@ class StartConfig(ArmConfig, DataConfig):
     world_stride: int | None = None
     """Control steps (1/20 s) between two world latents; default: the recipe's of --init."""
 
+    world_camera: tuple[str, ...] = ()
+    """Cameras that the world latents see, by the names that --cameras gives; several make one latent.
+    Default: the data's first."""
+
     state_std_floor: float | None = None
     """Smallest deviation that --statistics data divides states by, metres or radians. A dimension that the
     demonstrations hardly use would otherwise be blown up: far outside of unit scale in a rollout. Default:
@@ -114,8 +120,9 @@ class StartConfig(ArmConfig, DataConfig):
     beside the data or, where they are only to be read, data/cache/."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type that tower, trunk and expert compute in; auto: bfloat16 on a GPU, float32 on a CPU. What trains is
-    held in float32 in any case, what is frozen in this type."""
+    """Type that tower, trunk and expert compute in; auto: bfloat16 on a GPU, and with --freeze none on a CPU
+    that has instructions for it, else float32. What trains is held in float32 in any case, what is frozen in
+    this type."""
 
     limits: ClassVar = {
         **dict.fromkeys(("state_std_floor", "action_std_floor"), (0, 1e6)),
@@ -185,8 +192,10 @@ class StartConfig(ArmConfig, DataConfig):
 
     def precision(self, device: torch.device) -> torch.dtype:
         """The type to compute in on a device."""
-        auto = "bfloat16" if device.type == "cuda" else "float32"
-        return getattr(torch, auto if self.dtype == "auto" else self.dtype)
+        if self.dtype != "auto":
+            return getattr(torch, self.dtype)
+        native = self.freeze == "none" and kernels.native_bfloat16()
+        return torch.bfloat16 if device.type == "cuda" or native else torch.float32
 
 
 # ---- data and what is kept beside them ----------------------------------------------------------------
@@ -215,6 +224,7 @@ def make_caches(config: StartConfig, rank: int, ranks: int, device: torch.device
         if backbone is not None:
             backbone.device = device
         home, resolved_config = config.cache_home(folder), resolved(config, backbone)
+        lines += filter(None, [world.scaled(demos, resolved_config)])
         lines.append(world.write(home, demos, resolved_config, backbone, rank, ranks))
     if config.features is not None:
         policy, processor = start_policy(config, demos)
@@ -245,6 +255,8 @@ def open_data(
         start = {} if last is None else {"init": str(last), "revision": None, "stats_of": None}
         backbone = open_backbone(config, own_policy(dataclasses.replace(config, **start), demos))
         config = resolved(config, backbone)
+        if line := world.scaled(demos, config):
+            say(line)
     if features is None:
         demos = remember_checks(demos, home, lambda data: with_checks(data, rank, ranks), writes=rank == 0)
     latents = prepare(home, demos, config, backbone, rank, ranks) if config.sites else None
@@ -257,6 +269,9 @@ def settle_cameras(config: StartConfig, folder: Path, start: str) -> StartConfig
     Raises Refused, with the flag to type, where nobody says which is which.
     """
     there = camera_names(folder)
+    if config.init in PRESETS and not config.cameras and any(camera_name(name) != name for name in there):
+        full = tuple(f"{camera_name(name)}={name}" for name in there)  # as lerobot and LIBERO name them
+        config = dataclasses.replace(config, cameras=full)
     names = choose_cameras(config.cameras, None) or {}
     if config.init not in PRESETS:
         if "/" not in config.init and not Path(config.init).is_dir():
@@ -273,6 +288,8 @@ def settle_cameras(config: StartConfig, folder: Path, start: str) -> StartConfig
         raise Refused(
             f"--cameras {' '.join(config.cameras)} gives one camera two names: a rollout gives it only one"
         )
+    if not config.world_camera and there:
+        config = dataclasses.replace(config, world_camera=(next(iter(names), there[0]),))
     pairs = zip(config.world_camera, config.latent_cameras, strict=True)
     world = tuple(asked if name in names else new.get(name, asked) for asked, name in pairs)
     return dataclasses.replace(config, world_camera=world)

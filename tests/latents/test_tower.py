@@ -38,6 +38,7 @@ CPU = torch.device("cpu")
 FRAMES, TOKENS, WIDTH = 45, 16, 128  # of the data below, and of the preset `tiny`
 SHORT = {"total_samples": 20, "batch_size": 8, "log_every": 1, "lr": 1e-4, "freeze": "expert"}
 MEMORY = {"fusion": ("late",), "memory": "pred", "future": 3, "world_dim": 8, "world_resolution": 8}
+MEMORY |= {"world_camera": ("image",)}
 
 
 @pytest.fixture(autouse=True)

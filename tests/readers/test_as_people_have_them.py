@@ -17,10 +17,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from lerobot_set import change, picture, png, read_picture, write_set, write_video
-from test_data import write_task
+from test_data import make_public, write_task
 from test_lerobot_v3 import CAMERA, DATA, EPISODES, VIDEO, WRIST, column, info
 
 import train
+from arm import load_arm
 from data import partner_rows, saved_partners
 from files import Refused
 from readers import check
@@ -30,12 +31,14 @@ from readers.lerobot_pictures import Video
 from readers.load import load
 from readers.problems import far_values
 from readers.selection import DataConfig, find_tasks
+from rollouts.facts import describe_data
+from smolvla.processor import rename_map
 from train import TrainConfig
 
 
 def codes(demos: Demos, camera: str = CAMERA) -> list[tuple[int, int]]:
     """Return the episode and the step that every picture itself says it is of."""
-    return [read_picture(pixels)[:2] for pixels in demos.images[camera][:]]
+    return [read_picture(pixels[:48])[:2] for pixels in demos.images[camera][:]]
 
 
 def wanted(demos: Demos, numbers: list[int] | None = None) -> list[tuple[int, int]]:
@@ -210,10 +213,56 @@ def test_a_row_and_meta_must_agree_on_the_instruction(tmp_path):
     assert len(load(root, options=DataConfig(episodes="0,2"))) == 9
 
 
+@pytest.mark.parametrize("name", ["task", "language_instruction"])
+def test_a_rows_own_words_must_be_those_of_its_task_index(tmp_path, name):
+    root = several(tmp_path)
+    said = load(root).instruction(np.arange(11))
+    change(root / DATA, **{name: said})
+    assert load(root).instruction(np.arange(11)) == said and not check.check(root).errors
+    change(root / DATA, **{name: [*said[:6], "push", *said[7:]]})
+    refused(root, "step 1 of episode 1 says 'push', its task_index stands for 'pull': correct either")
+
+
+def test_two_columns_of_instructions_must_agree(tmp_path):
+    root = write_set(tmp_path)
+    texts = load(root).tasks
+    change(root / "meta/tasks.parquet", __index_level_0__=texts)
+    assert load(root).tasks == texts
+    change(root / "meta/tasks.parquet", __index_level_0__=texts[::-1])
+    refused(root, "columns task and __index_level_0__ have different instructions: drop one")
+
+
 def test_columns_beside_the_instruction_are_no_matter(tmp_path):
     root = write_set(tmp_path)
     change(root / "meta/tasks.parquet", scene=["kitchen", "office"], count=[1, 2])
     assert load(root).tasks == ["push the block", "open the drawer"]
+
+
+LONG = " ".join(["push"] * 30 + ["then", "pull"] * 15)
+
+
+def test_an_instruction_that_is_cut_is_said_with_what_is_lost(tmp_path, folder, capsys):
+    root = write_set(tmp_path / "set", (9, 7), {CAMERA: "image"}, tasks=("open it", LONG))
+    [plain] = [line for line in check.check(root).warnings if "words" in line]
+    assert LONG in plain and "open it" not in plain
+    lost = "then pull then pull then pull"  # tiny's tokenizer has a token a word, 32 are kept
+    train.main(TrainConfig(data=root, out=tmp_path / "run", total_samples=4, batch_size=2))
+    [warning] = [line for line in capsys.readouterr().out.splitlines() if "tokens and is cut" in line]
+    assert warning.startswith(f'warning: "{LONG}" has 61 tokens and is cut to 32') and lost in warning
+    [counted] = [line for line in check.check(root, init=str(folder)).warnings if "is cut to" in line]
+    assert LONG in counted and "is lost" in counted
+    arguments = ["data.py", "check", str(root), "--init", str(folder)]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="0"):
+        patch.setattr("sys.argv", arguments)
+        check.main()
+    assert f"warning: {counted}" in capsys.readouterr().out
+
+
+def test_two_instructions_that_become_the_same_are_refused(tmp_path, folder):
+    root = write_set(tmp_path / "set", (9, 7), {CAMERA: "image"}, tasks=(LONG, f"{LONG} then stop"))
+    with pytest.raises(Refused, match="are one and the same in their first 32 tokens"):
+        train.main(TrainConfig(data=root, out=tmp_path / "run", total_samples=4, batch_size=2))
+    assert [e for e in check.check(root, init=str(folder)).errors if "one and the same" in e]
 
 
 # ---- names, parts and numbers ----------------------------------------------------------------------------
@@ -330,6 +379,126 @@ def test_what_a_mac_leaves_beside_files_is_not_read(tmp_path):
     assert not found.errors and not [line for line in found.warnings if "._" in line]
 
 
+# ---- HDF5 as others write it -----------------------------------------------------------------------------
+
+
+def coded(path: Path, lengths: tuple[int, ...] = (5, 3)) -> Path:
+    """Write a task file whose raw pictures say which frame they are of."""
+    write_task(path, lengths)
+    with h5py.File(path, "a") as file:
+        for number, length in enumerate(lengths):
+            for code, name in enumerate(("agentview_rgb", "eye_in_hand_rgb")):
+                pictures = np.zeros((length, 64, 64, 3), np.uint8)
+                pictures[:, :48] = [picture(number, step, code) for step in range(length)]
+                del file[f"data/demo_{number}/obs/{name}"]
+                file[f"data/demo_{number}/obs/{name}"] = pictures[:, ::-1, ::-1]
+    return path
+
+
+def test_openvlas_files_without_attributes_are_read_as_they_are(tmp_path):
+    names = ("KITCHEN_SCENE10_put_the_bowl_on_it", "LIVING_ROOM_SCENE1_pick_up_the_soup", "open_the_drawer")
+    ours = load(coded(tmp_path / "ours" / "x_demo.hdf5", (5, 3)))
+    for name in names:
+        bare(coded(tmp_path / "theirs" / f"{name}_demo.hdf5", (5, 3)))
+    demos = load(tmp_path / "theirs")
+    assert demos.tasks == ["put the bowl on it", "pick up the soup", "open the drawer"]
+    assert (demos.last - demos.first + 1).tolist() == [5, 3] * 3  # no action is left out
+    np.testing.assert_array_equal(demos.action[:8], ours.action)
+    np.testing.assert_array_equal(demos.state[:8], ours.state)
+    assert codes(demos)[:8] == codes(demos, WRIST)[:8] == wanted(ours) == codes(ours)
+    assert demos.provenance[0]["pairing"].startswith("observations before actions")
+    assert not check.check(tmp_path / "theirs").errors
+    with h5py.File(tmp_path / "theirs" / f"{names[2]}_demo.hdf5", "a") as file:
+        file.move("data/demo_0", "data/demo_7")  # of a failed replay none is left
+    assert [n for f in [load(tmp_path / "theirs")] for n in (f.last - f.first + 1).tolist()][4:] == [3, 5]
+
+
+def test_pairing_is_never_guessed(tmp_path):
+    path = bare(write_task(tmp_path / "open_it_demo.hdf5", (5, 3)))
+    with h5py.File(path, "a") as file:  # what our own errors once asked for
+        file["data"].attrs["num_demos"] = 2
+        file["data"].attrs["problem_info"] = json.dumps({"language_instruction": "open it"})
+        for name in ("demo_0", "demo_1"):
+            file[f"data/{name}"].attrs["num_samples"] = len(file[f"data/{name}/actions"])
+    refused(path, "does not say whether observations .* add --pairing before .* or --pairing after")
+    with h5py.File(path) as file:
+        actions, position = (file[f"data/demo_0/{name}"][()] for name in ("actions", "obs/ee_pos"))
+    before, after = (load(path, options=DataConfig(pairing=pairing)) for pairing in ("before", "after"))
+    np.testing.assert_array_equal(before.action[:5], actions.astype(np.float32))
+    np.testing.assert_array_equal(before.state[:5, :3], position.astype(np.float32))
+    np.testing.assert_array_equal(after.action[:4], actions[1:].astype(np.float32))
+    np.testing.assert_array_equal(after.state[:4, :3], position[:-1].astype(np.float32))
+    ours = write_task(tmp_path / "ours_demo.hdf5")
+    refused(ours, "--pairing after: .* says itself that pairing is", DataConfig(pairing="after"))
+    public = make_public(write_task(tmp_path / "public_demo.hdf5"))
+    assert len(load(public)) == 6 and len(load(public, options=DataConfig(pairing="before"))) == 8
+
+
+def idle(path: Path, rows: dict[str, list[list[float]]]) -> Path:
+    """Replace the pose and gripper of some actions: demo -> (step, moves, gripper)."""
+    with h5py.File(path, "a") as file:
+        for name, changes in rows.items():
+            actions = file[f"data/{name}/actions"][()]
+            actions[:, 6] = -1
+            for step, moves, grip in changes:
+                actions[step, :6], actions[step, 6] = moves, grip
+            del file[f"data/{name}/actions"]
+            file[f"data/{name}/actions"] = actions
+    return path
+
+
+IDLE = {"demo_0": [[0, 0, 1], [1, 0, -1], [4, 0, -1], [5, 0, 1], [6, 0, 1]], "demo_1": [[2, 1e-6, -1]]}
+
+
+def is_noop(action: np.ndarray, previous: np.ndarray | None) -> bool:
+    """openvla's own rule (experiments/robot/libero/regenerate_libero_dataset.py)."""
+    if previous is None:
+        return np.linalg.norm(action[:-1]) < 1e-4
+    return np.linalg.norm(action[:-1]) < 1e-4 and action[-1] == previous[-1]
+
+
+@pytest.mark.parametrize("kind", ["ours", "public"])
+def test_noops_are_dropped_by_openvlas_rule_picture_by_picture(tmp_path, kind):
+    path = idle(coded(tmp_path / "a_demo.hdf5", (8, 4)), IDLE)
+    path = make_public(path) if kind == "public" else path
+    every = load(path)
+    keep = []
+    for first, last in zip(every.first, every.last):
+        previous = None
+        for row in range(first, last + 1):
+            if not is_noop(every.action[row], previous):
+                keep.append(row)
+                previous = every.action[row]
+    for in_memory in (True, False):
+        demos = load(path, in_memory=in_memory, options=DataConfig(drop_noops=True))
+        assert 0 < len(demos) == len(keep) < len(every)
+        np.testing.assert_array_equal(demos.action, every.action[keep])
+        np.testing.assert_array_equal(demos.state, every.state[keep])
+        for camera in every.images:
+            np.testing.assert_array_equal(demos.images[camera][:], every.images[camera][keep])
+            np.testing.assert_array_equal(
+                demos.images[camera][[3, 0, 3]], every.images[camera][keep][[3, 0, 3]]
+            )
+        assert codes(demos) == [wanted(every)[row] for row in keep] == codes(demos, WRIST)
+    dropped = len(every) - len(keep)
+    assert demos.provenance[0]["noops"] == f"{dropped} of {len(every)} frames dropped"
+    assert describe_data(demos)["noops"] == 0 and describe_data(every)["noops"] == round(
+        dropped / len(every), 4
+    )
+    part = load(path, in_memory=False, options=DataConfig(drop_noops=True, episodes="1"))
+    np.testing.assert_array_equal(part.images[CAMERA][:], demos.images[CAMERA][demos.first[1] :])
+    assert DataConfig(drop_noops=True).cache_home(tmp_path) != tmp_path
+
+
+def test_an_episode_of_noops_alone_is_named(tmp_path):
+    path = idle(write_task(tmp_path / "a_demo.hdf5", (5, 3)), {"demo_1": [[s, 0, -1] for s in range(3)]})
+    with pytest.raises(
+        Refused, match="--drop-noops leaves nothing of episode 1: leave it out with --episodes"
+    ):
+        load(path, options=DataConfig(drop_noops=True))
+    assert len(load(path, options=DataConfig(drop_noops=True, episodes="0"))) == 5
+
+
 # ---- values that cannot be -------------------------------------------------------------------------------
 
 
@@ -369,9 +538,9 @@ STATISTICS = {
     ),
     "no deviation": (
         {"std": lambda v: v * 0},
-        "std of observation.state, dimension . is 0, that of the data",
+        "std of observation.state, dimension ., is 0, that of the data",
     ),
-    "negative": ({"std": lambda v: -v}, "std of observation.state, dimension . is -"),
+    "negative": ({"std": lambda v: -v}, "std of observation.state, dimension ., is -"),
     "one dimension": (
         {"std": lambda v: np.append(v[:-1], 9 * v[-1])},
         "std of observation.state, dimension 7",
@@ -427,6 +596,32 @@ def test_a_value_that_the_rest_makes_impossible_is_named(feature, value, tmp_pat
         path, rf"{name.removeprefix('obs/').replace('ee_pos', 'state')} is .* in dimension 2 at step 5 of"
     )
     assert len(load(path, options=DataConfig(episodes="0"))) == 40
+
+
+def test_a_number_too_large_for_float32_is_none(tmp_path):
+    root = write_set(tmp_path)
+    rows = pq.read_table(root / DATA)["action"].to_pylist()
+    change(root / DATA, action=[*rows[:6], [1e300, *rows[6][1:]], rows[7]])
+    refused(root, "action has a non-finite value at step 1 of episode 2")
+
+
+def test_episodes_may_lie_in_files_in_any_order(tmp_path):
+    places = [(0, 0), (0, 1), (0, 0), (0, 1), (0, 0)]
+    root = write_set(
+        tmp_path, (4, 3, 5, 2, 1), {CAMERA: "image", WRIST: "video"}, places, {WRIST: places[::-1]}
+    )
+    file = root / DATA.replace("000.parquet", "001.parquet")
+    change(file, timestamp=pq.read_table(file)["timestamp"].to_pylist())
+    demos = load(root)
+    own = demos.numbers.tolist()
+    assert sorted(own) == [0, 1, 2, 3, 4] and codes(demos) == codes(demos, WRIST) == wanted(demos, own)
+    in_order = load(write_set(tmp_path / "one", (4, 3, 5, 2, 1)))
+    for number, first, last in zip(own, demos.first, demos.last):
+        a, b = in_order.first[number], in_order.last[number]
+        np.testing.assert_array_equal(demos.state[first : last + 1], in_order.state[a : b + 1])
+    part = load(root, options=DataConfig(episodes="1-2"))
+    assert codes(part) == codes(part, WRIST) == wanted(part, part.numbers.tolist())
+    assert not check.check(root).errors
 
 
 def test_values_of_any_unit_are_possible():
@@ -512,3 +707,31 @@ def test_a_column_of_pictures_where_numbers_belong_is_one_line(tmp_path):
     root = write_set(tmp_path)
     change(root / DATA, action=[png(picture(0, 0, 0))] * 8)
     refused(root, "action should hold numbers or vectors, got binary")
+
+
+# ---- another robot's pictures ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoder", ["pca", "siglip"])
+def test_another_robots_pictures_make_world_latents(tmp_path, capsys, encoder):
+    root = write_set(tmp_path / "set", (40, 30), {"wrist": "image", "front": "image"}, fps=5)
+    small = [{"bytes": png(picture(9, s % 256, 0)[:32, :40]), "path": ""} for s in range(70)]
+    change(root / DATA, wrist=small)
+    home = {"data": root, "out": tmp_path / "run", "total_samples": 4, "batch_size": 2}
+    how = {"fusion": ("late",), "world_encoder": encoder, "future": 3, "freeze": "vision"}
+    how |= {"world_dim": 8, "world_resolution": 8} if encoder == "pca" else {}
+    if encoder == "siglip":
+        train.main(TrainConfig(**home, **how, prepare=True))
+    train.main(TrainConfig(**home, **how))
+    out = capsys.readouterr().out
+    side, margin = (8, "") if encoder == "pca" else (128, " with a margin")
+    assert f"world latents: pictures of 32 x 40 are scaled whole to {side} x {side}{margin}" in out
+    record = json.loads((tmp_path / "run/config.json").read_text())
+    assert record["world_camera"] == ["observation.images.wrist"]  # the data's first
+    ahead = 3 * record["world_stride"] / 5
+    assert f"looks {ahead:.1f} s ahead" in out and out.count("at 5 Hz") == 1
+    arm, processor = load_arm(tmp_path / "run/last")
+    assert arm.encoder.size == ((32, 40),)
+    assert rename_map(processor.before) == {c: f"observation.images.{c}" for c in ("wrist", "front")}
+    train.main(TrainConfig(**home, **how))  # the same run again
+    assert "nothing to do" in capsys.readouterr().out

@@ -15,6 +15,7 @@ from tiny import run_config
 
 from eval import EvalConfig, first_look
 from files import Refused
+from prophet import METHODS
 from rollouts.plan import make_plans
 from rollouts.rollout import Episode, Rollout, frame_plan
 from simulator.pool import EnvPool
@@ -31,10 +32,9 @@ def test_the_frames_that_are_drawn_are_those_that_decisions_read(n, history, str
     assert {step for step in drawn if step <= last} <= needed | {0}
 
 
-@pytest.mark.parametrize("method", ["dropout", "noise"])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.chance])
 def test_a_hypothesis_stays_what_it_is_for_an_episode_and_is_another_in_the_next(method):
-    share = 0.3 if method == "dropout" else 0.0
-    arm = tiny.arm(num_hypotheses=3, hypothesis_method=method, prophet_dropout=share)
+    arm = tiny.arm(num_hypotheses=3, hypothesis_method=method, **METHODS[method].settings)
     [plan] = make_plans(EvalConfig(episodes_per_task=2), run_config(), arm)
     rollout = Rollout(arm, processor(), plan, "pred", None, torch.device("cpu"))
     here, later, there = Episode(1, 3, "pred"), Episode(1, 3, "pred", decisions=5), Episode(1, 4, "pred")

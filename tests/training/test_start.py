@@ -21,6 +21,7 @@ from model import load_policy
 from readers.demos import statistics
 from readers.load import load
 from readers.selection import match_cameras
+from smolvla import kernels
 from smolvla.processor import rename_map
 from train import TrainConfig
 
@@ -248,3 +249,12 @@ def test_data_far_outside_of_a_checkpoints_statistics_stop_a_run_before_its_firs
 def test_what_cannot_be_is_one_line(data, base, tmp_path, fields, message):
     with pytest.raises(Refused, match=message):
         run(data, fields.pop("init", base), tmp_path, **fields)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_what_trains_whole_computes_in_bfloat16_where_the_processor_has_it(native, monkeypatch):
+    monkeypatch.setattr(kernels, "native_bfloat16", lambda: native)
+    cpu, fast = torch.device("cpu"), torch.bfloat16 if native else torch.float32
+    assert TrainConfig(init="tiny").precision(cpu) == fast
+    assert TrainConfig(init="tiny", dtype="float32").precision(cpu) == torch.float32
+    assert TrainConfig(init="tiny", freeze="vision").precision(cpu) == torch.float32
