@@ -155,8 +155,6 @@ class TrainConfig(StartConfig, OptimiseConfig):
             raise Refused(
                 f"--keep-every {self.keep_every} must be a multiple of --save-every {self.save_every}, or 0"
             )
-        if not 0 <= self.ema < 1:
-            raise Refused(f"--ema {self.ema} must be at least 0 and less than 1")
 
     @property
     def arm_name(self) -> str:
