@@ -131,6 +131,12 @@ def resume(home: Path) -> object:
     return train_on(home, MEMORY)
 
 
+def goes_on(home: Path) -> object:
+    """The checkpoint that training would go on from."""
+    found, skipped = folders.newest_whole(home / "run")
+    return found and found.name, skipped
+
+
 def start(home: Path) -> object:
     return train_on(home, MEMORY | {"init": str(home / "run" / "step_000002")}, fresh=True)
 
@@ -186,14 +192,13 @@ def standing(home: Path) -> object:
     return state, text(home / "run" / "episodes.jsonl").count("\n") > 0
 
 
-CHECKPOINT = (describe, offline, results, resume, start)
+CHECKPOINT = (describe, offline, results, goes_on, start)
 READERS: dict[str, tuple[Callable, ...]] = {
     "run/config.json": (offline, results, resume, reports, watched),
     "run/metrics.jsonl": (resume, reports, watched),
     "run/episodes.jsonl": (results, reports, watched, standing),
     "run/offline.jsonl": (reports,),
     "run/step_000002/": CHECKPOINT,
-    "run/last": (describe, results, resume),
     "hdf5/world_": (resume,),
     "tokens/": (from_tokens,),
     "hdf5/soup": (resume, from_tokens, check_hdf5),
