@@ -5,7 +5,7 @@ verdicts rest on. Another sample budget gets a panel of its own, and so do check
 protocol or other data are set aside. A simulator crash is neither a success nor a failure.
 
     python -m report runs/demo                            # -> runs/demo/report/: report.html, table.md, ...
-    python -m report runs/a runs/b/E2_s0 -o report   # any run folders, or folders that hold some
+    python -m report runs/a runs/b/E2_s0 --out report     # any run folders, or folders that hold some
     python -m report results/data --publish results       # a study: a page, tables, figures
     python -m report power --help                         # how many episodes would show a difference
     python -m report watch RUN                            # a run while it trains
@@ -26,6 +26,7 @@ from urllib.parse import quote
 
 import tyro
 
+from commands import type_in
 from files import Unwritable, beside, naming, replace_text
 from report import figures
 from report.findings import looks, partitions, sentences, signals
@@ -61,7 +62,7 @@ IMAGINED, FILMED = 2, 4  # pictures and videos shown of an arm
 class Config:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run folders, or folders that hold run folders."""
-    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    out: Path | None = None
     """Folder for the page, tables and figures; default: `report` inside the first folder of `runs`."""
     publish: Path | None = None
     """Folder for a study's page, README.md, and a folder a part: the folders inside the one of `runs` that is
@@ -354,7 +355,7 @@ def main() -> None:
     if sys.argv[1:2] and sys.argv[1] in SUBCOMMANDS:
         importlib.import_module(f"report.{sys.argv[1]}").main(sys.argv[2:])
         return
-    config = tyro.cli(Config, prog="python -m report", description=__doc__)
+    config = type_in(Config, __doc__, ("runs", "out", "publish"), "python -m report")
     try:
         if config.publish:
             print(publish(config.runs[0], config.publish))

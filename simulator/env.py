@@ -161,24 +161,6 @@ def check_camera(camera: str) -> None:
         raise Refused(f"camera {camera!r} is unknown: choose one of {', '.join(CAMERAS)}")
 
 
-def parse_ids(text: str, flag: str, limit: int | None = None) -> list[int]:
-    """Return the numbers of '0,3,5-7' in the order given; with a limit they lie in 0..limit-1.
-
-    Raises Refused for anything else, or a repetition.
-    """
-    ids: list[int] = []
-    for piece in text.split(","):
-        first, dash, last = piece.strip().partition("-")
-        if not first.isdecimal() or (dash and (not last.isdecimal() or int(last) < int(first))):
-            raise Refused(f"{flag} {text!r} is no list of numbers: write it like 0,3,5-7")
-        if limit is not None and int(last or first) >= limit:
-            raise Refused(f"{flag} {text!r} names {last or first}: choose from 0..{limit - 1}")
-        ids.extend(range(int(first), int(last or first) + 1))
-    if len(set(ids)) < len(ids):
-        raise Refused(f"{flag} {text!r} names a number twice: name each once")
-    return ids
-
-
 def versions() -> dict[str, str]:
     """Return what decides physics and pictures: package versions and GL backend ('' before `setup_gl`)."""
     found = {"mujoco": _version("mujoco"), "robosuite": _version("robosuite"), "numpy": _version("numpy")}

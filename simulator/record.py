@@ -32,8 +32,8 @@ from typing import Any, Literal
 
 import h5py
 import numpy as np
-import tyro
 
+from commands import parse_numbers, type_in
 from files import Refused, json_lines, misfit, number_from_environment, parse_json
 from simulator import env as sim
 from simulator.expert import Expert, check_solvable
@@ -46,6 +46,7 @@ NOISE_SHARE = np.array([1, 1, 1, 0.1, 0.1, 0.1])
 TYPICAL_STEPS = 160  # of a demonstration, for the estimate of disk space
 # What a file says of how it was recorded, beside task and seed.
 ABOUT = ("suite", "displace", "either", "noise", "size", "draw", "texture_colorspace", "reset")
+OFTEN = ("out", "suite", "task_ids", "demos_per_task", "init_states", "displace", "either", "workers")
 MODEL_BYTES = 400_000  # of a demonstration's XML and states
 
 
@@ -92,10 +93,12 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         self.sim_config()  # checks suite, displacement, size, draw, reset
-        for task_id in sim.parse_ids(self.task_ids, "--task-ids"):
+        if not self.task_ids or not self.init_states:
+            raise Refused("--task-ids and --init-states need numbers: write them like 0,3,5-7")
+        for task_id in parse_numbers(self.task_ids, "--task-ids"):
             sim.check_task(self.suite, task_id)
             check_solvable(self.suite, task_id)
-        sim.parse_ids(self.init_states, "--init-states", sim.NUM_INIT_STATES)
+        parse_numbers(self.init_states, "--init-states", sim.NUM_INIT_STATES)
         if self.demos_per_task < 1 or self.workers < 1:
             seen = f"{self.demos_per_task} and {self.workers}"
             raise Refused(f"--demos-per-task and --workers must be at least 1, got {seen}: raise them")
@@ -110,7 +113,7 @@ class DemoConfig:
     def settings(self, task_id: int) -> dict[str, Any]:
         """Return what decides a task's demonstrations: files of other settings are never mixed."""
         chosen = {name: getattr(self, name) for name in (*ABOUT, "seed")}
-        return {**chosen, "task_id": task_id, "init_states": sim.parse_ids(self.init_states, "--init-states")}
+        return {**chosen, "task_id": task_id, "init_states": parse_numbers(self.init_states, "--init-states")}
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class Job:
     @property
     def start(self) -> tuple[int, int]:
         """Init state and number of its displacement."""
-        ids = sim.parse_ids(self.config.init_states, "--init-states")
+        ids = parse_numbers(self.config.init_states, "--init-states")
         number = self.attempt // 2 if self.config.either else self.attempt
         return ids[number % len(ids)], number // len(ids)
 
@@ -529,18 +532,14 @@ def _summary(task_id: int, stored: Stored, tried: int, pace: float, path: Path) 
 def score_task(config: DemoConfig, pool: ProcessPoolExecutor, task_id: int) -> tuple[int, int]:
     """Run the expert without drawing; print the task's line and return (successes, attempts)."""
     ways = 2 if config.either else 1
-    count = config.attempts_per_task or ways * len(sim.parse_ids(config.init_states, "--init-states"))
+    count = config.attempts_per_task or ways * len(parse_numbers(config.init_states, "--init-states"))
     jobs = [Job(config, task_id, attempt, None) for attempt in range(count)]
     outcomes = sorted(_work(pool, jobs, {}, config.workers), key=lambda outcome: outcome.attempt)
     solved = sum(outcome.success for outcome in outcomes)
-    failed = [
-        f"init state {jobs[o.attempt].start[0]} draw {jobs[o.attempt].start[1]}"
-        for o in outcomes
-        if not o.success
-    ]
+    lost = [jobs[outcome.attempt].start for outcome in outcomes if not outcome.success]
     steps = np.mean([outcome.steps for outcome in outcomes])
     seconds = np.mean([outcome.seconds for outcome in outcomes])
-    missed = f"  failed: {', '.join(failed)}" if failed else ""
+    missed = "".join(f"  failed: init state {state} draw {draw}" for state, draw in lost)
     score = f"{config.suite} task {task_id}: {solved}/{len(outcomes)}"
     line = f"{score}  {steps:.0f} steps  {seconds:.1f} s an episode"
     print(line + missed, flush=True)
@@ -560,7 +559,7 @@ def _follow_parent() -> None:
 def run(config: DemoConfig) -> None:
     """Record or score all tasks. Raises Refused or OSError with one line for the user."""
     context = multiprocessing.get_context("spawn")
-    tasks = sim.parse_ids(config.task_ids, "--task-ids")
+    tasks = parse_numbers(config.task_ids, "--task-ids")
     names = sim.task_names(config.suite)
     for task_id in tasks if config.either else ():
         sim.check_either(config.suite, task_id, config.either)
@@ -582,7 +581,7 @@ def run(config: DemoConfig) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line."""
-    config = tyro.cli(DemoConfig, prog="python -m simulator record", args=args, description=__doc__)
+    config = type_in(DemoConfig, __doc__, OFTEN, "python -m simulator record", args)
     try:
         run(config)
     except OSError as error:

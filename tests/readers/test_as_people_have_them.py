@@ -178,7 +178,7 @@ def test_depth_is_no_picture_in_whichever_place_it_is_said(tmp_path, place, key)
 
 def test_an_instruction_that_several_tasks_have_names_them_all(tmp_path):
     texts = ("turn on the stove", "Turn on  the stove", "open it")
-    assert find_tasks(list(texts), "turn_on_the_stove") == [0, 1] and find_tasks(list(texts), "2") == [2]
+    assert find_tasks(list(texts), "turn_on_the_stove") == [0, 1]
     root = write_set(tmp_path / "v3", (2, 3, 1, 4), tasks=texts)
     demos = load(root, options=DataConfig(tasks=("turn on the stove",)))
     assert codes(demos) == wanted(demos, [0, 1, 3])
