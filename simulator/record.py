@@ -1,9 +1,9 @@
 """Scripted demonstrations in LIBERO, written in LIBERO's own HDF5 layout.
 
-Each attempt runs the expert of `expert.py` in a fresh episode; successes are kept, with both cameras drawn
-before every action. A finished demonstration is a file of its own until all are there, so a run that is
-killed goes on where it stopped, and one that has enough does nothing. Results do not depend on the number of
-workers.
+Each attempt runs the expert of `expert.py` in a fresh episode; successes are kept, and only they are drawn:
+what both cameras saw before every action. A finished demonstration is a file of its own until all are there,
+so a run that is killed goes on where it stopped, and one that has enough does nothing. Results do not depend
+on the number of workers.
 
     python -m simulator record                                       # the demo's, 4 minutes on two cores
     python -m simulator record --demos-per-task 1 --init-states 0 --size 64 --out data/try
@@ -178,6 +178,7 @@ class Recorder:
     def __init__(self, env: sim.LiberoEnv, job: Job) -> None:
         self.env, self.job, self.steps = env, job, 0
         self.rows: dict[str, list[np.ndarray]] = {}
+        self.views: list[list[np.ndarray]] = []  # drawn once the attempt has succeeded
         suite = sim.SUITES.index(job.config.suite)
         self.generator = np.random.default_rng([job.config.seed, suite, job.task_id, job.attempt])
 
@@ -207,18 +208,18 @@ class Recorder:
             "obs/gripper_states": gripper,
             "obs/joint_states": obs["robot0_joint_pos"],
         }
-        for name, camera in CAMERA_NAMES.items():
-            row[f"obs/{name}"] = self.env.draw(camera)[
-                ::-1, ::-1
-            ]  # LIBERO stores what OpenGL reads: upside down
+        self.views.append(self.env.view())
         for name, value in row.items():
             self.rows.setdefault(name, []).append(np.array(value))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return the demonstration's datasets, each (T, ...)."""
+        """Draw the demonstration and return its datasets, each (T, ...)."""
         last = np.zeros(self.steps, dtype=np.uint8)
         last[-1] = 1
-        return {name: np.stack(rows) for name, rows in self.rows.items()} | {"rewards": last, "dones": last}
+        arrays = {name: np.stack(rows) for name, rows in self.rows.items()}
+        for name, camera in CAMERA_NAMES.items():  # LIBERO stores what OpenGL reads: upside down
+            arrays[f"obs/{name}"] = np.stack([self.env.draw(camera, view)[::-1, ::-1] for view in self.views])
+        return arrays | {"rewards": last, "dones": last}
 
     def attributes(self) -> dict[str, Any]:
         """Return the demonstration's attributes."""
