@@ -234,7 +234,7 @@ def wrong_spans(
         times = own_times + begins[e]
         after = begins[follows[e]] if e in follows else np.inf
         outside = (times < begins[e] - TOLERANCE) | (times > ends[e] + TOLERANCE)
-        if not np.isfinite(times).all() or outside.any():
+        if not np.isfinite([*times, ends[e]]).all() or outside.any():
             step = int(outside.argmax())
             yield f"{where} shows step {step} at {times[step]:.4f} s, but {own}: {COPY_AGAIN}"
         elif after < ends[e] - TOLERANCE or after < times[-1] + TOLERANCE:

@@ -96,6 +96,10 @@ def test_no_row_shows_another_episodes_frame_and_no_two_share_one(tmp_path):
     beyond = fresh("beyond")
     column(beyond / DATA, "timestamp", 3, 0.5)
     refused(beyond, "episode 0 shows step 3 at 0.5000 s, but meta/episodes gives it 0.0000 to 0.4000 s")
+    for name in (begin, end):
+        nowhere = fresh(f"nowhere {name[-14:-10]}")
+        episodes_column(nowhere, name, [float("nan"), 0.4])
+        refused(nowhere, r"episode 0 shows step 0 at .* but meta/episodes gives it .*nan")
     shared = fresh("shared")
     episodes_column(shared, begin, [0.0, 0.0])
     episodes_column(shared, end, [0.4, 0.3])
@@ -591,6 +595,17 @@ def test_statistics_of_other_data_stop_a_training_and_a_check(name, tmp_path, mo
 def test_statistics_of_the_data_pass_however_they_were_rounded(tmp_path):
     root = with_statistics(tmp_path, mean=lambda v: v.astype(np.float32), std=lambda v: v * np.sqrt(70 / 69))
     assert not check.check(root).errors and "stats.json" in chosen_statistics(load(root))[1]
+    rough = write_set(
+        tmp_path / "rough", (40, 30)
+    )  # a spread that squares in float32 cannot tell from others
+    states = np.array(pq.read_table(rough / DATA)["observation.state"].to_pylist())
+    states[:, 2] = 0.5 + 1e-5 * states[:, 2]
+    change(rough / DATA, **{"observation.state": states.tolist()})
+    rounded = {f: {k: v.tolist() for k, v in e.items()} for f, e in chosen_statistics(load(rough))[0].items()}
+    for found in (0.0, 1e-4):
+        rounded["observation.state"]["std"][2] = found
+        (rough / "meta/stats.json").write_text(json.dumps(rounded))
+        assert not check.check(rough).errors
     still = write_set(tmp_path / "still", (4, 3))
     states = [
         [*row[:3], 0.25, *row[4:]] for row in pq.read_table(still / DATA)["observation.state"].to_pylist()
