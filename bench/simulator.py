@@ -27,7 +27,7 @@ from typing import Literal
 
 import numpy as np
 
-from files import Refused
+from files import Refused, check_numbers
 from rollouts.conform import ITEMS
 from simulator.env import CAMERAS, RENDER_SIZE, SEED, SimConfig, check_task, load_init_states, versions
 from simulator.pool import EnvPool, in_fresh_process
@@ -67,6 +67,7 @@ class SimOptions:
     """Steps after which an episode of the evaluation ends."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check_task(self.suite, self.task_id)
         self.config()  # checks draw and size
         for flag in ("decide_every", "max_steps"):

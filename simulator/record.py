@@ -28,13 +28,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import h5py
 import numpy as np
 
 from commands import parse_numbers, type_in
-from files import Refused, json_lines, misfit, number_from_environment, parse_json
+from files import Refused, check_numbers, json_lines, misfit, number_from_environment, parse_json
 from simulator import env as sim
 from simulator.expert import Expert, check_solvable
 from simulator.goal import way
@@ -91,7 +91,13 @@ class DemoConfig:
     """Episodes of each task with --score-only; None: one per init state, with --either
     two."""
 
+    limits: ClassVar = {
+        **dict.fromkeys(("demos_per_task", "attempts_per_task"), (1, 10**6)),
+        **{"workers": (1, 1000), "noise": (0, 1), "seed": (0, 2**32 - 1)},
+    }
+
     def __post_init__(self) -> None:
+        check_numbers(self)
         self.sim_config()  # checks suite, displacement, size, draw, reset
         if not self.task_ids or not self.init_states:
             raise Refused("--task-ids and --init-states need numbers: write them like 0,3,5-7")
@@ -99,11 +105,6 @@ class DemoConfig:
             sim.check_task(self.suite, task_id)
             check_solvable(self.suite, task_id)
         parse_numbers(self.init_states, "--init-states", sim.NUM_INIT_STATES)
-        if self.demos_per_task < 1 or self.workers < 1:
-            seen = f"{self.demos_per_task} and {self.workers}"
-            raise Refused(f"--demos-per-task and --workers must be at least 1, got {seen}: raise them")
-        if not 0 <= self.noise <= 1:
-            raise Refused(f"--noise must lie in 0..1 (actions span -1..1), got {self.noise}: try 0.1")
 
     def sim_config(self) -> sim.SimConfig:
         """Return the simulator's part."""
