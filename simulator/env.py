@@ -38,6 +38,7 @@ from simulator.render import (
     count_srgb_textures,
     describe_gl,
     free_egl_device,
+    out_of_sight,
     setup_gl,
     upload_decimated,
     upload_linear_textures,
@@ -73,6 +74,7 @@ MUJOCO_VERSION = "3.3.2"  # later ones draw another floor, 3.4 and later move di
 # What MuJoCo's scene reads. robosuite samples observations a substep or two before a control step ends.
 DRAWN = ("xpos", "xmat", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat", "cam_xpos", "cam_xmat")
 DRAWN += ("light_xpos", "light_xdir")
+NEVER_DRAWN = 5  # of MuJoCo's six groups of shapes, the last three are off unless asked for
 READ = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "robot0_joint_pos")  # of its observations
 
 
@@ -387,25 +389,24 @@ class LiberoEnv:
         return state_vector(self.obs)
 
     def _reset_model(self) -> None:
-        hard = not self._built or self.config.reset == "hard"
+        hard, first = self.config.reset == "hard", not self._built
         self.raw.hard_reset = hard
         if hard:
             self.raw.object_property_initializers[:] = self._samplers
         self.env.reset()
-        if hard and self.config.reset == "soft":
-            # A compiled model's first episode differs from those that follow soft resets by 1e-11, which
-            # contacts amplify: what a slot ran before must not matter, so the first one gets one too.
-            self.raw.hard_reset = False
+        if first and not hard:
+            # Building has compiled the model. Its first episode differs from those that follow by 1e-11,
+            # which contacts amplify: what a slot ran before must not matter, so it gets another soft reset.
             self.env.seed(self.config.seed)
             self.env.reset()
         for robot in self.raw.robots:  # a soft reset would let the fingers go on from the last episode
             robot.gripper.current_action = np.zeros(robot.gripper.dof)
         self._built, self._step = True, ControlStep(self.raw, "seen")
-        if self.render and hard:
+        if self.render and (hard or first):
             self._prepare_drawing()
 
     def _prepare_drawing(self) -> None:
-        """Set the GL context up as the configuration says; each hard reset makes a new one."""
+        """Set the GL context up as the configuration says; building and each hard reset make one."""
         import mujoco
 
         context = self._gl_context()
@@ -453,14 +454,18 @@ class LiberoEnv:
     def draw(self, camera_key: str, view: list[np.ndarray] | None = None) -> np.ndarray:
         """Draw what a camera sees now, or saw at an earlier moment: (size, size, 3) uint8, upright."""
         check_camera(camera_key)
-        assert self.render, "this environment was built with render=False"
+        context, size, camera = self._gl_context(), self.config.size, CAMERAS[camera_key]
         now = [array.copy() for array in self._drawable()]
+        groups = self.model.geom_group.copy()
         try:
             self._put(view or self.view())
-            size, seen = self.config.size, bool((self.model.site_rgba[:, 3] > 0).any())
-            self._gl_context().vopt.sitegroup[:3] = seen  # hidden ones are drawn too, as nothing
-            picture = self.env.sim.render(width=size, height=size, camera_name=CAMERAS[camera_key])
+            context.vopt.sitegroup[:3] = (self.model.site_rgba[:, 3] > 0).any()  # hidden ones cost time too
+            if self.config.draw != "exact" and not self.model.light_castshadow.any():
+                number = self.env.sim.model.camera_name2id(camera)
+                self.model.geom_group[out_of_sight(self.model, self.data, number)] = NEVER_DRAWN
+            picture = self.env.sim.render(width=size, height=size, camera_name=camera)
         finally:
+            self.model.geom_group[:] = groups
             self._put(now)
         return np.ascontiguousarray(picture[::-1, ::-1])
 

@@ -153,14 +153,18 @@ def run_attempt(job: Job) -> Outcome:
     """Try one episode; write its part file if it succeeded. Raises OSError when the disk is full."""
     started = time.perf_counter()
     env = _environment(job)
-    init_state, displacement = job.start
-    env.reset(init_state, displacement)
-    recorder = Recorder(env, job)
-    goals = [env.goal[way(job.config.seed, job.attempt)]] if job.config.either else env.goal
-    success = Expert(env, recorder.execute).solve(goals)
+    recorder, success = try_episode(env, job)
     if success and job.part is not None:
         write_part(job.part, recorder.arrays(), recorder.attributes(), job, file_attributes(env, job.config))
     return Outcome(job.attempt, success, recorder.steps, time.perf_counter() - started)
+
+
+def try_episode(env: sim.LiberoEnv, job: Job) -> tuple["Recorder", bool]:
+    """Run the expert in an episode; return what was noted, and whether it solved the task."""
+    env.reset(*job.start)
+    recorder = Recorder(env, job)
+    goals = [env.goal[way(job.config.seed, job.attempt)]] if job.config.either else env.goal
+    return recorder, Expert(env, recorder.execute).solve(goals)
 
 
 def _environment(job: Job) -> sim.LiberoEnv:
