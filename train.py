@@ -32,7 +32,7 @@ from arm import Arm, load_arm
 from data import Source
 from files import LARGEST, Refused, only_writer, read_json, read_tensors, shape_of
 from model import masked_mean
-from ranks import Stop, Together, run_program, start_ranks, sum_over_ranks
+from ranks import Stop, Together, Vigil, run_program, start_ranks, sum_over_ranks
 from readers.demos import Demos
 from readers.load import in_files
 from readers.prefetch import Loader
@@ -119,6 +119,9 @@ class TrainConfig(StartConfig, OptimiseConfig):
     """Samples between two checkpoints that stay, a multiple of --save-every; of the others the newest two do.
     0: all stay. Only the newest two hold the optimiser's state."""
 
+    patience: float = 5.0
+    """Minutes without a step after which a rank that waits for another one ends, and says for which."""
+
     max_bad_steps: int = 10
     """Steps in a row with a gradient that is not finite after which the run ends; such steps are skipped."""
 
@@ -140,7 +143,7 @@ class TrainConfig(StartConfig, OptimiseConfig):
     limits: ClassVar = {
         **dict.fromkeys(("flow_draws", "log_every", "save_every", "max_bad_steps"), (1, LARGEST)),
         **dict.fromkeys(("keep_every", "save_minutes"), (0, LARGEST)),
-        **{"workers": (0, 1000), "threads": (1, 1000)},
+        **{"workers": (0, 1000), "threads": (1, 1000), "patience": (0.01, LARGEST)},
     }
 
     def __post_init__(self) -> None:
@@ -152,8 +155,6 @@ class TrainConfig(StartConfig, OptimiseConfig):
             raise Refused(
                 f"--keep-every {self.keep_every} must be a multiple of --save-every {self.save_every}, or 0"
             )
-        if not 0 <= self.ema < 1:
-            raise Refused(f"--ema {self.ema} must be at least 0 and less than 1")
 
     @property
     def arm_name(self) -> str:
@@ -165,9 +166,9 @@ class TrainConfig(StartConfig, OptimiseConfig):
         """Fields and facts that may change when a run is resumed."""
         return (
             "out", "data", "cache", "pictures", "workers", "features", "prepare", "log_every", "save_every",
-            "save_minutes", "keep_every", "max_bad_steps", "compile", "threads", "accumulate", "world_model",
-            "data_facts", "flops_per_sample", "weights_fingerprint", "compared_with", "accept", "wandb",
-            "tensorboard",
+            "save_minutes", "keep_every", "patience", "max_bad_steps", "compile", "threads", "accumulate",
+            "world_model", "data_facts", "flops_per_sample", "weights_fingerprint", "compared_with", "accept",
+            "wandb", "tensorboard",
         )  # fmt: skip
 
     def stays(self, step: int) -> bool:
@@ -359,7 +360,7 @@ def spend(
     clock, since = time.perf_counter(), progress.samples
     trackers = open_trackers(vars(config), config.out, progress.samples) if rank == 0 else []
     saved, wait = time.monotonic(), min(1.0, config.save_minutes)  # a first checkpoint comes early
-    with Stop() as stop:
+    with Stop() as stop, Vigil(rank, ranks, 60 * config.patience) as vigil:
         while progress.samples < config.total_samples:
             before = progress.samples
             count = min(config.batch_size, config.total_samples - before)
@@ -369,6 +370,7 @@ def spend(
             expect(config, source, before, rank, ranks)
             out = optimizer_step(config, source, model, optimizer, before, count, rank, ranks, logged)
             progress.samples, progress.step = done, step
+            vigil.step()
             bad.see(out["bad"])
             if "winner" in out:
                 usage.add(out["winner"])
@@ -388,6 +390,7 @@ def spend(
                 if (warning := watch.see(step, line)) and rank == 0:
                     print(warning, flush=True)
                 clock, since = time.perf_counter(), done
+            vigil.step(busy=saves or bool(config.val_every))
             if config.val_every and (finished or passes(config.val_every, before, done)):
                 with nullcontext() if average is None else average.in_place():
                     found = validate(source, out_episodes, rank, ranks)

@@ -48,7 +48,7 @@ from torch import Tensor
 
 from arm import Arm, ArmConfig, Summary
 from commands import type_in
-from files import Refused
+from files import Refused, check_numbers
 from fusion import SITES, Late
 from latents.encoders import PCA, WorldStats
 from model import SmolVLA
@@ -92,6 +92,7 @@ class ControlConfig:
     """Take 3 steps on few samples, to see that everything runs: checks are then expected to fail."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.steps < 1:
             raise Refused(f"--steps {self.steps} must be at least 1")
 

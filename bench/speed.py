@@ -46,7 +46,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from arm import Arm, ArmConfig, Summary
 from bench import latents, loop, simulator
 from commands import type_in
-from files import Refused
+from files import Refused, check_numbers
 from fusion import SITES as ALL
 from fusion import Late
 from model import SmolVLA, prefix_inputs
@@ -132,6 +132,7 @@ class BenchConfig:
     """File that the JSON lines are appended to as well."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if min(self.workers, default=0) < 0:
             raise Refused(f"--workers {self.workers} must be at least 0 each")
         for flag in ("batch_size", "repeats", "rounds"):

@@ -59,7 +59,8 @@ class DataConfig:
 
     nearest_frame: float = 0.0
     """Share of a frame's time (less than 0.5) that a video's frame may lie off its row's time, for cameras
-    whose rate is not quite the label's; 0: 0.1 ms, as lerobot has it."""
+    whose rate is not quite the label's (a steady drift is followed, where no frame is lost); 0: 0.1 ms, as
+    lerobot has it."""
 
     pictures: Literal["auto", "memory", "files"] = "auto"
     """Where pictures stay: decoded in memory, or in the files, to be decoded as they are needed; auto: in

@@ -1,9 +1,9 @@
 """Scripted demonstrations in LIBERO, written in LIBERO's own HDF5 layout.
 
-Each attempt runs the expert of `expert.py` in a fresh episode; successes are kept, with both cameras drawn
-before every action. A finished demonstration is a file of its own until all are there, so a run that is
-killed goes on where it stopped, and one that has enough does nothing. Results do not depend on the number of
-workers.
+Each attempt runs the expert of `expert.py` in a fresh episode; successes are kept, and only they are drawn:
+what both cameras saw before every action. A finished demonstration is a file of its own until all are there,
+so a run that is killed goes on where it stopped, and one that has enough does nothing. Results do not depend
+on the number of workers.
 
     python -m simulator record                                       # the demo's, 4 minutes on two cores
     python -m simulator record --demos-per-task 1 --init-states 0 --size 64 --out data/try
@@ -28,13 +28,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import h5py
 import numpy as np
 
 from commands import parse_numbers, type_in
-from files import Refused, json_lines, misfit, number_from_environment, parse_json
+from files import Refused, check_numbers, json_lines, misfit, number_from_environment, parse_json
 from simulator import env as sim
 from simulator.expert import Expert, check_solvable
 from simulator.goal import way
@@ -91,7 +91,13 @@ class DemoConfig:
     """Episodes of each task with --score-only; None: one per init state, with --either
     two."""
 
+    limits: ClassVar = {
+        **dict.fromkeys(("demos_per_task", "attempts_per_task"), (1, 10**6)),
+        **{"workers": (1, 1000), "noise": (0, 1), "seed": (0, 2**32 - 1)},
+    }
+
     def __post_init__(self) -> None:
+        check_numbers(self)
         self.sim_config()  # checks suite, displacement, size, draw, reset
         if not self.task_ids or not self.init_states:
             raise Refused("--task-ids and --init-states need numbers: write them like 0,3,5-7")
@@ -99,11 +105,6 @@ class DemoConfig:
             sim.check_task(self.suite, task_id)
             check_solvable(self.suite, task_id)
         parse_numbers(self.init_states, "--init-states", sim.NUM_INIT_STATES)
-        if self.demos_per_task < 1 or self.workers < 1:
-            seen = f"{self.demos_per_task} and {self.workers}"
-            raise Refused(f"--demos-per-task and --workers must be at least 1, got {seen}: raise them")
-        if not 0 <= self.noise <= 1:
-            raise Refused(f"--noise must lie in 0..1 (actions span -1..1), got {self.noise}: try 0.1")
 
     def sim_config(self) -> sim.SimConfig:
         """Return the simulator's part."""
@@ -152,14 +153,18 @@ def run_attempt(job: Job) -> Outcome:
     """Try one episode; write its part file if it succeeded. Raises OSError when the disk is full."""
     started = time.perf_counter()
     env = _environment(job)
-    init_state, displacement = job.start
-    env.reset(init_state, displacement)
-    recorder = Recorder(env, job)
-    goals = [env.goal[way(job.config.seed, job.attempt)]] if job.config.either else env.goal
-    success = Expert(env, recorder.execute).solve(goals)
+    recorder, success = try_episode(env, job)
     if success and job.part is not None:
         write_part(job.part, recorder.arrays(), recorder.attributes(), job, file_attributes(env, job.config))
     return Outcome(job.attempt, success, recorder.steps, time.perf_counter() - started)
+
+
+def try_episode(env: sim.LiberoEnv, job: Job) -> tuple["Recorder", bool]:
+    """Run the expert in an episode; return what was noted, and whether it solved the task."""
+    env.reset(*job.start)
+    recorder = Recorder(env, job)
+    goals = [env.goal[way(job.config.seed, job.attempt)]] if job.config.either else env.goal
+    return recorder, Expert(env, recorder.execute).solve(goals)
 
 
 def _environment(job: Job) -> sim.LiberoEnv:
@@ -178,6 +183,7 @@ class Recorder:
     def __init__(self, env: sim.LiberoEnv, job: Job) -> None:
         self.env, self.job, self.steps = env, job, 0
         self.rows: dict[str, list[np.ndarray]] = {}
+        self.views: list[list[np.ndarray]] = []  # drawn once the attempt has succeeded
         suite = sim.SUITES.index(job.config.suite)
         self.generator = np.random.default_rng([job.config.seed, suite, job.task_id, job.attempt])
 
@@ -207,18 +213,18 @@ class Recorder:
             "obs/gripper_states": gripper,
             "obs/joint_states": obs["robot0_joint_pos"],
         }
-        for name, camera in CAMERA_NAMES.items():
-            row[f"obs/{name}"] = self.env.draw(camera)[
-                ::-1, ::-1
-            ]  # LIBERO stores what OpenGL reads: upside down
+        self.views.append(self.env.view())
         for name, value in row.items():
             self.rows.setdefault(name, []).append(np.array(value))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return the demonstration's datasets, each (T, ...)."""
+        """Draw the demonstration and return its datasets, each (T, ...)."""
         last = np.zeros(self.steps, dtype=np.uint8)
         last[-1] = 1
-        return {name: np.stack(rows) for name, rows in self.rows.items()} | {"rewards": last, "dones": last}
+        arrays = {name: np.stack(rows) for name, rows in self.rows.items()}
+        for name, camera in CAMERA_NAMES.items():  # LIBERO stores what OpenGL reads: upside down
+            arrays[f"obs/{name}"] = np.stack([self.env.draw(camera, view)[::-1, ::-1] for view in self.views])
+        return arrays | {"rewards": last, "dones": last}
 
     def attributes(self) -> dict[str, Any]:
         """Return the demonstration's attributes."""

@@ -21,13 +21,13 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import tyro
 
 from commands import type_in
-from files import Refused, read_json
+from files import Refused, check_numbers, read_json
 from simulator.env import CAMERAS, MUJOCO_VERSION, LiberoEnv, SimConfig, versions
 from simulator.pool import in_fresh_process
 from simulator.render import APT_LINE, check_gl, setup_gl
@@ -56,6 +56,11 @@ class Command:
     """Largest mean absolute difference of a picture, of 255; a GPU's driver may need 4."""
     texture_colorspace: Literal["as_installed", "linear"] = "as_installed"
     """linear: draw textures as MuJoCo did up to 3.3.2, whatever is installed."""
+
+    limits: ClassVar = {"picture_tolerance": (0, 255)}
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 # ---------------------------------------------------------------- two pictures

@@ -62,7 +62,12 @@ class OptimiseConfig:
     limits: ClassVar = {
         **dict.fromkeys(("total_samples", "batch_size", "accumulate"), (1, LARGEST)),
         **dict.fromkeys(("lr", "lr_world", "lr_end"), (0, 100)),
-        **{"warmup_samples": (0, LARGEST), "weight_decay": (0, 100), "grad_clip": (1e-9, LARGEST)},
+        **{
+            "ema": (0, 0.9999),
+            "warmup_samples": (0, LARGEST),
+            "weight_decay": (0, 100),
+            "grad_clip": (1e-9, LARGEST),
+        },
     }
 
 

@@ -4,12 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from simulator import env as sim
-from simulator import pool, verify
+from simulator import pool, render, verify
 
 CASES = Path(__file__).resolve().parents[1] / "libero_env"
 FRONT, _ = sim.CAMERAS
@@ -99,8 +100,21 @@ def soft_and_hard(task_id: int) -> dict[str, np.ndarray]:
             env.step(action)
             trace.append(env.sim_state())
         traces[name] = np.stack(trace)
+        check_pictures(env)
         env.close()
     return traces
+
+
+def check_pictures(env: sim.LiberoEnv) -> None:
+    """Assert that what lies out of sight is left out, where nothing is mirrored, and changes no pixel."""
+    for camera, name in sim.CAMERAS.items():
+        picture = env.draw(camera)
+        groups = env.model.geom_group.copy()
+        with mock.patch.object(sim, "out_of_sight", return_value=np.zeros(0, int)) as asked:
+            assert np.array_equal(env.draw(camera), picture) and picture.std() > 10
+        assert asked.called == (env.config.draw != "exact") and np.array_equal(env.model.geom_group, groups)
+        number = env.env.sim.model.camera_name2id(name)
+        assert 5 <= len(render.out_of_sight(env.model, env.data, number)) < 60  # of 60 meshes
 
 
 @pytest.mark.slow
