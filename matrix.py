@@ -44,6 +44,7 @@ NUMBERS = {  # variable: what each of its words must look like, an example; a li
     **dict.fromkeys(("EPISODES", "DEMOS", "JOBS", "WORLD_STRIDE"), (WHOLE, "4")),
     **dict.fromkeys(("DISPLACE", "NOISE"), (r"[0-9]{0,9}\.?[0-9]{1,9}", "0.06")),
 }
+LATENTS = ("encoder", "camera", "dim", "resolution", "clip", "model", "revision")  # --world-...
 ACTIONS = ("", "--dry-run", "--list", "--prepare", "--cell", "--report")
 GRACE = 60  # seconds that commands have to save what they have, once they are asked to stop
 KEPT = 300  # log lines of a finished cell that are kept
@@ -208,12 +209,23 @@ def training(job: Job, cell: Cell, *where: str) -> list[str]:
     return [*flags, *job.train_flags, *tokens, *cell.arm.flags, *job.more_train_flags]
 
 
-def preparation(job: Job) -> list[str]:
-    """Return the command that makes all cells' caches: that of an arm with memory and eyes, if any has."""
-    cell = max(job.cells, key=lambda cell: (cell.arm.modes[0] != "off") + ("--blind" not in cell.arm.flags))
+def preparations(job: Job) -> list[list[str]]:
+    """Return the commands that make all cells' caches, one for each kind of world latents that arms with
+    memory name: that of an arm with eyes, if any has. Without memory there is one kind."""
+    cells = [cell for cell in job.cells if cell.arm.modes[0] != "off"] or job.cells
+    kinds: dict[tuple[str, ...], Cell] = {}
+    for cell in sorted(cells, key=lambda cell: "--blind" in cell.arm.flags):
+        kinds.setdefault(world_flags(cell.arm.flags), cell)
     devices = len(set(job.devices))
     launch = ["torchrun", "--standalone", "--nproc-per-node", str(devices)] if devices > 1 else ["python"]
-    return [*launch, "train.py", "--prepare", *training(job, cell)]
+    return [[*launch, "train.py", "--prepare", *training(job, cell)] for cell in kinds.values()]
+
+
+def world_flags(flags: list[str]) -> tuple[str, ...]:
+    """Pick the flags, and their values, that say what world latents are made of."""
+    starts = [i for i, flag in enumerate(flags) if flag.startswith("--")] + [len(flags)]
+    parts = sorted(flags[a:b] for a, b in pairwise(starts))
+    return tuple(word for part in parts if part[0].removeprefix("--world-") in LATENTS for word in part)
 
 
 def steps(job: Job, cell: Cell, dry: bool = False) -> Iterator[tuple[list[str], Callable[[], bool]]]:
@@ -326,7 +338,8 @@ def is_kept(job: Job, cell: Cell) -> bool:
 def keep(folder: Path, target: Path) -> None:
     """Copy what a report reads of a finished cell, log lines thinned, lines packed; finished.txt last."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics", "episodes", "offline"):
+    episodes = sorted(path.stem for path in folder.glob("episodes*.jsonl"))
+    for name in ("metrics", "offline", *episodes):
         lines = text(folder / f"{name}.jsonl").splitlines(keepends=True)
         if name == "metrics":  # measurements on held-out episodes have no loss
             logs = [line for line in lines if "loss" in parse(line)]
@@ -449,7 +462,8 @@ def prepare(job: Job, crew: Crew, device: str) -> None:
     with lock(Path(job.data), crew) if job.recorded else nullcontext() as held:
         for command in recordings(job):
             crew.run(command, "", held)
-        crew.run(preparation(job), device, held)
+        for command in preparations(job):
+            crew.run(command, device, held)
 
 
 def run_cell(job: Job, cell: Cell, crew: Crew, alone: bool, device: str) -> None:
@@ -484,7 +498,7 @@ def run_cell(job: Job, cell: Cell, crew: Crew, alone: bool, device: str) -> None
 def dry_run(job: Job) -> None:
     """Print all commands and the time that they take."""
     cells = [command for cell in job.cells for command, _ in steps(job, cell, dry=True)]
-    for command in (*recordings(job), preparation(job), *cells, job.report):
+    for command in (*recordings(job), *preparations(job), *cells, job.report):
         say(shlex.join(command))
     for cell in job.cells:
         print(standing(job, cell)[-1])

@@ -88,8 +88,7 @@ class DemoConfig:
     score_only: bool = False
     """Run the expert without drawing or writing and print its success."""
     attempts_per_task: int | None = None
-    """Episodes of each task with --score-only; None: one per init state, with --either
-    two."""
+    """Episodes of each task with --score-only; default: one per init state, with --either two."""
 
     limits: ClassVar = {
         **dict.fromkeys(("demos_per_task", "attempts_per_task"), (1, 10**6)),
@@ -577,10 +576,7 @@ def run(config: DemoConfig) -> None:
             scores = np.array([score_task(config, pool, task_id) for task_id in tasks])
             print(f"{config.suite}: {scores[:, 0].sum()}/{scores[:, 1].sum()}", flush=True)
         else:
-            lines = []
-            for task_id in tasks:
-                lines.append(record_task(config, pool, task_id, names[task_id]))
-            print("\n".join(lines))
+            print("\n".join([record_task(config, pool, task_id, names[task_id]) for task_id in tasks]))
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -593,9 +589,7 @@ def main(args: list[str] | None = None) -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        sys.exit(
-            f"error: {error.strerror}: free some and run the same command again, nothing finished is lost"
-        )
+        sys.exit(f"error: {error.strerror}: free some and run the same command again to go on")
     except BrokenProcessPool:
         sys.exit("error: a worker process died (killed, maybe out of memory): lower --workers and run again")
     except Refused as error:

@@ -437,6 +437,26 @@ def test_a_dry_run_and_a_list_need_no_package(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_each_kind_of_world_latents_is_prepared_once_by_an_arm_with_memory_and_eyes(tmp_path):
+    arm = "{} | --fusion {} {} | {} |"
+    lines = [arm.format("E0", "none", "", "off"), arm.format("E0b", "none", "--blind", "off")]
+    lines += [
+        arm.format("E2", "late", "--world-loss min", "pred"),
+        arm.format("E3", "late", "--tau 1", "pred"),
+    ]
+    grid = "--world-camera a b --world-encoder grid --tau 1"
+    lines += [arm.format("E4", "late", f"{grid} --blind", "pred"), arm.format("E5", "late", grid, "pred")]
+    env = settings(tmp_path, "smoke") | {"ARM_TABLE": "\n".join(lines)}
+    for arms, wanted in (
+        ("all", ["--world-loss min", grid]),
+        ("E0b E0", [""]),
+        ("E0 E4", [f"{grid} --blind"]),
+    ):
+        found = [" ".join(command) for command in program.preparations(program.Job(env | {"ARMS": arms}))]
+        assert len(found) == len(wanted)
+        assert all(flags in one and "--prepare" in one for flags, one in zip(wanted, found))
+
+
 def test_help_is_the_scripts_own_first_lines_and_the_script_stays_short():
     done = script("--help")
     assert done.returncode == 0 and done.stdout.startswith("The main job: demonstrations, arms trained on")
