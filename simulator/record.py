@@ -577,10 +577,7 @@ def run(config: DemoConfig) -> None:
             scores = np.array([score_task(config, pool, task_id) for task_id in tasks])
             print(f"{config.suite}: {scores[:, 0].sum()}/{scores[:, 1].sum()}", flush=True)
         else:
-            lines = []
-            for task_id in tasks:
-                lines.append(record_task(config, pool, task_id, names[task_id]))
-            print("\n".join(lines))
+            print("\n".join([record_task(config, pool, task_id, names[task_id]) for task_id in tasks]))
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -593,9 +590,8 @@ def main(args: list[str] | None = None) -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        sys.exit(
-            f"error: {error.strerror}: free some and run the same command again, nothing finished is lost"
-        )
+        again = "free some and run the same command again, nothing finished is lost"
+        sys.exit(f"error: {error.strerror}: {again}")
     except BrokenProcessPool:
         sys.exit("error: a worker process died (killed, maybe out of memory): lower --workers and run again")
     except Refused as error:
