@@ -39,7 +39,7 @@ from readers.load import camera_names, find_data, load
 from readers.selection import DataConfig, camera_key, match_cameras, split_camera
 from rollouts.conform import check, compare, describe_checkpoint, describe_data, describe_environment, table
 from rollouts.conform import record as conformance
-from rollouts.episodes import gather, key_of, own_file, read_all, result, summary
+from rollouts.episodes import file_of, gather, key_of, own_file, read_all, result, summary
 from rollouts.film import episode_name, film_name, save_film
 from rollouts.imagine import save_strips, strips_of_episode
 from rollouts.plan import Plan, ProtocolConfig, Target, find_target, make_plans, open_out
@@ -227,7 +227,8 @@ def main(config: EvalConfig) -> None:
     for mode in modes:
         arm.needs(mode)
 
-    work = Work(target, target.out / "episodes.jsonl", rank, ranks, config.imagine)
+    work = Work(target, file_of(target.out, plans), rank, ranks, config.imagine)
+    wait_for_ranks()  # who comes later sees the same
     with only_writer(target.out, "eval.py") if rank == 0 else nullcontext():
         if rank == 0:
             introduce(target, plans, modes)
@@ -272,6 +273,8 @@ def roll_out(
     wait_for_ranks()
     if rank == 0:
         gather(work.path)
+        if work.path.name != "episodes.jsonl":
+            print(f"another protocol than episodes.jsonl's: the lines are in {work.path}")
         print(summary(line for line in work.found().values() if work.is_ours(line)))
 
 
@@ -368,7 +371,7 @@ class Work:
     """This rank's part of an evaluation."""
 
     target: Target
-    path: Path  # episodes.jsonl
+    path: Path  # of its lines
     rank: int
     ranks: int
     imagine: int  # episodes of each mode whose futures are drawn

@@ -287,7 +287,7 @@ def standing(job: Job, cell: Cell, live: bool = False) -> tuple[float | None, tu
     found = [parse(text(folder / "last" / "state.json")).get("samples")]
     found += numbers(folder.glob("metrics.jsonl"), "samples")[-1:] if live else []
     samples = min(cell.budget, max([0, *(n for n in found if isinstance(n, int))]))
-    episodes = text(folder / "episodes.jsonl").count("\n")
+    episodes = sum(text(path).count("\n") for path in folder.glob("episodes*.jsonl"))
     starts = int(job.env["EPISODES"]) * len(job.tasks) * len(job.suites)
     wanted = starts * (len(cell.arm.modes) + len(cell.early))
 

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
+from commands import type_in
 from files import Refused
 from fusion import Fusion, Memory, MemoryCache, WorldTokens, with_bias
 from smolvla.checkpoint import (
@@ -590,6 +591,6 @@ def main(config: DescribeConfig) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(DescribeConfig, description=__doc__))
+        main(type_in(DescribeConfig, __doc__, ("checkpoint", "revision"), "model.py"))
     except Refused as error:
         sys.exit(f"error: {error}")

@@ -11,30 +11,25 @@ another way leaves the others waiting in a collective.
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import inspect
 import json
 import os
 import signal
 import socket
 import sys
-import textwrap
 import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, get_type_hints
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import tyro
 from torch import Tensor
 
+from commands import read_command_line
 from files import Refused, Unwritable
 
 BEAT = 1.0  # seconds between two signs of life
@@ -253,41 +248,3 @@ def end(line: str, now: bool = False) -> None:
         print(f"error: {line}", file=sys.stderr, flush=True)
         os._exit(1)
     sys.exit(f"error: {line}")
-
-
-def read_command_line(
-    config: type, description: str | None, first: Sequence[str], args: Sequence[str] | None = None
-) -> Any:
-    """Read flags into a config; --help lays them out in two boxes, what people use first, then the rest."""
-    hints, docs = get_type_hints(config, include_extras=True), field_docs(config)
-    fields = {field.name: field for field in dataclasses.fields(config)}
-    boxes = {"often": first, "more": [name for name in fields if name not in first]}
-    quiet = ("None", "''", "", "()")  # defaults that say nothing; the text says what happens then
-    said = lambda default: "" if default in quiet else f"(default: {default})"  # noqa: E731
-
-    def option(name: str) -> tuple:
-        how = tyro.conf.arg(help=docs[name], help_behavior_hint=said)
-        return name, Annotated[hints[name], how], dataclasses.field(default=fields[name].default)
-
-    def box(name: str, names: Sequence[str]) -> tuple:
-        made = dataclasses.make_dataclass(name, map(option, names), frozen=True)
-        return name, made, dataclasses.field(default_factory=made)
-
-    both = dataclasses.make_dataclass("both", [box(*pair) for pair in boxes.items()], frozen=True)
-    rank0 = os.environ.get("RANK", "0") == "0"
-    style = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
-    found = tyro.cli(both, args=args, description=description, console_outputs=rank0, config=style)
-    return config(
-        **{name: getattr(getattr(found, key), name) for key, names in boxes.items() for name in names}
-    )
-
-
-def field_docs(config: type) -> dict[str, str]:
-    """Read the text that stands under each field of a dataclass and of those that it inherits from."""
-    docs = {}
-    for cls in reversed(config.__mro__[:-1]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-        for field, text in pairwise(body):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                docs[field.target.id] = inspect.cleandoc(text.value.value)
-    return docs

@@ -43,11 +43,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from scipy.stats import binomtest
 from torch import Tensor
 
 from arm import Arm, ArmConfig, Summary
+from commands import type_in
 from files import Refused, check_numbers
 from fusion import SITES, Late
 from latents.encoders import PCA, WorldStats
@@ -436,7 +436,9 @@ def draw_choice(axis: plt.Axes, shares: dict[str, float], count: int) -> None:
 def main(args: list[str]) -> int:
     """Train every arm, print the table, draw the figure; give the exit code."""
     torch.set_num_threads(1)  # at these sizes more threads only wait for one another
-    config = tyro.cli(ControlConfig, prog="python -m bench control", args=args, description=__doc__)
+    config = type_in(
+        ControlConfig, __doc__, ("out", "seed", "steps", "quick"), "python -m bench control", args
+    )
     start, seed = time.perf_counter(), config.seed
     steps, many, few = config.sizes
     samples, held = draw(seed, TRAIN, many), draw(seed, HELD_OUT, few)

@@ -2,12 +2,15 @@
 
 A decision falls due every few steps and looks at both cameras. LIBERO's own environment, which lerobot's loop
 runs, draws both after every step; `simulator/env.py` when asked. Cases take turns, each in fresh processes,
-and execute the same actions from the same start; the fastest of several windows counts. Then eval.py rolls a
-checkpoint out, from start to end, and its lines say where the time went.
+and execute the same actions from the same start; the fastest of several windows counts. Then CPU time, which
+a busy machine changes less, of a control step, an episode without its policy, and demonstrations, beside
+robosuite's own step with all its observables, drawn at once. At last eval.py rolls a checkpoint out, from
+start to end, and its lines say where the time went.
 
     python -m bench sim --size tiny --num-envs 1 --picture-size 64    # a minute
     python -m bench sim                                               # spatial task 0, 10 minutes on 2 cores
     python -m bench sim --suite libero_object --draw no-reflections --only process
+    python -m bench sim --suite libero_object --task-id 1 --draw fast --picture-size 128 --only CPU
     python -m bench sim --checkpoint runs/demo/E0-s0/last --only evaluation --max-steps 280
 """
 
@@ -29,13 +32,27 @@ import numpy as np
 
 from files import Refused, check_numbers
 from rollouts.conform import ITEMS
-from simulator.env import CAMERAS, RENDER_SIZE, SEED, SimConfig, check_task, load_init_states, versions
+from simulator.env import (
+    CAMERAS,
+    RENDER_SIZE,
+    SEED,
+    LiberoEnv,
+    SimConfig,
+    check_task,
+    load_init_states,
+    state_vector,
+    versions,
+)
+from simulator.expert import SOLVABLE
 from simulator.pool import EnvPool, in_fresh_process
+from simulator.record import DemoConfig, Job, try_episode
 from simulator.render import free_egl_device, setup_gl
 
 ROOT = Path(__file__).resolve().parents[1]
 FOREVER = 10**6  # steps: no measured episode ends by its limit
 PARTS = ("physics", "drawing", "policy")
+CPU = "CPU beside robosuite's own step"
+ATTEMPTS = range(5, 8)  # the expert's: number 6 of the demo's fails, as 11 of its 71 do
 
 
 @dataclass(frozen=True)
@@ -181,6 +198,81 @@ def run_libero(case: Case) -> float:
     return best
 
 
+# ---- CPU time -----------------------------------------------------------------------------------------
+
+
+class PlainEnv(LiberoEnv):
+    """robosuite's own step, with all its observables; pictures are drawn as soon as they are noted."""
+
+    def _observe_what_is_read(self) -> None:
+        super()._observe_what_is_read()
+        for name in self.raw.observation_names:
+            self.raw.modify_observable(name, "enabled", True)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, bool]:
+        success = self.env.step(np.asarray(action, dtype=np.float64))[2]
+        self.steps += 1
+        return state_vector(self.obs), bool(success)
+
+    def view(self) -> dict[str, np.ndarray]:
+        return {camera: self.draw(camera) for camera in CAMERAS}
+
+    def draw(self, camera_key: str, view: dict[str, np.ndarray] | None = None) -> np.ndarray:
+        return view[camera_key] if view else super().draw(camera_key, super().view())
+
+
+def cpu_seconds(case: tuple[type[LiberoEnv], SimOptions, range]) -> dict[str, float]:
+    """Return the CPU seconds of a control step, of 100 drawn at decisions with their reset, of recording."""
+    make, options, attempts = case
+    config = DemoConfig(
+        suite=options.suite, task_ids=str(options.task_id), size=options.picture_size, draw=options.draw
+    )
+    env, spent = make(config.sim_config(), options.task_id), {}
+    env.reset(0)  # the first one compiles
+
+    def steps(block: int) -> None:
+        for action in actions_of(options, block):
+            env.step(action)
+
+    def episode() -> None:
+        env.reset(1)
+        for block in range(100 // options.decide_every):
+            for camera in CAMERAS:
+                env.draw(camera)
+            steps(block)
+
+    def demonstrations() -> None:
+        for number in attempts:
+            recorder, success = try_episode(env, Job(config, options.task_id, number, Path("not written")))
+            if success:
+                recorder.arrays()
+
+    spent["control step"] = min(cpu_time(steps, block) for block in range(10)) / options.decide_every
+    spent["episode of 100 steps"] = min(cpu_time(episode) for _ in range(3))
+    if options.task_id in SOLVABLE.get(options.suite, ()):
+        spent[f"demonstrations, {len(attempts)} tried"] = cpu_time(demonstrations)
+    return spent
+
+
+def cpu_time(function: Callable, *arguments: object) -> float:
+    """Return the seconds for which this process, all its threads together, computed."""
+    begun = time.process_time()
+    function(*arguments)
+    return time.process_time() - begun
+
+
+def compare_cpu(options: SimOptions, attempts: range, rounds: int) -> list[dict]:
+    """Measure both ways in turns, each in fresh processes; the least of all rounds counts."""
+    ways = [(make, options, attempts) for make in (PlainEnv, LiberoEnv)]
+    found = [[in_fresh_process(cpu_seconds, way) for way in ways] for _ in range(rounds)]
+    rows = []
+    for what in found[0][0]:
+        plain, ours = (min(both[way][what] for both in found) for way in (0, 1))
+        row = {"case": what, "cpu_seconds": ours, "plain_cpu_seconds": plain}
+        rows.append(row | {"times_less_cpu": plain / ours})
+    return rows
+
+
 # ---- an evaluation ------------------------------------------------------------------------------------
 
 
@@ -260,7 +352,7 @@ def lines(
     episodes = options.episodes or (2 if size == "tiny" else 20)
     repeats, rounds = turns
     cases = plan(options, repeats, 1 if size == "tiny" else 2)
-    names = [*(case.name for case in cases), name_of(episodes)]
+    names = [*(case.name for case in cases), CPU, name_of(episodes)]
     if not any(only in name for name in names):
         raise Refused(f"--only {only!r} is in no case's name: these are {'; '.join(names)}")
     setup_gl()
@@ -271,6 +363,10 @@ def lines(
     found = [[measure(case) for case in cases] for _ in range(rounds)]
     for row in compare(cases, [max(of) for of in zip(*found, strict=True)]):
         yield common | row
+    if only in CPU:
+        yield from (
+            common | row for row in compare_cpu(options, ATTEMPTS[: 1 if size == "tiny" else None], rounds)
+        )
     if only in names[-1]:
         with tempfile.TemporaryDirectory() as temporary:
             if checkpoint is None:
@@ -288,6 +384,13 @@ def table(rows: list[dict]) -> str:
             ratios = (row.get(f"times_faster_than_{name}") for name in ("always", "libero"))
             cells = " ".join(f"{'' if x is None else f'{x:.2f} x':>14s}" for x in ratios)
             out.append(f"{row['case']:38s} {row['steps_per_second']:8.1f} {cells}")
+            continue
+        if "times_less_cpu" in row:
+            ours, plain = 1000 * row["cpu_seconds"], 1000 * row["plain_cpu_seconds"]
+            out.append(
+                f"{row['case']:38s} {ours:8.1f} ms of CPU, by robosuite's own step {plain:.1f}: "
+                f"{row['times_less_cpu']:.2f} x"
+            )
             continue
         each = row["seconds"] / row["episodes"]
         out.append(

@@ -45,6 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from arm import Arm, ArmConfig, Summary
 from bench import latents, loop, simulator
+from commands import type_in
 from files import Refused, check_numbers
 from fusion import SITES as ALL
 from fusion import Late
@@ -58,6 +59,7 @@ from train import TrainConfig, optimizer_step
 from training.flops import only_math
 from training.optimise import make_optimizer
 
+OFTEN = ("what", "arms", "size", "dtype", "batch_size", "only", "out")
 PROMPT = 16  # tokens of an instruction
 LEAST = 1.0  # seconds that a case is measured for at least
 ONE = {"none": {"fusion": ("none",)}}
@@ -569,7 +571,7 @@ def tables(config: BenchConfig, rows: list[dict]) -> str:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line: measure all cases of one kind."""
-    measure_all(tyro.cli(BenchConfig, prog="python -m bench", args=args, description=__doc__))
+    measure_all(type_in(BenchConfig, __doc__, OFTEN, "python -m bench", args))
 
 
 def measure_all(config: BenchConfig) -> None:

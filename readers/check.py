@@ -21,6 +21,7 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw
 
+from commands import type_in
 from files import Refused
 from readers import lerobot_meta, lerobot_pictures, lerobot_v3, libero_hdf5
 from readers.demos import Demos, StoredPictures, boundaries, picture_bytes, statistics, statistics_of
@@ -35,6 +36,7 @@ EPISODES = 8  # on the sheet
 BLOCK = 64  # pictures decoded at a time
 FULL = 2**30  # bytes of pictures up to which `inspect` takes the full fingerprint
 PROGRESS = 10.0  # seconds between two lines
+OFTEN = ("command", "data", "out", "episodes", "task_ids", "tasks", "decode", "init")
 CONSTANT = 1e-8  # a smaller range than this is none
 
 
@@ -323,7 +325,7 @@ def unpack(demos: Demos) -> int:
 
 def main() -> None:
     """Run the command line; what is wrong with the data is said in one line each."""
-    config = tyro.cli(Config, description=__doc__)
+    config = type_in(Config, __doc__, OFTEN, "data.py")
     try:
         folder = find_data(config.data, config)
         if config.command == "check":

@@ -31,6 +31,7 @@ from PIL import Image, UnidentifiedImageError
 from files import Refused
 
 TOLERANCE = 1e-4  # seconds between the time that is asked for and a frame's own, lerobot's default
+RATE = 0.02  # how far a camera's rate may be off its label, of it, with --nearest-frame
 AHEAD = 8  # frames that are decoded and dropped rather than looked for again from a key frame
 OPEN_FILES = 8  # parquet files and videos that each process keeps open
 OPEN_GROUPS = 4  # row groups of pictures, still compressed, that each process keeps in memory
@@ -213,6 +214,8 @@ class VideoPlace:
     file: VideoFile
     episode: int
     """Its own number, for messages."""
+    row: int
+    """Its first frame in the video, if none is lost there."""
     times: np.ndarray
     """(n,) where each step lies in the video, by its row's timestamp, seconds."""
     shape: tuple[int, int, int] | None = None
@@ -243,14 +246,18 @@ class Video:
 
     def number(self, place: VideoPlace, steps: np.ndarray) -> np.ndarray:
         """Return the frames (n,) nearest to these steps' times; Refused where one is too far off."""
-        seconds, far = place.times[steps], place.file.far
+        far, loose = place.file.far, place.file.far > TOLERANCE
+        # Where frames may lie off, all of the episode's must fit: with a drift, a neighbour's would, late.
+        looked = np.arange(len(place.times)) if loose else steps
+        seconds = place.times[looked]
         if not len(self.pts):
             raise Refused(f"{self.path} has no frames: {COPY_AGAIN}")
         times = self.pts * float(self.stream.time_base)
-        if (
-            place.file.begins <= TOLERANCE and len(times) == place.file.frames
-        ):  # its first frame is the first row's
-            times = times - times[0]
+        if len(times) == place.file.frames:
+            if place.file.begins <= TOLERANCE:  # its first frame is the first row's
+                times = times - times[0]
+            if loose and fits_in_order(times, place):
+                return place.row + steps
         after = np.searchsorted(times, seconds).clip(1, max(len(times) - 1, 1))
         after = after.clip(max=len(times) - 1)
         before = np.maximum(after - 1, 0)
@@ -261,11 +268,11 @@ class Video:
             near = off.max() < np.diff(times).mean() / 2
             flag = "--nearest-frame 0.4 takes frames that are a little off, " * bool(near)
             raise Refused(
-                f"{self.path} has no frame at {seconds[lost]:.4f} s, step {steps[lost]} of episode "
+                f"{self.path} has no frame at {seconds[lost]:.4f} s, step {looked[lost]} of episode "
                 f"{place.episode}, the nearest of {len(times):,} is at {times[nearest[lost]]:.4f} s: "
                 f"{flag}--episodes leaves the episode out, or {COPY_AGAIN}"
             )
-        return nearest
+        return nearest[steps] if loose else nearest
 
     def read(self, numbers: np.ndarray) -> Iterator[np.ndarray]:
         """Yield frames (H, W, 3) uint8 by number; rising numbers are read with the fewest jumps."""
@@ -296,6 +303,16 @@ class Video:
             if key < 0 or (frame is not None and frame.pts <= wanted):
                 return frame
             key -= 1
+
+
+def fits_in_order(times: np.ndarray, place: VideoPlace) -> bool:
+    """Say whether a video with a frame for each row, at these times (n,), shows an episode at a rate that is
+    nearly its label's: but for that drift every frame lies within what is allowed."""
+    own, wanted = times[place.row : place.row + len(place.times)], place.times
+    off = own - wanted
+    drift = np.polyval(np.polyfit(wanted - wanted[0], off, 1), wanted - wanted[0]) if len(off) > 2 else off
+    most = place.file.far + RATE * (wanted - place.file.begins)
+    return bool((np.abs(off - drift) <= place.file.far).all() and (np.abs(off) <= most).all())
 
 
 @lru_cache(OPEN_FILES)

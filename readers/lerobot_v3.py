@@ -90,6 +90,8 @@ def read_file(
             f"{path} has {len(table):,} rows, its episodes {ends[0]}..{ends[1]} have {wanted:,}: {COPY_AGAIN}"
         )
     rows = {ours: vectors(table[name], f"{path}: {name}") for ours, name in names.items()}
+    if "timestamp" in rows:
+        rows["timestamp"] = rows["timestamp"].astype(np.float64)  # added to where a video's part begins
     for name in said[:1]:
         rows["said"] = table[name].to_numpy()[:, None]
     return rows
@@ -232,7 +234,7 @@ def wrong_spans(
         times = own_times + begins[e]
         after = begins[follows[e]] if e in follows else np.inf
         outside = (times < begins[e] - TOLERANCE) | (times > ends[e] + TOLERANCE)
-        if not np.isfinite(times).all() or outside.any():
+        if not np.isfinite([*times, ends[e]]).all() or outside.any():
             step = int(outside.argmax())
             yield f"{where} shows step {step} at {times[step]:.4f} s, but {own}: {COPY_AGAIN}"
         elif after < ends[e] - TOLERANCE or after < times[-1] + TOLERANCE:
@@ -279,14 +281,16 @@ def video_places(
     times = [places[e][2] + own for e, own in zip(rows.keep, rows.each("timestamp"))]
     apart = min([1 / info["fps"], *(float(np.diff(own).min()) for own in times if len(own) > 1)])
     far = max(TOLERANCE, options.nearest_frame * apart)
-    files, wanted = {}, {places[e][:2] for e in rows.keep}
+    files, row, wanted = {}, {}, {places[e][:2] for e in rows.keep}
     for file, among in by_file(places).items():
         if file not in wanted:
             continue
+        among = sorted(among, key=lambda e: places[e][2])
+        row.update(zip(among, (np.cumsum(episodes.length[among]) - episodes.length[among]).tolist()))
         begins, frames = min(places[e][2] for e in among), int(episodes.length[among].sum())
         files[file] = VideoFile(video_file(root, info, camera, file), begins, frames, far)
     return [
-        VideoPlace(files[places[e][:2]], int(number), own)
+        VideoPlace(files[places[e][:2]], int(number), row[e], own)
         for e, number, own in zip(rows.keep, rows.number, times)
     ]
 

@@ -17,7 +17,7 @@ FAR = (
 )
 FEW = 10  # frames of which no value stands out
 OFF, WIDER, OUTSIDE = 1.0, 3.0, 1.0  # statistics against the data: deviations, their ratio, ranges
-ROUNDING = 1e-6  # of a dimension's largest value: a smaller spread is none
+ROUNDING = 1e-3  # of a dimension's largest value: spreads below it are lost where squares are in float32
 RECOMPUTE = "correct the file, or add --statistics computed"
 
 Moments = Mapping[str, np.ndarray]  # mean, std, min, max, maybe q01 and so on -> (D,)

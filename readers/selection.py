@@ -1,6 +1,7 @@
 """Which part of a data set: hub ids, episodes, tasks, LIBERO suites, cameras and the names that they get.
 
-    python data.py inspect DATA --episodes 0-9 --tasks 3 "put the bowl on the plate"
+    python data.py inspect DATA --episodes 0-9 --task-ids 0,3
+    python data.py inspect DATA --tasks "put the bowl on the plate"
     python data.py inspect DATA --cameras front=observation.images.image wrist=observation.images.image2
     python train.py --data HuggingFaceVLA/libero --data-revision COMMIT --suite libero_object
 
@@ -16,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 
+from commands import parse_numbers
 from files import Refused
 
 
@@ -29,9 +31,11 @@ class DataConfig:
     episodes: str = ""
     """Episodes to read, as in 0-99,150; default: all."""
 
+    task_ids: str = ""
+    """Tasks to read, by number as `data.py inspect` prints them, as in 0,3,5-7; default: all."""
+
     tasks: tuple[str, ...] = ()
-    """Tasks to read, by number (as `data.py inspect` prints them) or by instruction (all tasks that have it);
-    default: all."""
+    """Tasks to read, by instruction (all tasks that have it); default: all."""
 
     suite: str | None = None
     """LIBERO suite whose tasks are read, found by their instructions (needs LIBERO); default: all tasks."""
@@ -55,7 +59,8 @@ class DataConfig:
 
     nearest_frame: float = 0.0
     """Share of a frame's time (less than 0.5) that a video's frame may lie off its row's time, for cameras
-    whose rate is not quite the label's; 0: 0.1 ms, as lerobot has it."""
+    whose rate is not quite the label's (a steady drift is followed, where no frame is lost); 0: 0.1 ms, as
+    lerobot has it."""
 
     pictures: Literal["auto", "memory", "files"] = "auto"
     """Where pictures stay: decoded in memory, or in the files, to be decoded as they are needed; auto: in
@@ -63,6 +68,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         parse_numbers(self.episodes, "--episodes")
+        parse_numbers(self.task_ids, "--task-ids")
         names = [name for name, _ in map(split_camera, self.cameras)]
         if len(set(names)) < len(names):
             raise Refused(f"--cameras {' '.join(self.cameras)} gives two cameras one name: name each once")
@@ -78,7 +84,7 @@ class DataConfig:
         renamed = sorted(camera for camera in self.cameras if "=" in camera)
         chosen = [
             sorted(parse_numbers(self.episodes, "--episodes")),
-            sorted(self.tasks),
+            sorted([*self.tasks, *map(str, parse_numbers(self.task_ids, "--task-ids"))]),
             self.suite or 0,
             renamed,
             *(["no no-ops"] if self.drop_noops else []),
@@ -165,17 +171,6 @@ def match_cameras(
 # episodes and tasks
 
 
-def parse_numbers(text: str, flag: str) -> list[int]:
-    """Return the numbers of '0,3,5-7'; none of an empty text. Raises Refused for anything else."""
-    numbers: list[int] = []
-    for piece in filter(None, text.split(",")):
-        first, dash, last = piece.strip().partition("-")
-        if not first.isdecimal() or (dash and (not last.isdecimal() or int(last) < int(first))):
-            raise Refused(f"{flag} {text!r} is no list of numbers: write it like 0,3,5-7")
-        numbers.extend(range(int(first), int(last or first) + 1))
-    return numbers
-
-
 def choose_episodes(
     tasks: list[str],
     of: Sequence[Collection[int]],
@@ -199,6 +194,8 @@ def choose_episodes(
             )
         keep &= np.isin(numbers, asked)
     wanted = []
+    if options.task_ids:
+        wanted.append(set(numbered(tasks, options.task_ids)))
     if options.tasks:
         wanted.append({task for name in options.tasks for task in find_tasks(tasks, name)})
     if options.suite:
@@ -207,7 +204,8 @@ def choose_episodes(
     for those in wanted:
         keep &= np.array([not those.isdisjoint(own) for own in of], bool)
     if not keep.any():
-        asked = f"--episodes {options.episodes or 'all'}, --tasks {' '.join(options.tasks) or 'all'}"
+        asked = f"--episodes {options.episodes or 'all'}, --task-ids {options.task_ids or 'all'}"
+        asked += f", --tasks {' '.join(options.tasks) or 'all'}"
         raise Refused(
             f"{path} has no episode of {asked}, --suite {options.suite or 'all'}: `python data.py"
             " inspect` prints what it has"
@@ -215,15 +213,24 @@ def choose_episodes(
     return np.flatnonzero(keep)
 
 
+def numbered(tasks: list[str], wanted: str) -> list[int]:
+    """Return the numbers of --task-ids; Refused where the set has no such task."""
+    found = parse_numbers(wanted, "--task-ids")
+    if lost := [number for number in found if number >= len(tasks)]:
+        raise Refused(
+            f"--task-ids {wanted} names {lost[0]}, there are tasks 0..{len(tasks) - 1}: `python data.py"
+            " inspect` prints them"
+        )
+    return found
+
+
 def find_tasks(tasks: list[str], wanted: str) -> list[int]:
-    """Return the numbers of the tasks of one number, or of one instruction, which several may share."""
-    if wanted.isdecimal() and int(wanted) < len(tasks):
-        return [int(wanted)]
+    """Return the numbers of the tasks of one instruction, which several may share."""
     found = [number for number, task in enumerate(tasks) if plain_text(task) == plain_text(wanted)]
     if not found:
         raise Refused(
-            f"--tasks {wanted!r} is none of the {len(tasks)} tasks (0..{len(tasks) - 1}, or an instruction):"
-            " `python data.py inspect` prints them"
+            f"--tasks {wanted!r} is none of the {len(tasks)} instructions: `python data.py inspect` prints"
+            " them, and their numbers, which --task-ids takes"
         )
     return found
 

@@ -218,10 +218,13 @@ def age(checkpoint: str) -> list[int]:
     return [int(digits) for digits in re.findall(r"\d+", checkpoint)]
 
 
-def read_episodes(path: Path, has_memory: bool, aside: list[Aside]) -> dict[str, list[dict]]:
-    """Return checkpoint -> its episodes as they stand in the file, the newest checkpoint last."""
+def read_episodes(folder: Path, has_memory: bool, aside: list[Aside]) -> dict[str, list[dict]]:
+    """Return checkpoint -> its episodes, of all files, a protocol each; the newest checkpoint last."""
     found: dict[str, list[dict]] = {}
-    for row in read_lines(path, EPISODE, aside, episode_wrong):
+    files = sorted(folder.glob("episodes*.jsonl"), key=lambda path: (len(path.name), path.name))
+    lines = [(file, row) for file in files for row in read_lines(file, EPISODE, aside, episode_wrong)]
+    for file, row in lines:
+        row["_file"] = file.name
         if not has_memory:
             row["memory"] = "off"  # an arm without fusion has nothing to intervene on
         found.setdefault(row["checkpoint"], []).append(row)
@@ -256,7 +259,7 @@ def load_run(name: str, folder: Path, aside: list[Aside]) -> RunFolder:
     if why or not all(isinstance(x, str) for some in names for x in some):
         raise Refusal(why or "fusion and compared_with must be lists of names")
     fusion = tuple(s for s in sites if s != "none")
-    found = read_episodes(folder / "episodes.jsonl", bool(fusion), aside)
+    found = read_episodes(folder, bool(fusion), aside)
     newest, rows = found.popitem() if found else ("", [])
     episodes = first_of_each(rows)
     notes = [f"{twice} recorded twice, the first counts"] if (twice := len(rows) - len(episodes)) else []
@@ -355,11 +358,11 @@ def of_one_protocol(runs: list[RunFolder], aside: list[Aside]) -> list[RunFolder
     usual = {suite: count.most_common(1)[0][0] for suite, count in counts.items()}
     found = []
     for run in runs:
-        other: dict[str, list[dict]] = {}
+        other: dict[tuple, list[dict]] = {}
         beside: dict[object, set[int]] = {}  # actions a chunk -> episodes
         for e in all_episodes(run):
             if hashes[id(e)] != usual.get(e["suite"], hashes[id(e)]):
-                other.setdefault(hashes[id(e)], []).append(e)
+                other.setdefault((hashes[id(e)], e["_file"]), []).append(e)
         for episodes in other.values():
             here, there = protocol_of(episodes[0]), records[usual[episodes[0]["suite"]]]
             keys = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)]
@@ -369,7 +372,7 @@ def of_one_protocol(runs: list[RunFolder], aside: list[Aside]) -> list[RunFolder
             said = ", ".join(f"{key} {here.get(key)!r:.40}, not {there.get(key)!r:.40}" for key in keys[:3])
             lines = tuple(e["_line"] for e in episodes)
             why = f"another protocol of {episodes[0]['suite']}: {said}"
-            aside.append(Aside(run.folder / "episodes.jsonl", why, lines))
+            aside.append(Aside(run.folder / episodes[0]["_file"], why, lines))
         out = {id(e) for episodes in other.values() for e in episodes}
         found.append(of_episodes(run, {id(e) for e in all_episodes(run)} - out) if out else run)
         for steps, here in beside.items():

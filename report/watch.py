@@ -36,8 +36,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from commands import type_in
 from files import parse_json
-from report.reading import Refusal, find_runs, read_config
+from report.reading import Refusal, find_runs, made_plain, read_config
 from report.stats import wilson
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -109,7 +110,7 @@ def objects(lines: list[bytes]) -> Iterator[dict | None]:
     """Yield each line's object; None where it is none, as where two writers met."""
     for line in lines:
         try:
-            yield parse_json(line)
+            yield made_plain(parse_json(line))
         except ValueError:
             yield None
 
@@ -460,7 +461,7 @@ def look(paths: tuple[Path, ...], known: dict[Path, Watched]) -> list[Watched]:
 
 def main(args: list[str] | None = None) -> None:
     """Show the runs once, or again and again until Ctrl-C where the output is a terminal."""
-    config = tyro.cli(Config, args=args, prog="python -m report watch", description=__doc__)
+    config = type_in(Config, __doc__, ("runs", "every", "once"), "python -m report watch", args)
     known: dict[Path, Watched] = {}
     console = Console(highlight=False)
     try:

@@ -2,7 +2,8 @@
 
 The first rank appends to episodes.jsonl, each other to a file of its own beside it, so that no two write to
 one file on whatever disk nodes share. When an evaluation begins and ends, the first rank takes the others'
-lines in: what a kill left behind is never lost, and never run again.
+lines in: what a kill left behind is never lost, and never run again. An evaluation under another protocol
+than a suite's first has a file of its own, episodes.HASH.jsonl: a stray one stands in nobody's way.
 
     tail -n 1 runs/demo/E2-n64000-s0/episodes.jsonl
     pytest tests/test_episodes.py
@@ -10,9 +11,10 @@ lines in: what a kill left behind is never lost, and never run again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from files import Refused, json_lines, replace_text
@@ -26,6 +28,21 @@ EPISODE = {
     **{"task_id": int, "init_state": int, "protocol": dict, "success": bool | None, "crash": str | None},
     "weights?": str,
 }
+
+
+def file_of(out: Path, plans: Sequence[Plan]) -> Path:
+    """Name an evaluation's file: episodes.jsonl, or one that its protocol names, where that holds another."""
+    first, protocols = out / "episodes.jsonl", {}
+    for line in read_all(first).values():
+        protocols.setdefault(line["suite"], set()).add(as_text(line["protocol"], line.get("seed")))
+    wanted = {plan.sim.suite: as_text(plan.record(), plan.sim.seed) for plan in plans}
+    if all(protocol in protocols.get(suite, {protocol}) for suite, protocol in wanted.items()):
+        return first
+    return out / f"episodes.{hashlib.sha256(as_text(wanted).encode()).hexdigest()[:8]}.jsonl"
+
+
+def as_text(*what: object) -> str:
+    return json.dumps(what, sort_keys=True)
 
 
 def own_file(path: Path, rank: int) -> Path:

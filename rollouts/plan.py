@@ -16,6 +16,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from arm import Arm
+from commands import parse_numbers
 from files import (
     NUMBER,
     Refused,
@@ -38,7 +39,6 @@ from simulator.env import (
     check_either,
     check_suite,
     check_task,
-    parse_ids,
     scenes,
     task_instructions,
 )
@@ -302,7 +302,7 @@ def make_plan(config: ProtocolConfig, suite: str, mine: dict[int, dict], arm: Ar
             chosen[name] = value
     sim = SimConfig(suite=suite, seed=config.seed, max_steps=config.step_limit(suite), **chosen)
     starts, seen = [], set()
-    asked = parse_ids(config.task_ids, "--task-ids") if config.task_ids else ()
+    asked = parse_numbers(config.task_ids, "--task-ids")
     for task in asked or sorted(mine) or range(NUM_TASKS[suite]):
         check_task(suite, task)
         if sim.either:
@@ -323,7 +323,7 @@ def make_plan(config: ProtocolConfig, suite: str, mine: dict[int, dict], arm: Ar
 def chosen_starts(config: ProtocolConfig, task: int, used: set[int]) -> list[int]:
     """The init states of a task, of which demonstrations `used` some; Refused where there are too few."""
     if config.init_states is not None:
-        ids = parse_ids(config.init_states, "--init-states", NUM_INIT_STATES)
+        ids = parse_numbers(config.init_states, "--init-states", NUM_INIT_STATES)
     else:
         ids = [i for i in range(NUM_INIT_STATES) if i not in used]
     if len(ids) < (config.episodes_per_task or 1):

@@ -31,12 +31,14 @@ from typing import Any, Literal
 import numpy as np
 
 from files import Refused
+from simulator.control import ControlStep
 from simulator.displace import Surface, free_position
 from simulator.goal import Goal, either_goal, goal_predicates, parse_either, short
 from simulator.render import (
     count_srgb_textures,
     describe_gl,
     free_egl_device,
+    out_of_sight,
     setup_gl,
     upload_decimated,
     upload_linear_textures,
@@ -72,6 +74,8 @@ MUJOCO_VERSION = "3.3.2"  # later ones draw another floor, 3.4 and later move di
 # What MuJoCo's scene reads. robosuite samples observations a substep or two before a control step ends.
 DRAWN = ("xpos", "xmat", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat", "cam_xpos", "cam_xmat")
 DRAWN += ("light_xpos", "light_xdir")
+NEVER_DRAWN = 5  # of MuJoCo's six groups of shapes, the last three are off unless asked for
+READ = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "robot0_joint_pos")  # of its observations
 
 
 @dataclass(frozen=True)
@@ -159,24 +163,6 @@ def check_camera(camera: str) -> None:
     """Raise Refused unless policies know that camera."""
     if camera not in CAMERAS:
         raise Refused(f"camera {camera!r} is unknown: choose one of {', '.join(CAMERAS)}")
-
-
-def parse_ids(text: str, flag: str, limit: int | None = None) -> list[int]:
-    """Return the numbers of '0,3,5-7' in the order given; with a limit they lie in 0..limit-1.
-
-    Raises Refused for anything else, or a repetition.
-    """
-    ids: list[int] = []
-    for piece in text.split(","):
-        first, dash, last = piece.strip().partition("-")
-        if not first.isdecimal() or (dash and (not last.isdecimal() or int(last) < int(first))):
-            raise Refused(f"{flag} {text!r} is no list of numbers: write it like 0,3,5-7")
-        if limit is not None and int(last or first) >= limit:
-            raise Refused(f"{flag} {text!r} names {last or first}: choose from 0..{limit - 1}")
-        ids.extend(range(int(first), int(last or first) + 1))
-    if len(set(ids)) < len(ids):
-        raise Refused(f"{flag} {text!r} names a number twice: name each once")
-    return ids
 
 
 def versions() -> dict[str, str]:
@@ -320,7 +306,6 @@ class LiberoEnv:
             self.goal, self.language = either_goal(self.bddl, self.language, config.either)
             self.raw._check_success = lambda: any(map(self._holds, self.goal))  # LIBERO knows And alone
         self.taken: str | None = None  # with `either`: what lies in its place, or was last in the hand
-        self.obs: dict[str, np.ndarray] = {}
         self.max_steps = config.step_limit
         self.start = np.zeros(0)
         self.steps = 0
@@ -338,21 +323,27 @@ class LiberoEnv:
         # Each hard reset appends the drawer's sampler once more, which would shift the random numbers.
         self._samplers = list(self.raw.object_property_initializers)
         self._built = False
-        if self.render:
-            self._watch_drawn_state()
+        self._observe_what_is_read()
 
-    def _watch_drawn_state(self) -> None:
-        """Copy what drawing needs at the moment at which robosuite would have drawn its cameras."""
+    def _observe_what_is_read(self) -> None:
+        """Note what is read and what drawing needs at the moment at which robosuite observes; nothing else.
+
+        Of its own 40 observables only the sensors are asked: each would keep a clock, 25 times a step.
+        """
         from robosuite.utils.observables import Observable, sensor
 
+        self.obs: dict[str, np.ndarray] = {}
         self._drawn: list[np.ndarray] = []
+        for name in self.raw.observation_names:
+            self.raw.modify_observable(name, "enabled", False)
 
-        @sensor(modality="drawn")
-        def copy_drawn(_: dict) -> np.ndarray:
-            self._drawn = [getattr(self.data, name).copy() for name in DRAWN]
+        @sensor(modality="seen")
+        def look(_: dict) -> np.ndarray:
+            self.obs = {name: np.array(self.raw._observables[name]._sensor({})) for name in READ}
+            self._drawn = [getattr(self.data, name).copy() for name in DRAWN if self.render]
             return np.zeros(1)
 
-        self.raw.add_observable(Observable("drawn", copy_drawn, sampling_rate=CONTROL_HZ, active=False))
+        self.raw.add_observable(Observable("seen", look, sampling_rate=CONTROL_HZ, active=False))
 
     @property
     def raw(self) -> Any:
@@ -391,32 +382,31 @@ class LiberoEnv:
         with _silence():
             self._reset_model()
         self.start = self._start_vector(init_state, draw)
-        self.obs = self.env.set_init_state(self.start)
+        self.env.set_init_state(self.start)
         for _ in range(SETTLE_STEPS):
             self.step(np.array(NOOP))
         self.steps, self.taken = 0, None
         return state_vector(self.obs)
 
     def _reset_model(self) -> None:
-        hard = not self._built or self.config.reset == "hard"
+        hard, first = self.config.reset == "hard", not self._built
         self.raw.hard_reset = hard
         if hard:
             self.raw.object_property_initializers[:] = self._samplers
         self.env.reset()
-        if hard and self.config.reset == "soft":
-            # A compiled model's first episode differs from those that follow soft resets by 1e-11, which
-            # contacts amplify: what a slot ran before must not matter, so the first one gets one too.
-            self.raw.hard_reset = False
+        if first and not hard:
+            # Building has compiled the model. Its first episode differs from those that follow by 1e-11,
+            # which contacts amplify: what a slot ran before must not matter, so it gets another soft reset.
             self.env.seed(self.config.seed)
             self.env.reset()
         for robot in self.raw.robots:  # a soft reset would let the fingers go on from the last episode
             robot.gripper.current_action = np.zeros(robot.gripper.dof)
-        self._built = True
-        if self.render and hard:
+        self._built, self._step = True, ControlStep(self.raw, "seen")
+        if self.render and (hard or first):
             self._prepare_drawing()
 
     def _prepare_drawing(self) -> None:
-        """Set the GL context up as the configuration says; each hard reset makes a new one."""
+        """Set the GL context up as the configuration says; building and each hard reset make one."""
         import mujoco
 
         context = self._gl_context()
@@ -442,12 +432,12 @@ class LiberoEnv:
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, bool]:
         """Execute one action (7,) for 1/20 s; return the state (8,) and whether the task is solved."""
-        self.obs, _, success, _ = self.env.step(np.asarray(action, dtype=np.float64))
+        success = self._step(np.asarray(action, dtype=np.float64))
         self.steps += 1
         for goal in self.goal if self.config.either else ():
             if self._holds(goal) if success else self._held(goal[1]):
                 self.taken = short(goal[1])
-        return state_vector(self.obs), bool(success)
+        return state_vector(self.obs), success
 
     def _holds(self, goal: Goal) -> bool:
         """Ask LIBERO's predicate whether an object is in its place."""
@@ -457,22 +447,35 @@ class LiberoEnv:
         """Ask robosuite whether both finger pads touch an object."""
         return self.raw._check_grasp(self.raw.robots[0].gripper, self.raw.objects_dict[thing])
 
-    def draw(self, camera_key: str) -> np.ndarray:
-        """Draw what a camera sees now: (size, size, 3) uint8, upright."""
+    def view(self) -> list[np.ndarray]:
+        """Return what `draw` needs to draw this moment later on."""
+        return [*self._drawn, self.model.site_rgba.copy()]
+
+    def draw(self, camera_key: str, view: list[np.ndarray] | None = None) -> np.ndarray:
+        """Draw what a camera sees now, or saw at an earlier moment: (size, size, 3) uint8, upright."""
         check_camera(camera_key)
-        assert self.render, "this environment was built with render=False"
-        now = [getattr(self.data, name).copy() for name in DRAWN]
+        context, size, camera = self._gl_context(), self.config.size, CAMERAS[camera_key]
+        now = [array.copy() for array in self._drawable()]
+        groups = self.model.geom_group.copy()
         try:
-            self._put(self._drawn)
-            size = self.config.size
-            picture = self.env.sim.render(width=size, height=size, camera_name=CAMERAS[camera_key])
+            self._put(view or self.view())
+            context.vopt.sitegroup[:3] = (self.model.site_rgba[:, 3] > 0).any()  # hidden ones cost time too
+            if self.config.draw != "exact" and not self.model.light_castshadow.any():
+                number = self.env.sim.model.camera_name2id(camera)
+                self.model.geom_group[out_of_sight(self.model, self.data, number)] = NEVER_DRAWN
+            picture = self.env.sim.render(width=size, height=size, camera_name=camera)
         finally:
+            self.model.geom_group[:] = groups
             self._put(now)
         return np.ascontiguousarray(picture[::-1, ::-1])
 
+    def _drawable(self) -> list[np.ndarray]:
+        """Return MuJoCo's own arrays that `view` notes: of a lit stove the site's colour too."""
+        return [*(getattr(self.data, name) for name in DRAWN), self.model.site_rgba]
+
     def _put(self, arrays: list[np.ndarray]) -> None:
-        for name, array in zip(DRAWN, arrays, strict=True):
-            getattr(self.data, name)[:] = array
+        for array, values in zip(self._drawable(), arrays, strict=True):
+            array[:] = values
 
     def _start_vector(self, init_state: int, draw: int) -> np.ndarray:
         """Return the (displaced) init-state vector (S,).

@@ -1,9 +1,9 @@
 """Scripted demonstrations in LIBERO, written in LIBERO's own HDF5 layout.
 
-Each attempt runs the expert of `expert.py` in a fresh episode; successes are kept, with both cameras drawn
-before every action. A finished demonstration is a file of its own until all are there, so a run that is
-killed goes on where it stopped, and one that has enough does nothing. Results do not depend on the number of
-workers.
+Each attempt runs the expert of `expert.py` in a fresh episode; successes are kept, and only they are drawn:
+what both cameras saw before every action. A finished demonstration is a file of its own until all are there,
+so a run that is killed goes on where it stopped, and one that has enough does nothing. Results do not depend
+on the number of workers.
 
     python -m simulator record                                       # the demo's, 4 minutes on two cores
     python -m simulator record --demos-per-task 1 --init-states 0 --size 64 --out data/try
@@ -32,8 +32,8 @@ from typing import Any, ClassVar, Literal
 
 import h5py
 import numpy as np
-import tyro
 
+from commands import parse_numbers, type_in
 from files import Refused, check_numbers, json_lines, misfit, number_from_environment, parse_json
 from simulator import env as sim
 from simulator.expert import Expert, check_solvable
@@ -46,6 +46,7 @@ NOISE_SHARE = np.array([1, 1, 1, 0.1, 0.1, 0.1])
 TYPICAL_STEPS = 160  # of a demonstration, for the estimate of disk space
 # What a file says of how it was recorded, beside task and seed.
 ABOUT = ("suite", "displace", "either", "noise", "size", "draw", "texture_colorspace", "reset")
+OFTEN = ("out", "suite", "task_ids", "demos_per_task", "init_states", "displace", "either", "workers")
 MODEL_BYTES = 400_000  # of a demonstration's XML and states
 
 
@@ -98,10 +99,12 @@ class DemoConfig:
     def __post_init__(self) -> None:
         check_numbers(self)
         self.sim_config()  # checks suite, displacement, size, draw, reset
-        for task_id in sim.parse_ids(self.task_ids, "--task-ids"):
+        if not self.task_ids or not self.init_states:
+            raise Refused("--task-ids and --init-states need numbers: write them like 0,3,5-7")
+        for task_id in parse_numbers(self.task_ids, "--task-ids"):
             sim.check_task(self.suite, task_id)
             check_solvable(self.suite, task_id)
-        sim.parse_ids(self.init_states, "--init-states", sim.NUM_INIT_STATES)
+        parse_numbers(self.init_states, "--init-states", sim.NUM_INIT_STATES)
 
     def sim_config(self) -> sim.SimConfig:
         """Return the simulator's part."""
@@ -111,7 +114,7 @@ class DemoConfig:
     def settings(self, task_id: int) -> dict[str, Any]:
         """Return what decides a task's demonstrations: files of other settings are never mixed."""
         chosen = {name: getattr(self, name) for name in (*ABOUT, "seed")}
-        return {**chosen, "task_id": task_id, "init_states": sim.parse_ids(self.init_states, "--init-states")}
+        return {**chosen, "task_id": task_id, "init_states": parse_numbers(self.init_states, "--init-states")}
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ class Job:
     @property
     def start(self) -> tuple[int, int]:
         """Init state and number of its displacement."""
-        ids = sim.parse_ids(self.config.init_states, "--init-states")
+        ids = parse_numbers(self.config.init_states, "--init-states")
         number = self.attempt // 2 if self.config.either else self.attempt
         return ids[number % len(ids)], number // len(ids)
 
@@ -150,14 +153,18 @@ def run_attempt(job: Job) -> Outcome:
     """Try one episode; write its part file if it succeeded. Raises OSError when the disk is full."""
     started = time.perf_counter()
     env = _environment(job)
-    init_state, displacement = job.start
-    env.reset(init_state, displacement)
-    recorder = Recorder(env, job)
-    goals = [env.goal[way(job.config.seed, job.attempt)]] if job.config.either else env.goal
-    success = Expert(env, recorder.execute).solve(goals)
+    recorder, success = try_episode(env, job)
     if success and job.part is not None:
         write_part(job.part, recorder.arrays(), recorder.attributes(), job, file_attributes(env, job.config))
     return Outcome(job.attempt, success, recorder.steps, time.perf_counter() - started)
+
+
+def try_episode(env: sim.LiberoEnv, job: Job) -> tuple["Recorder", bool]:
+    """Run the expert in an episode; return what was noted, and whether it solved the task."""
+    env.reset(*job.start)
+    recorder = Recorder(env, job)
+    goals = [env.goal[way(job.config.seed, job.attempt)]] if job.config.either else env.goal
+    return recorder, Expert(env, recorder.execute).solve(goals)
 
 
 def _environment(job: Job) -> sim.LiberoEnv:
@@ -176,6 +183,7 @@ class Recorder:
     def __init__(self, env: sim.LiberoEnv, job: Job) -> None:
         self.env, self.job, self.steps = env, job, 0
         self.rows: dict[str, list[np.ndarray]] = {}
+        self.views: list[list[np.ndarray]] = []  # drawn once the attempt has succeeded
         suite = sim.SUITES.index(job.config.suite)
         self.generator = np.random.default_rng([job.config.seed, suite, job.task_id, job.attempt])
 
@@ -205,18 +213,18 @@ class Recorder:
             "obs/gripper_states": gripper,
             "obs/joint_states": obs["robot0_joint_pos"],
         }
-        for name, camera in CAMERA_NAMES.items():
-            row[f"obs/{name}"] = self.env.draw(camera)[
-                ::-1, ::-1
-            ]  # LIBERO stores what OpenGL reads: upside down
+        self.views.append(self.env.view())
         for name, value in row.items():
             self.rows.setdefault(name, []).append(np.array(value))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return the demonstration's datasets, each (T, ...)."""
+        """Draw the demonstration and return its datasets, each (T, ...)."""
         last = np.zeros(self.steps, dtype=np.uint8)
         last[-1] = 1
-        return {name: np.stack(rows) for name, rows in self.rows.items()} | {"rewards": last, "dones": last}
+        arrays = {name: np.stack(rows) for name, rows in self.rows.items()}
+        for name, camera in CAMERA_NAMES.items():  # LIBERO stores what OpenGL reads: upside down
+            arrays[f"obs/{name}"] = np.stack([self.env.draw(camera, view)[::-1, ::-1] for view in self.views])
+        return arrays | {"rewards": last, "dones": last}
 
     def attributes(self) -> dict[str, Any]:
         """Return the demonstration's attributes."""
@@ -530,18 +538,14 @@ def _summary(task_id: int, stored: Stored, tried: int, pace: float, path: Path) 
 def score_task(config: DemoConfig, pool: ProcessPoolExecutor, task_id: int) -> tuple[int, int]:
     """Run the expert without drawing; print the task's line and return (successes, attempts)."""
     ways = 2 if config.either else 1
-    count = config.attempts_per_task or ways * len(sim.parse_ids(config.init_states, "--init-states"))
+    count = config.attempts_per_task or ways * len(parse_numbers(config.init_states, "--init-states"))
     jobs = [Job(config, task_id, attempt, None) for attempt in range(count)]
     outcomes = sorted(_work(pool, jobs, {}, config.workers), key=lambda outcome: outcome.attempt)
     solved = sum(outcome.success for outcome in outcomes)
-    failed = [
-        f"init state {jobs[o.attempt].start[0]} draw {jobs[o.attempt].start[1]}"
-        for o in outcomes
-        if not o.success
-    ]
+    lost = [jobs[outcome.attempt].start for outcome in outcomes if not outcome.success]
     steps = np.mean([outcome.steps for outcome in outcomes])
     seconds = np.mean([outcome.seconds for outcome in outcomes])
-    missed = f"  failed: {', '.join(failed)}" if failed else ""
+    missed = "".join(f"  failed: init state {state} draw {draw}" for state, draw in lost)
     score = f"{config.suite} task {task_id}: {solved}/{len(outcomes)}"
     line = f"{score}  {steps:.0f} steps  {seconds:.1f} s an episode"
     print(line + missed, flush=True)
@@ -561,7 +565,7 @@ def _follow_parent() -> None:
 def run(config: DemoConfig) -> None:
     """Record or score all tasks. Raises Refused or OSError with one line for the user."""
     context = multiprocessing.get_context("spawn")
-    tasks = sim.parse_ids(config.task_ids, "--task-ids")
+    tasks = parse_numbers(config.task_ids, "--task-ids")
     names = sim.task_names(config.suite)
     for task_id in tasks if config.either else ():
         sim.check_either(config.suite, task_id, config.either)
@@ -583,7 +587,7 @@ def run(config: DemoConfig) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line."""
-    config = tyro.cli(DemoConfig, prog="python -m simulator record", args=args, description=__doc__)
+    config = type_in(DemoConfig, __doc__, OFTEN, "python -m simulator record", args)
     try:
         run(config)
     except OSError as error:

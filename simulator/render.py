@@ -8,7 +8,7 @@ marked sRGB, which darkens LIBERO's floors; they can be set back to linear.
     python -c "import render; print(render.setup_gl())"
     pytest tests/simulator/test_render.py
 
-Shapes: V vertices, F faces, G faces that are kept.
+Shapes: V vertices, F faces, K faces that are kept; G shapes of a scene.
 Sources: EGL_EXT_device_enumeration; MuJoCo's mjtColorSpace, whose effect was measured on LIBERO's scenes;
 vertex clustering as in Rossignac and Borrel 1993.
 """
@@ -158,7 +158,7 @@ def decimated_mesh(vertices: np.ndarray, faces: np.ndarray, cells: int) -> tuple
     """Cluster a mesh's vertices in a grid and drop the faces that collapse.
 
     vertices (V, 3), faces (F, 3) of vertex numbers. Returns the kept faces renumbered to one vertex a cell
-    (G, 3) and which faces were kept (F,) bool.
+    (K, 3) and which faces were kept (F,) bool.
     """
     low, high = vertices.min(0), vertices.max(0)
     cell = np.floor((vertices - low) * (cells / max((high - low).max(), 1e-9))).astype(np.int64)
@@ -190,3 +190,21 @@ def upload_decimated(model: Any, context: Any, cells: int = FAST_CELLS) -> None:
         model.mesh_facenum[k] = count
         for array, old in zip(arrays, before, strict=True):
             array[:] = old
+
+
+def out_of_sight(model: Any, data: Any, camera: int, margin: float = 0.01) -> np.ndarray:
+    """Return the numbers of the meshes whose boxes lie beside or behind a fixed camera's square view.
+
+    Leaving them out changes no pixel where nothing is reflected and no light casts shadows. margin: metres.
+    """
+    import mujoco
+
+    right, up, back = data.cam_xmat[camera].reshape(3, 3).T
+    half = np.tan(np.deg2rad(model.cam_fovy[camera]) / 2)
+    inward = np.stack([side - half * back for side in (right, -right, up, -up)] + [-back])  # (5, 3)
+    inward /= np.linalg.norm(inward, axis=1, keepdims=True)
+    axes = data.geom_xmat.reshape(-1, 3, 3)  # of all G shapes
+    centres = data.geom_xpos + (axes @ model.geom_aabb[:, :3, None])[..., 0]  # (G, 3)
+    reach = np.abs(inward @ axes) @ model.geom_aabb[:, 3:, None]  # (G, 5, 1), of the box towards each plane
+    beyond = (centres - data.cam_xpos[camera]) @ inward.T < -reach[..., 0] - margin
+    return np.flatnonzero(beyond.any(1) & (model.geom_type == mujoco.mjtGeom.mjGEOM_MESH))

@@ -26,6 +26,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import tyro
 
+from commands import type_in
 from files import Refused, check_numbers, read_json
 from simulator.env import CAMERAS, MUJOCO_VERSION, LiberoEnv, SimConfig, versions
 from simulator.pool import in_fresh_process
@@ -407,7 +408,7 @@ def explain_picture(difference: str, found: Replay) -> str:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line."""
-    command = tyro.cli(Command, prog="python -m simulator verify", args=args, description=__doc__)
+    command = type_in(Command, __doc__, ("folders", "picture_tolerance"), "python -m simulator verify", args)
     try:
         agree = verify(command.folders, command.picture_tolerance, command.texture_colorspace)
     except Refused as error:

@@ -309,7 +309,7 @@ class Processor:
             if other != task:
                 raise Refused(
                     f'"{other}" and "{task}" are one and the same in their first {longest} tokens, the '
-                    "tokenizer's max_length: shorten them, or leave one out with --tasks"
+                    "tokenizer's max_length: shorten them, or leave one out with --task-ids"
                 )
             lost = self.language.tokenizer.decode(ids[longest:]).strip()
             lines.append(f'"{task}" has {len(ids)} tokens and is cut to {longest}: "{lost}" is lost')

@@ -43,9 +43,10 @@ def write_video(
     gop: int = 12,
     bframes: int = 2,
     late: int = 0,
+    lost: int | None = None,
 ) -> None:
     """Write an mp4 in h264: frames out of order in the file, key frames far apart, the first `late` frames
-    after 0 s."""
+    after 0 s; where that of number `lost` would be, the next one follows a frame's time later."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libx264", rate=fps)
@@ -54,7 +55,8 @@ def write_video(
         stream.codec_context.thread_count = 1
         for number, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pts, frame.time_base = number + late, 1 / Fraction(fps)
+            after = lost is not None and number >= lost
+            frame.pts, frame.time_base = number + late + after, 1 / Fraction(fps)
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
 

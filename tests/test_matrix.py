@@ -516,6 +516,8 @@ def test_the_smoke_run_ends_with_a_table_and_a_second_call_only_looks(tmp_path):
         early = [("step_000002", modes[0])]  # under its own mode alone
         assert found == [("step_000006", mode) for mode in modes] + early
         assert all(line["crash"] is None and not line["seen_in_training"] for line in lines)
+    stray = [PYTHON / "python", "eval.py", out / "E1-n96-s0", "--max-steps", "5", "--episodes-per-task", "1"]
+    assert "another protocol" in subprocess.run(stray, cwd=ROOT, capture_output=True, text=True).stdout
     episodes = {p: p.read_bytes() for p in out.glob("*/episodes.jsonl")}
     started = time.perf_counter()
     again = script("smoke", **places)

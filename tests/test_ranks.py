@@ -15,8 +15,8 @@ import pytest
 
 import eval as evaluation
 import train
+from commands import read_command_line
 from eval import EvalConfig
-from ranks import read_command_line
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +65,7 @@ def test_a_mistake_is_one_line_that_says_what_to_type(line, said, tmp_path):
 
 def test_a_folder_of_runs_names_them_and_a_chunk_has_an_end(tmp_path):
     for name in ("a", "b"):
-        (tmp_path / name / "last").mkdir(parents=True)
+        (tmp_path / name / "step_000001").mkdir(parents=True)
     done = run("eval.py", str(tmp_path))
     assert done.returncode == 1
     assert done.stderr == f"error: {tmp_path} holds 2 runs, name one: {tmp_path / 'a'} {tmp_path / 'b'}\n"

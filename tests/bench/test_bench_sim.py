@@ -112,6 +112,17 @@ def test_a_rate_is_measured_in_the_simulator():
 
 
 @pytest.mark.slow
+def test_less_is_computed_than_by_robosuites_own_step():
+    options = SimOptions("libero_object", 1, "fast", picture_size=16)
+    rows = simulator.compare_cpu(options, simulator.ATTEMPTS[:1], 1)
+    assert [row["case"] for row in rows] == [
+        "control step", "episode of 100 steps", "demonstrations, 1 tried"
+    ]  # fmt: skip
+    assert rows[0]["times_less_cpu"] > 1.3 and all(row["cpu_seconds"] > 0 for row in rows)
+    assert "control step" in simulator.table(rows)
+
+
+@pytest.mark.slow
 def test_an_evaluation_is_a_json_line_and_rows_of_its_parts(tmp_path):
     out = tmp_path / "bench.jsonl"
     flags = ["--only", "evaluation", "--size", "tiny", "--episodes", "1", "--num-envs", "1"]

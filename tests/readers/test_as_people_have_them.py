@@ -96,6 +96,10 @@ def test_no_row_shows_another_episodes_frame_and_no_two_share_one(tmp_path):
     beyond = fresh("beyond")
     column(beyond / DATA, "timestamp", 3, 0.5)
     refused(beyond, "episode 0 shows step 3 at 0.5000 s, but meta/episodes gives it 0.0000 to 0.4000 s")
+    for name in (begin, end):
+        nowhere = fresh(f"nowhere {name[-14:-10]}")
+        episodes_column(nowhere, name, [float("nan"), 0.4])
+        refused(nowhere, r"episode 0 shows step 0 at .* but meta/episodes gives it .*nan")
     shared = fresh("shared")
     episodes_column(shared, begin, [0.0, 0.0])
     episodes_column(shared, end, [0.4, 0.3])
@@ -124,6 +128,17 @@ def test_a_video_whose_first_frame_is_late_is_read_from_there(tmp_path):
     refused(lost, "no frame at 0.0000 s, step 0 of episode 0, .*--episodes leaves")
 
 
+def test_a_frame_hours_into_a_video_is_found(tmp_path):
+    """There a float32, as timestamps are stored, no longer tells 0.1 ms."""
+    root = write_set(tmp_path, (5, 4), {CAMERA: "video"}, fps=30, late=4 * 3600 * 30)
+    for part in ("from", "to"):
+        name = f"videos/{CAMERA}/{part}_timestamp"
+        begins = pq.read_table(root / EPISODES)[name].to_pylist()
+        episodes_column(root, name, [t + 4 * 3600 for t in begins])
+    demos = load(root)
+    assert codes(demos) == wanted(demos) and not check.check(root).errors
+
+
 def test_a_camera_of_nearly_the_labels_rate_is_read_with_a_flag(tmp_path):
     root = write_set(tmp_path, (60, 50), {CAMERA: "video"}, fps=30, video_fps=Fraction(30000, 1001))
     refused(root, r"no frame at 0\.1333 s, step 4 of episode 0.*--nearest-frame 0.4 takes frames that are a")
@@ -134,6 +149,18 @@ def test_a_camera_of_nearly_the_labels_rate_is_read_with_a_flag(tmp_path):
     frames = [picture(e, s, 0) for e, n in enumerate((60, 50)) for s in range(n)]
     write_video(root / VIDEO, [*frames[:70], *frames[71:]], Fraction(30000, 1001))
     refused(root, r"no frame at .*, step .* of episode 1.*--episodes leaves the episode out", options)
+    slow = write_set(tmp_path / "slow", (200, 150), {CAMERA: "video"}, fps=30, video_fps=Fraction(297, 10))
+    refused(slow, "no frame at")
+    for options in (DataConfig(nearest_frame=0.4), DataConfig(nearest_frame=0.1, episodes="1")):
+        demos = load(slow, options=options)  # 3.5 frames off in the end, and still in order
+        assert codes(demos) == wanted(demos, None if demos.numbers is None else [1])
+    frames = [picture(e, s, 0) for e, n in enumerate((200, 150)) for s in range(n)]
+    write_video(slow / VIDEO, [*frames[:100], *frames[101:], frames[-1]], Fraction(297, 10), lost=100)
+    for options in (DataConfig(nearest_frame=0.49), DataConfig(nearest_frame=0.49, episodes="0")):
+        refused(slow, "no frame at", options)  # a frame is lost, another there twice
+    write_video(slow / VIDEO, frames[:-1], Fraction(297, 10))
+    for options in (DataConfig(nearest_frame=0.4), DataConfig(nearest_frame=0.4, episodes="0")):
+        refused(slow, "no frame at .*, step 4[01] of episode 0", options)
     with pytest.raises(Refused, match=r"--nearest-frame 0.5 must be .* less than 0.5"):
         DataConfig(nearest_frame=0.5)
 
@@ -155,7 +182,7 @@ def test_depth_is_no_picture_in_whichever_place_it_is_said(tmp_path, place, key)
 
 def test_an_instruction_that_several_tasks_have_names_them_all(tmp_path):
     texts = ("turn on the stove", "Turn on  the stove", "open it")
-    assert find_tasks(list(texts), "turn_on_the_stove") == [0, 1] and find_tasks(list(texts), "2") == [2]
+    assert find_tasks(list(texts), "turn_on_the_stove") == [0, 1]
     root = write_set(tmp_path / "v3", (2, 3, 1, 4), tasks=texts)
     demos = load(root, options=DataConfig(tasks=("turn on the stove",)))
     assert codes(demos) == wanted(demos, [0, 1, 3])
@@ -568,6 +595,17 @@ def test_statistics_of_other_data_stop_a_training_and_a_check(name, tmp_path, mo
 def test_statistics_of_the_data_pass_however_they_were_rounded(tmp_path):
     root = with_statistics(tmp_path, mean=lambda v: v.astype(np.float32), std=lambda v: v * np.sqrt(70 / 69))
     assert not check.check(root).errors and "stats.json" in chosen_statistics(load(root))[1]
+    rough = write_set(
+        tmp_path / "rough", (40, 30)
+    )  # a spread that squares in float32 cannot tell from others
+    states = np.array(pq.read_table(rough / DATA)["observation.state"].to_pylist())
+    states[:, 2] = 0.5 + 1e-5 * states[:, 2]
+    change(rough / DATA, **{"observation.state": states.tolist()})
+    rounded = {f: {k: v.tolist() for k, v in e.items()} for f, e in chosen_statistics(load(rough))[0].items()}
+    for found in (0.0, 1e-4):
+        rounded["observation.state"]["std"][2] = found
+        (rough / "meta/stats.json").write_text(json.dumps(rounded))
+        assert not check.check(rough).errors
     still = write_set(tmp_path / "still", (4, 3))
     states = [
         [*row[:3], 0.25, *row[4:]] for row in pq.read_table(still / DATA)["observation.state"].to_pylist()

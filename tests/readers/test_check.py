@@ -50,7 +50,8 @@ def test_inspect_prints_an_hdf5_set(tmp_path, monkeypatch, capsys):
 
 
 def test_inspect_prints_a_lerobot_set_and_a_part_of_it(tmp_path):
-    command = [sys.executable, ROOT / "data.py", "inspect", SETS / "L_video" / "dataset", "--tasks", "1"]
+    command = [sys.executable, ROOT / "data.py", "inspect", SETS / "L_video" / "dataset"]
+    command += ["--task-ids", "1"]
     command += ["--cameras", "front=image", "--out", tmp_path / "sheet.png"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     for text in ("2 episodes, 51 frames", "camera observation.images.front: 64x64", "fps: 10"):

@@ -195,22 +195,27 @@ def test_cameras_get_the_names_that_are_asked_for(tmp_path):
 
 def test_tasks_are_chosen_by_number_by_instruction_and_by_suite(tmp_path, monkeypatch):
     root = write_set(tmp_path, (2, 3, 1, 4), tasks=("push the block", "Open the  drawer", "lift it"))
-    for tasks, episodes in {
-        ("0",): [0, 3], ("open_the_drawer",): [1], ("lift it", "0"): [0, 2, 3],
-    }.items():  # fmt: skip
-        demos = load(root, options=DataConfig(tasks=tasks))
+    for numbers, tasks, episodes in (
+        ("0", (), [0, 3]),
+        ("", ("open_the_drawer",), [1]),
+        ("0,2", (), [0, 2, 3]),
+        ("0-1", ("Open the drawer",), [1]),
+    ):
+        demos = load(root, options=DataConfig(task_ids=numbers, tasks=tasks))
         seen = [read_picture(demos.images[CAMERA][first])[0] for first in demos.first]
         assert seen == episodes
         assert demos.instruction(demos.first)[0] == ["push the block", "Open the  drawer"][episodes[0]]
     monkeypatch.setattr(selection, "suite_instructions", lambda suite: {"lift it", "open the drawer"})
     demos = load(root, options=DataConfig(suite="libero_toy", episodes="0-1"))
     assert [read_picture(demos.images[CAMERA][first])[0] for first in demos.first] == [1]
-    with pytest.raises(ValueError, match="--tasks 'fly' is none of the 3 tasks"):
+    with pytest.raises(ValueError, match="--tasks 'fly' is none of the 3 instructions"):
         load(root, options=DataConfig(tasks=("fly",)))
     with pytest.raises(ValueError, match=r"--episodes names 4, .* has 4: choose from 0\.\.3"):
         load(root, options=DataConfig(episodes="2-4"))
-    with pytest.raises(ValueError, match=r"has no episode of --episodes 0, --tasks 1"):
-        load(root, options=DataConfig(tasks=("1",), episodes="0"))
+    with pytest.raises(ValueError, match=r"has no episode of --episodes 0, --task-ids 1"):
+        load(root, options=DataConfig(task_ids="1", episodes="0"))
+    with pytest.raises(ValueError, match=r"--task-ids 2-3 names 3, there are tasks 0\.\.2"):
+        load(root, options=DataConfig(task_ids="2-3"))
     with pytest.raises(ValueError, match="--episodes '3-1' is no list of numbers"):
         DataConfig(episodes="3-1")
 

@@ -10,19 +10,20 @@ import tiny
 from test_arm import processor
 
 from arm import save_arm
+from commands import parse_numbers
 from eval import EvalConfig
 from files import Refused
 from rollouts.plan import Plan, find_target, make_plans, newest_run, open_out
-from simulator.env import NUM_INIT_STATES, SimConfig, parse_ids
+from simulator.env import NUM_INIT_STATES, SimConfig
 from smolvla.checkpoint import fresh_processor, save_policy
 
 
 def test_init_states_are_read_from_ranges_and_lists():
-    assert parse_ids("10-12", "--init-states", NUM_INIT_STATES) == [10, 11, 12]
-    assert parse_ids("0,3, 7-8", "--init-states", NUM_INIT_STATES) == [0, 3, 7, 8]
-    for bad in ("", "a", "5-", "-3", "3-1", "48-50"):
+    assert parse_numbers("10-12", "--init-states", NUM_INIT_STATES) == [10, 11, 12]
+    assert parse_numbers("0,3, 7-8", "--init-states", NUM_INIT_STATES) == [0, 3, 7, 8]
+    for bad in ("a", "5-", "-3", "3-1", "48-50"):
         with pytest.raises(ValueError, match="--init-states"):
-            parse_ids(bad, "--init-states", NUM_INIT_STATES)
+            parse_numbers(bad, "--init-states", NUM_INIT_STATES)
 
 
 def test_the_protocol_defaults_to_the_training_datas_and_its_unseen_starts():

@@ -4,12 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from simulator import env as sim
-from simulator import pool, verify
+from simulator import pool, render, verify
 
 CASES = Path(__file__).resolve().parents[1] / "libero_env"
 FRONT, _ = sim.CAMERAS
@@ -43,27 +44,6 @@ def test_state_vector_is_float32_and_finite_for_the_identity():
     }
     state = sim.state_vector(obs)
     assert state.dtype == np.float32 and state.tolist() == [1, 1, 1, 0, 0, 0, 1, 1]
-
-
-def test_init_states_are_lists_and_ranges_in_the_order_given():
-    assert sim.parse_ids("7,0-2, 5", "--init-states") == [7, 0, 1, 2, 5]
-
-
-@pytest.mark.parametrize("text", ["", "a", "1-", "3-1", "1,,2", "-1", "1,0-2", "1.5"])
-def test_anything_else_is_an_error_that_shows_the_form(text):
-    with pytest.raises(ValueError, match="--init-states"):
-        sim.parse_ids(text, "--init-states")
-
-
-@pytest.mark.parametrize("text", ["", "5-", "3-1", "48-50", "50", "0-99999999999"])
-def test_init_states_that_are_not_shipped_are_one_line_that_names_the_flag(text):
-    with pytest.raises(ValueError, match=f"--init-states '{text}'") as caught:
-        sim.parse_ids(text, "--init-states", sim.NUM_INIT_STATES)
-    assert "\n" not in str(caught.value)
-
-
-def test_every_shipped_init_state_may_be_named():
-    assert sim.parse_ids("0-49", "--init-states", sim.NUM_INIT_STATES) == list(range(50))
 
 
 @pytest.mark.parametrize(
@@ -120,8 +100,21 @@ def soft_and_hard(task_id: int) -> dict[str, np.ndarray]:
             env.step(action)
             trace.append(env.sim_state())
         traces[name] = np.stack(trace)
+        check_pictures(env)
         env.close()
     return traces
+
+
+def check_pictures(env: sim.LiberoEnv) -> None:
+    """Assert that what lies out of sight is left out, where nothing is mirrored, and changes no pixel."""
+    for camera, name in sim.CAMERAS.items():
+        picture = env.draw(camera)
+        groups = env.model.geom_group.copy()
+        with mock.patch.object(sim, "out_of_sight", return_value=np.zeros(0, int)) as asked:
+            assert np.array_equal(env.draw(camera), picture) and picture.std() > 10
+        assert asked.called == (env.config.draw != "exact") and np.array_equal(env.model.geom_group, groups)
+        number = env.env.sim.model.camera_name2id(name)
+        assert 5 <= len(render.out_of_sight(env.model, env.data, number)) < 60  # of 60 meshes
 
 
 @pytest.mark.slow

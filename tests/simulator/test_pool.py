@@ -30,7 +30,11 @@ def test_a_pool_of_none_is_refused():
 def direct_states(_: object) -> tuple[list[np.ndarray], list[np.ndarray]]:
     actions = recorded_actions("libero_goal_task1_init0")[:8]
     env = sim.LiberoEnv(sim.SimConfig("libero_goal", size=64), 1)
-    states = [env.reset(0), *(env.step(action)[0] for action in actions)]
+    states = [env.reset(0)]
+    view, start = env.view(), env.draw(FRONT)
+    states += [env.step(action)[0] for action in actions]
+    assert np.array_equal(env.draw(FRONT, view), start)  # an earlier moment is drawn as it was
+    assert not np.array_equal(env.draw(FRONT), start)
     return states, [env.draw(FRONT), env.draw(WRIST)]
 
 

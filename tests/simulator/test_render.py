@@ -19,6 +19,22 @@ def test_decimation_keeps_the_outline_and_drops_collapsed_faces():
     assert np.abs(vertices[merged] - vertices[faces[kept]]).max() <= 2 / 4 + 1e-9  # no vertex leaves its cell
 
 
+SCENE = """<mujoco><asset><mesh name="m" vertex="-1 -1 -1  1 -1 -1  0 1 -1  0 0 1" scale=".1 .1 .1"/></asset>
+<worldbody><camera name="down" pos="0 0 2" fovy="90"/><geom name="ball" size=".1" pos="9 0 0"/>
+<geom name="under" type="mesh" mesh="m"/> <geom name="edge" type="mesh" mesh="m" pos="2.05 0 0"/>
+<geom name="beside" type="mesh" mesh="m" pos="2.4 0 0"/> <geom name="far" type="mesh" mesh="m" pos="0 -9 0"/>
+<geom name="behind" type="mesh" mesh="m" pos="0 0 2.3"/></worldbody></mujoco>"""
+
+
+def test_meshes_wholly_beside_or_behind_the_view_are_out_of_sight():
+    mujoco = pytest.importorskip("mujoco")
+    model = mujoco.MjModel.from_xml_string(SCENE)
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    found = render.out_of_sight(model, data, 0)
+    assert [model.geom(number).name for number in found] == ["beside", "far", "behind"]
+
+
 def test_a_missing_gl_library_names_the_line_that_installs_it(monkeypatch):
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     monkeypatch.delitem(sys.modules, "mujoco", raising=False)

@@ -194,7 +194,7 @@ def test_other_data_are_measured_and_described_under_the_policys_names(adapted, 
     assert (tmp_path / "results" / "offline.jsonl").is_file() and "off" in capsys.readouterr().out
     arm, processor = load_arm(adapted)
     config = EvalConfig(str(adapted), data=tmp_path / "other")
-    options = evaluate.data_options(tmp_path / "other", config, arm, processor)
+    options = evaluate.data_options(tmp_path / "other", config, {}, arm, processor)
     assert list(load(tmp_path / "other", options=options).images) == full("camera1", "camera2")
 
 
