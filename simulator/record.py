@@ -34,7 +34,7 @@ import h5py
 import numpy as np
 
 from commands import parse_numbers, type_in
-from files import Refused, check_numbers, json_lines, misfit, number_from_environment, parse_json
+from files import DISK, Refused, check_numbers, json_lines, misfit, number_from_environment, parse_json
 from simulator import env as sim
 from simulator.expert import Expert, check_solvable
 from simulator.goal import way
@@ -88,8 +88,7 @@ class DemoConfig:
     score_only: bool = False
     """Run the expert without drawing or writing and print its success."""
     attempts_per_task: int | None = None
-    """Episodes of each task with --score-only; None: one per init state, with --either
-    two."""
+    """Episodes of each task with --score-only; None: one per init state, with --either two."""
 
     limits: ClassVar = {
         **dict.fromkeys(("demos_per_task", "attempts_per_task"), (1, 10**6)),
@@ -577,10 +576,7 @@ def run(config: DemoConfig) -> None:
             scores = np.array([score_task(config, pool, task_id) for task_id in tasks])
             print(f"{config.suite}: {scores[:, 0].sum()}/{scores[:, 1].sum()}", flush=True)
         else:
-            lines = []
-            for task_id in tasks:
-                lines.append(record_task(config, pool, task_id, names[task_id]))
-            print("\n".join(lines))
+            print("\n".join([record_task(config, pool, task_id, names[task_id]) for task_id in tasks]))
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -591,7 +587,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         run(config)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in DISK:
             raise
         sys.exit(
             f"error: {error.strerror}: free some and run the same command again, nothing finished is lost"
