@@ -221,9 +221,9 @@ def age(checkpoint: str) -> list[int]:
 def read_episodes(folder: Path, has_memory: bool, aside: list[Aside]) -> dict[str, list[dict]]:
     """Return checkpoint -> its episodes, of all files, a protocol each; the newest checkpoint last."""
     found: dict[str, list[dict]] = {}
-    names = {path.name.removesuffix(".gz") for path in folder.glob("episodes*.jsonl*")}
-    names = sorted((name for name in names if name.endswith(".jsonl")), key=lambda name: (len(name), name))
-    files = [folder / name for name in names]  # packed or not
+    packed = {path.with_suffix("") for path in folder.glob("episodes*.jsonl.gz")}
+    files = {*folder.glob("episodes*.jsonl"), *packed}
+    files = sorted(files, key=lambda path: (len(path.name), path.name))
     lines = [(file, row) for file in files for row in read_lines(file, EPISODE, aside, episode_wrong)]
     for file, row in lines:
         row["_file"] = file.name

@@ -34,7 +34,7 @@ import h5py
 import numpy as np
 
 from commands import parse_numbers, type_in
-from files import Refused, check_numbers, json_lines, misfit, number_from_environment, parse_json
+from files import DISK, Refused, check_numbers, json_lines, misfit, number_from_environment, parse_json
 from simulator import env as sim
 from simulator.expert import Expert, check_solvable
 from simulator.goal import way
@@ -587,7 +587,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         run(config)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in DISK:
             raise
         sys.exit(f"error: {error.strerror}: free some and run the same command again to go on")
     except BrokenProcessPool:
