@@ -14,30 +14,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple
 
-import safetensors
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from files import Refused, read_tensors, save_tensors
-from fusion import Fusion, Memory, Site
+from files import Refused, check_finite, misfit, read_json, read_tensors, save_tensors, shape_of
+from fusion import SITES, Fusion, FusionConfig, Memory, Sizes
 from latents.encoders import PCA, Learned, WorldConfig, encoder_from_state
 from model import SmolVLA, load_policy
 from prophet import (
-    CHANCE,
-    CODED,
+    METHODS,
     NEEDS,
     ROLLOUT_MODES,
-    HypothesisMethod,
     Imagined,
     MemoryMode,
     Prophet,
+    ProphetConfig,
     WorldLoss,
     absolute,
     bank_loss,
@@ -49,11 +48,11 @@ from prophet import (
     parse_mode,
     world_loss,
 )
-from smolvla.checkpoint import checkpoint_in, save_policy
+from smolvla.checkpoint import WORLD_FILE, save_policy, stored_arm
+from smolvla.folders import checkpoint_in
 from smolvla.processor import Processor
 
-WORLD_FILE = "world.safetensors"
-Fusions = Literal[("none", *get_args(Site))]
+Fusions = Literal[("none", *SITES)]
 
 
 @contextmanager
@@ -66,21 +65,14 @@ def asked() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class ArmConfig(WorldConfig):
+class ArmConfig(FusionConfig, ProphetConfig, WorldConfig):
     """What makes one arm differ from another."""
 
     fusion: tuple[Fusions, ...] = ("none",)
-    """Where memory enters the policy: none (E0), late (F1), suffix_in (F2), prefix_tokens (F3a), prefix_cross
-    (F3b); several may be named."""
+    """Where memory enters the policy: none (E0), or sites of fusion.py; several may be named."""
 
     memory: MemoryMode = "pred"
     """Memory that the policy is trained with (ignored with --fusion none)."""
-
-    prefix_tokens: int = 8
-    """World tokens of --fusion prefix_tokens, a multiple of the hypotheses."""
-
-    prefix_block: Literal["prefix", "state"] = "prefix"
-    """Where they stand: in the block of images and language, or in one of their own that these can't see."""
 
     memory_dropout: float = 0.0
     """Share of the samples that train with memory off, so that off in a rollout is nothing new."""
@@ -90,12 +82,6 @@ class ArmConfig(WorldConfig):
 
     blind: bool = False
     """Replace every image by the data set's mean picture (E0b): what the benchmark gives away unseen."""
-
-    history: int = 4
-    """Past world latents T that the prophet reads."""
-
-    future: int = 8
-    """Future world latents K that it imagines."""
 
     world_stride: int = 1
     """Control steps (1/20 s) between two world latents."""
@@ -109,25 +95,6 @@ class ArmConfig(WorldConfig):
     lambda_mag: float = 0.1
     """Weight of the length term inside the world loss; 0 leaves the plain cosine."""
 
-    heads: int = 8
-    """Attention heads of each fusion site."""
-
-    gate_init: float = 0.0
-    """Initial value of the gates' scalar, before tanh."""
-
-    num_hypotheses: int = 1
-    """Imagined futures N that the memory holds."""
-
-    hypothesis_method: HypothesisMethod = "none"
-    """What tells hypotheses apart: nothing (N = 1, or repeat: one future N times, a control), dropout masks,
-    noise in the queries, heads of their own (ensemble), such heads with odds (mixture)."""
-
-    hypothesis_sigma: float = 0.5
-    """Size of the noise of --hypothesis-method noise, in units of the queries' own."""
-
-    prophet_dropout: float = 0.0
-    """Share that --hypothesis-method dropout blanks, in training and in rollouts."""
-
     world_loss: WorldLoss = "softmin"
     """How hypotheses' losses make one: of their mean prediction (single), mean, min, softmin, or relaxed
     winner-takes-all (rwta); with one hypothesis all are the same."""
@@ -138,39 +105,19 @@ class ArmConfig(WorldConfig):
     rwta_eps: float = 0.05
     """Share of the loss that --world-loss rwta leaves to the losers."""
 
-    prophet_layers: int = 2
-    """Transformer layers of the prophet."""
-
-    prophet_heads: int = 8
-    """Attention heads of the prophet."""
+    limits: ClassVar = {
+        "world_stride": (1, 10_000), "lambda_world": (0, 1e6), "lambda_mag": (0, 1e6), "tau": (1e-6, 1e6),
+        "rwta_eps": (0, 1),
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if "none" in self.fusion and len(self.fusion) > 1:
             raise Refused(f"--fusion {' '.join(self.fusion)}: none excludes the others; name either")
-        for flag in ("history", "future", "world_stride", "num_hypotheses"):
-            if getattr(self, flag) < 1:
-                raise Refused(f"--{flag.replace('_', '-')} {getattr(self, flag)} must be at least 1")
-        count, method = self.num_hypotheses, self.hypothesis_method
-        if (count == 1) != (method == "none"):
-            raise Refused(
-                f"--num-hypotheses {count} with --hypothesis-method {method}: one hypothesis needs none, "
-                "several need a method that tells them apart: dropout, noise, ensemble or mixture; or repeat"
-            )
-        if (method == "dropout") != (self.prophet_dropout > 0) or not 0 <= self.prophet_dropout < 1:
-            raise Refused(
-                f"--prophet-dropout {self.prophet_dropout} with --hypothesis-method {method}: dropout needs "
-                "a share between 0 and 1, other methods 0"
-            )
+        with asked():
+            METHODS[self.hypothesis_method].check(self)
         if not 0 <= self.memory_dropout < 1:
             raise Refused(f"--memory-dropout {self.memory_dropout} must be at least 0 and less than 1")
-        if self.tau <= 0 or not 0 <= self.rwta_eps <= 1:
-            raise Refused(f"--tau {self.tau} must be positive and --rwta-eps {self.rwta_eps} in 0..1")
-        if method == "mixture" and self.detach_memory and self.world_loss != "softmin":
-            raise Refused(
-                f"--hypothesis-method mixture with --detach-memory and --world-loss {self.world_loss}: "
-                "nothing would teach the odds; use softmin"
-            )
 
     # Fields in which a run that goes on from an arm's checkpoint may differ from it.
     free_to_change: ClassVar = (
@@ -203,7 +150,7 @@ class ArmConfig(WorldConfig):
 
     def made_from(self, mode: str) -> tuple[str, ...]:
         """The latents and noise that a mode's memory is made from."""
-        drawn = "prophet" in NEEDS[mode] and self.hypothesis_method in CHANCE
+        drawn = "prophet" in NEEDS[mode] and METHODS[self.hypothesis_method].chance
         own = ("prophet", "mean")  # what the arm has itself
         return tuple(name for name in NEEDS[mode] if name not in own) + (("chance",) if drawn else ())
 
@@ -259,29 +206,18 @@ class Arm(nn.Module):
     def build(self, config: ArmConfig, policy: SmolVLA) -> None:
         """Make what a plain policy does not have: the fusion sites and the prophet."""
         if config.sites:
-            policy.fusion = Fusion(
-                config.sites,
-                site_widths(policy),
-                config.world_dim,
-                config.future,
-                config.heads,
-                config.gate_init,
-                config.num_hypotheses,
-                coded=config.hypothesis_method in CODED,
-                prefix_tokens=config.prefix_tokens,
-                prefix_block=config.prefix_block,
+            sizes = Sizes(
+                expert=policy.config.expert_width,
+                trunk=policy.config.width,
+                layers=policy.config.expert_layers,
+                memory=config.world_dim,
+                steps=config.future,
+                hypotheses=config.num_hypotheses,
+                coded=METHODS[config.hypothesis_method].coded,
             )
+            policy.fusion = Fusion(config.sites, config, sizes)
         if config.has_prophet:
-            self.prophet = Prophet(
-                config.world_dim,
-                config.history,
-                config.future,
-                config.prophet_layers,
-                config.prophet_heads,
-                config.num_hypotheses,
-                config.hypothesis_method,
-                config.hypothesis_sigma,
-            )
+            self.prophet = METHODS[config.hypothesis_method](config, config.world_dim)
 
     def new_modules(self) -> list[nn.Module]:
         """The modules that a plain policy does not have."""
@@ -312,6 +248,8 @@ class Arm(nn.Module):
             raise Refused(
                 f"--memory {change or mode}: this arm has no fusion site to give memory to; only off applies"
             )
+        if change == "best1" and not self.policy.fusion.attends():
+            raise Refused(f"--memory {change} keeps what is attended to most: no site of this arm attends")
         if "prophet" in NEEDS[mode] and self.prophet is None:
             without = ", ".join(m for m in ROLLOUT_MODES if "prophet" not in NEEDS[m])
             raise Refused(f"--memory {mode} needs a prophet, and this arm has none: choose {without}")
@@ -390,14 +328,21 @@ class Arm(nn.Module):
         return out if imagined is None else out | self.world_losses(imagined, world)
 
     def world_losses(self, imagined: Imagined, world: dict) -> dict[str, Tensor]:
-        """Compare what was imagined with what came: one loss a sample, by the configuration's rule."""
-        config, single = self.config, None
+        """Compare what was imagined with what came: one loss a sample, by the configuration's rule.
+
+        The loss is that of what a method learns from; what is logged beside it, of what the policy sees.
+        """
+        config, single, learned = self.config, None, self.prophet.learned(imagined, world)
         target = change_target(world["z_hist"], world["z_future"], config.delta)
         rest = target, world["valid"], self.scale, config.lambda_mag
-        losses, counted, cosine = world_loss(imagined.y, *rest)
+        losses, counted, cosine = world_loss(learned.y, *rest)
         if config.world_loss == "single":
-            single = world_loss(imagined.y.mean(1, keepdim=True), *rest)[0][:, 0]
-        loss = bank_loss(losses, config.world_loss, single, imagined.log_pi, config.tau, config.rwta_eps)
+            single = world_loss(learned.y.mean(1, keepdim=True), *rest)[0][:, 0]
+        loss = bank_loss(losses, config.world_loss, single, learned.log_pi, config.tau, config.rwta_eps)
+        if learned.cost is not None:
+            loss = loss + torch.where(counted, learned.cost, 0.0)
+        if learned is not imagined:
+            losses, _, cosine = world_loss(imagined.y, *rest)
         winner = torch.where(counted, losses.detach().argmin(1), -1)
         return {
             "predicted": imagined.y, "world": loss, "counted": counted, "world_cos": cosine, "winner": winner,
@@ -421,20 +366,26 @@ class Arm(nn.Module):
         return self.policy.predict_chunk(inputs, noise, memory)
 
 
-def site_widths(policy: SmolVLA) -> dict[str, int]:
-    """The width of the hidden states at each fusion site."""
-    width, expert = policy.config.width, policy.config.expert_width
-    return {"late": expert, "suffix_in": expert, "prefix_tokens": width, "prefix_cross": width}
-
-
 def save_arm(folder: Path, arm: Arm, processor: Processor) -> None:
     """Write a checkpoint folder: the policy as lerobot loads it, and what is ours in `world.safetensors`."""
-    save_policy(folder, arm.policy, processor)
     tensors = {name: t for name, t in arm.state_dict().items() if is_ours(name)}
     if arm.encoder is not None:
         tensors |= {f"encoder.{name}": t for name, t in arm.encoder.state().items()}
+    check_finite(tensors, folder / WORLD_FILE)
+    save_policy(folder, arm.policy, processor)
     config = json.dumps(dataclasses.asdict(arm.config))
     save_tensors(tensors, folder / WORLD_FILE, {"config": config})
+
+
+def fingerprint(arm: Arm, processor: Processor) -> str:
+    """A CRC over all that decides an arm's actions: weights, memory, world encoder, statistics."""
+    crc, encoder = 0, {} if arm.encoder is None else arm.encoder.state()
+    statistics = {f"{f}.{k}": t for f, x in processor.stats_after.items() for k, t in x.items()}
+    statistics |= {f"{f} {k}": t for f, x in processor.stats.items() for k, t in x.items()}
+    for name, tensor in (*arm.state_dict().items(), *sorted(encoder.items()), *sorted(statistics.items())):
+        values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        crc = zlib.crc32(values, zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
 
 
 def is_ours(name: str) -> bool:
@@ -455,6 +406,7 @@ def load_arm(folder: str | Path, world_model: str | None = None, **how: object) 
     if config is None:
         return Arm(ArmConfig(), policy, None, Summary.none(ArmConfig()), {}), processor
     tensors = read_tensors(path)
+    check_finite(tensors, path)
     encoded = {n.removeprefix("encoder."): tensors.pop(n) for n in list(tensors) if n.startswith("encoder.")}
     images = {
         n.removeprefix("mean_images.").replace("/", "."): t
@@ -489,13 +441,27 @@ def stored_config(folder: Path) -> ArmConfig | None:
     Raises Refused where the file is damaged or of another version.
     """
     path = world_file(folder)
-    if not path.is_file():
+    stored = stored_arm(path.parent)
+    if stored is None:
+        refuse_lost_memory(path)
         return None
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return ArmConfig(**{k: as_tuple(v) for k, v in json.loads(file.metadata()["config"]).items()})
-    except (safetensors.SafetensorError, TypeError, KeyError) as error:
-        raise Refused(f"{path} cannot be read ({error}): take the checkpoint before it") from error
+    known = shape_of(ArmConfig)
+    strange = sorted(name for name in stored if f"{name}?" not in known)
+    why = f"nobody knows {', '.join(strange)}" if strange else misfit(stored, known)
+    if why:
+        raise Refused(f"{path} cannot be read ({why}): another version wrote it; train the arm again")
+    return ArmConfig(**{name: as_tuple(value) for name, value in stored.items()})
+
+
+def refuse_lost_memory(path: Path) -> None:
+    """Raise Refused where the run of a checkpoint that lacks `path` had a memory: it would act without."""
+    record = path.resolve().parent.parent / "config.json"
+    run = read_json(record) if record.is_file() else {}
+    if "arm" in run and run.get("fusion", ["none"]) != ["none"]:
+        raise Refused(
+            f"{path} is missing, and {record} says that the run has a memory, --fusion "
+            f"{' '.join(run['fusion'])}: copy the checkpoint again"
+        )
 
 
 def as_tuple(value: object) -> object:

@@ -29,7 +29,7 @@ from arm import Arm, ArmConfig
 from files import Refused
 from latents.tower import Features
 from latents.world import Latents
-from prophet import draw_chance, prophet_width
+from prophet import METHODS, prophet_width
 from readers.demos import Demos
 from readers.prefetch import Loader
 from readers.selection import plain_text
@@ -134,8 +134,7 @@ class Source:
 
     def partners(self, index: np.ndarray, keys: np.ndarray, other_task: bool = False) -> np.ndarray:
         """Draw a frame of another episode, or task, for each frame (B,); Refused where there is none."""
-        of = self.demos.episode
-        of = self.demos.task[of] if other_task else of
+        of = self.demos.task if other_task else self.demos.episode
         if len(np.unique(of[self.frames])) < 2:
             mode, what = ("wrong_task", "tasks") if other_task else ("shuffle", "episodes")
             raise Refused(f"--memory {mode} needs demonstrations of at least two {what}: record more")
@@ -163,8 +162,7 @@ def memory_noise(config: ArmConfig, rngs: list[np.random.Generator]) -> np.ndarr
 
 def chance(config: ArmConfig, rngs: list[np.random.Generator]) -> np.ndarray:
     """Draw what tells one sample's hypotheses apart, (N, ., h)."""
-    width = prophet_width(config.world_dim)
-    return draw_chance(config.hypothesis_method, rngs, config.future, width, config.prophet_dropout)
+    return METHODS[config.hypothesis_method].draw(rngs, config, prophet_width(config.world_dim))
 
 
 def stack(rows: Iterable[np.ndarray]) -> Tensor:
@@ -198,8 +196,9 @@ def saved_partners(
     each = PARTNERS // len(some)
     chosen = [spread_over(demos.first[e], demos.last[e], each) for e in some]
     rows = np.concatenate(chosen)
-    tasks = [zlib.crc32(plain_text(demos.tasks[task]).encode()) for task in demos.task]
-    at = [(e, f - demos.first[e], tasks[e]) for e, found in zip(some, chosen, strict=True) for f in found]
+    tasks = [zlib.crc32(plain_text(task).encode()) for task in demos.tasks]
+    step, task = demos.step, demos.task
+    at = [(e, step[f], tasks[task[f]]) for e, found in zip(some, chosen, strict=True) for f in found]
     return z[demos.history(rows, history, stride)], torch.tensor(at, dtype=torch.int64)
 
 
@@ -224,8 +223,8 @@ def partner_rows(
     episodes = at[other, 0].unique()
     mine = episodes[int(sample_rng(seed, ROLLOUT + PARTNER, *key).integers(len(episodes)))]
     rows = torch.nonzero((at[:, 0] == mine) & other)[:, 0]
-    past = at[rows, 1] <= step
-    return int(rows[past][-1])
+    past = int((at[rows, 1] <= step).sum())  # none, where the other task begins later in that episode
+    return int(rows[max(past, 1) - 1])
 
 
 # ---- keyed randomness --------------------------------------------------------------------------------

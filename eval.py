@@ -20,30 +20,31 @@ import dataclasses
 import importlib.util
 import os
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 
-from arm import Arm, load_arm
+from arm import Arm, fingerprint, load_arm
 from data import Source
-from files import Refused, append_json, read_json, write_json
+from files import LARGEST, Refused, append_json, only_writer, read_json, write_json
 from latents.world import latents_for
 from prophet import GATE, ROLLOUT_MODES
 from ranks import run_program, start_ranks, wait_for_ranks
-from readers.load import camera_names, load
-from readers.selection import DataConfig, camera_key, find_data, match_cameras, split_camera
+from readers.load import camera_names, find_data, load
+from readers.selection import DataConfig, camera_key, match_cameras, split_camera
 from rollouts.conform import check, compare, describe_checkpoint, describe_data, describe_environment, table
 from rollouts.conform import record as conformance
-from rollouts.episodes import gather, key_of, own_file, read_all, result, summary
+from rollouts.episodes import file_of, gather, key_of, own_file, read_all, result, summary
 from rollouts.film import episode_name, film_name, save_film
 from rollouts.imagine import save_strips, strips_of_episode
 from rollouts.plan import Plan, ProtocolConfig, Target, find_target, make_plans, open_out
 from rollouts.rollout import Rollout, seen_latents
-from simulator.env import CAMERAS, CONTROL_HZ
+from simulator.env import CAMERAS, CONTROL_HZ, PACKAGE
 from simulator.pool import EnvPool, Observation, SimCrash
 from simulator.render import setup_gl
 from smolvla import kernels
@@ -127,18 +128,13 @@ class EvalConfig(ProtocolConfig):
     threads: int | None = 1
     """Threads of torch on a CPU; another number can change a float's last bits."""
 
+    limits: ClassVar = {
+        **{"gate_scale": (0, 999), "imagine": (0, LARGEST), "video_fps": (1, CONTROL_HZ)},
+        **{"num_envs": (1, 1000), "threads": (1, 1000), "hang_after": (0.001, LARGEST)},
+    }
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if any(not 0 <= scale < 1000 for scale in self.gate_scale):
-            raise Refused(f"--gate-scale {self.gate_scale} must lie in 0..999 each")
-        if self.imagine < 0:
-            raise Refused(f"--imagine {self.imagine} must be 0 or more episodes")
-        if not 1 <= self.video_fps <= CONTROL_HZ:
-            raise Refused(f"--video-fps {self.video_fps:g} must lie in 1..{CONTROL_HZ}")
-        for flag in ("num_envs", "threads"):
-            value = getattr(self, flag)
-            if value is not None and value < 1:
-                raise Refused(f"--{flag.replace('_', '-')} {value} must be at least 1")
         check([], self.accept)  # that these items exist
 
 
@@ -165,6 +161,7 @@ def open_arm(config: EvalConfig, target: Target, device: torch.device) -> tuple[
     """Load the checkpoint onto the device, ready to act."""
     how = {name: getattr(config, name) for name in ("vlm", "stats_of", "allow_missing")}
     arm, processor = load_arm(target.folder, config.world_model, **how)
+    target.weights = fingerprint(arm, processor)
     if config.cameras and config.offline is None:
         processor = refit(processor, named_cameras(config.cameras, arm))
         arm.policy.config = processor.config
@@ -191,11 +188,15 @@ def named_cameras(choices: tuple[str, ...], arm: Arm) -> Fit:
     return Fit(dict.fromkeys(seen), c.state_dim, c.action_dim, names, source="LIBERO")
 
 
-def data_options(folder: Path, config: EvalConfig, arm: Arm, processor: Processor) -> DataConfig:
-    """Say how a data set's cameras are called by a policy that it did not come with."""
+def data_options(data: Path, config: EvalConfig, run: dict, arm: Arm, processor: Processor) -> DataConfig:
+    """Say how a data set is read: the run's own as it was in training (the part that was trained on, of which
+    some may be held out); another one by the names that the policy has for its cameras."""
+    if run.get("data") == str(data):
+        names = [f.name for f in dataclasses.fields(DataConfig) if f.name in run]
+        return DataConfig(**{n: tuple(run[n]) if isinstance(run[n], list) else run[n] for n in names})
     known = (*arm.policy.config.given_cameras, *(arm.config.latent_cameras if arm.config.sites else ()))
     asked = config.cameras if config.offline is not None else ()
-    there = camera_names(folder)
+    there = camera_names(find_data(data, DataConfig()))
     names = match_cameras(dict.fromkeys(known), rename_map(processor.before), there, asked, there)
     return DataConfig(cameras=names)
 
@@ -216,6 +217,9 @@ def main(config: EvalConfig) -> None:
         evaluate_offline(config, arm, processor, target)
         return
     plans = make_plans(config, target.run, arm)
+    for cut in processor.cut(instruction for plan in plans for instruction in plan.instructions()):
+        if rank == 0:
+            print(f"warning: {cut}")
     modes = config.memory or (arm.config.mode,)
     if config.checkpoint is None:  # named modes are seen beside the run's own
         modes = tuple(dict.fromkeys((arm.config.mode, *modes)))
@@ -223,23 +227,36 @@ def main(config: EvalConfig) -> None:
     for mode in modes:
         arm.needs(mode)
 
-    # results that are there
-    work = Work(target, target.out / "episodes.jsonl", rank, ranks, config.imagine)
-    if rank == 0:
-        introduce(target, plans, modes)
-        open_out(target, arm)
-        gather(work.path, config.retry_crashes)
-    wait_for_ranks()
-    done = read_all(work.path)
-    wait_for_ranks()  # before anybody writes
+    work = Work(target, file_of(target.out, plans), rank, ranks, config.imagine)
+    wait_for_ranks()  # who comes later sees the same
+    with only_writer(target.out, "eval.py") if rank == 0 else nullcontext():
+        if rank == 0:
+            introduce(target, plans, modes)
+            open_out(target, arm)
+            gather(work.path, config.retry_crashes)
+            work.refuse_other_weights()
+        roll_out(config, arm, processor, plans, modes, work, device)
 
-    # rollouts, a suite after the other
+
+def roll_out(
+    config: EvalConfig,
+    arm: Arm,
+    processor: Processor,
+    plans: list[Plan],
+    modes: tuple[str, ...],
+    work: Work,
+    device: torch.device,
+) -> None:
+    """Roll out a suite after the other, each rank its share of the episodes that are not there."""
+    wait_for_ranks()
+    done, rank, target = work.found(), work.rank, work.target
+    wait_for_ranks()  # before anybody writes
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     num_envs = config.num_envs or max(1, (os.cpu_count() or 1) // ranks_here)
     with ExitStack() as stack:
         pools = [stack.enter_context(EnvPool(num_envs, plan.sim, config.hang_after)) for plan in plans]
         suites = [
-            [Rollout(arm, processor, plan, mode, pool, device) for mode in modes]
+            [Rollout(arm, processor, plan, mode, pool, device, target.folder) for mode in modes]
             for plan, pool in zip(plans, pools, strict=True)
         ]
         todo = any(work.missing(rollout, done) for suite in suites for rollout in suite)
@@ -256,8 +273,9 @@ def main(config: EvalConfig) -> None:
     wait_for_ranks()
     if rank == 0:
         gather(work.path)
-        lines = read_all(work.path).values()
-        print(summary(line for line in lines if line["checkpoint"] == target.name))
+        if work.path.name != "episodes.jsonl":
+            print(f"another protocol than episodes.jsonl's: the lines are in {work.path}")
+        print(summary(line for line in work.found().values() if work.is_ours(line)))
 
 
 def evaluate_offline(config: EvalConfig, arm: Arm, processor: Processor, target: Target) -> None:
@@ -265,12 +283,9 @@ def evaluate_offline(config: EvalConfig, arm: Arm, processor: Processor, target:
     run = target.run
     for mode in config.memory:
         arm.needs(mode, rollout=False)
-    if run.get("data") == str(config.offline):  # the part that was trained on, of which some is held out
-        names = [f.name for f in dataclasses.fields(DataConfig) if f.name in run]
-        options = DataConfig(**{n: tuple(run[n]) if isinstance(run[n], list) else run[n] for n in names})
-    else:
-        options = data_options(find_data(config.offline), config, arm, processor)
-    demos = load(config.offline, in_memory=None, options=options)
+    demos = load(
+        config.offline, in_memory=None, options=data_options(config.offline, config, run, arm, processor)
+    )
     episodes, tasks = np.arange(len(demos.first)), len(np.unique(demos.task))
     modes = list(config.memory) or held_out.measurable(arm, tasks)
     if demos.fingerprint == run.get("data_fingerprint"):
@@ -283,9 +298,15 @@ def evaluate_offline(config: EvalConfig, arm: Arm, processor: Processor, target:
     latents = None if arm.encoder is None else latents_for(config.offline, arm.encoder, demos)
     source = Source(arm, processor, demos, latents, arm.scale.device, seed=0)
     found = held_out.measure(source, episodes, modes)
+    found.check(target.folder)
     print(f"checkpoint {target.folder}, data {config.offline}\n{held_out.table(found)}")
     open_out(target, arm)
-    line = {"checkpoint": target.name, "data": str(config.offline), "fingerprint": demos.fingerprint}
+    line = {
+        "checkpoint": target.name,
+        "weights": target.weights,
+        "data": str(config.offline),
+        "fingerprint": demos.fingerprint,
+    }
     append_json(target.out / "offline.jsonl", line | held_out.record(found))
 
 
@@ -297,7 +318,8 @@ def conform_all(config: EvalConfig, target: Target, rollouts: list[Rollout]) -> 
     """
     data = target.run.get("data_facts")
     if config.data is not None:
-        options = data_options(find_data(config.data), config, rollouts[0].arm, rollouts[0].processor)
+        first = rollouts[0]
+        options = data_options(config.data, config, target.run, first.arm, first.processor)
         data = describe_data(load(config.data, in_memory=False, options=options))
     named, found = {"n_action_steps"} if config.n_action_steps is not None else set(), {}
     for rollout in rollouts:
@@ -314,12 +336,17 @@ def conform_all(config: EvalConfig, target: Target, rollouts: list[Rollout]) -> 
     write_json(target.out / "conformance.json", found)
 
 
-def first_look(rollout: Rollout) -> Observation:
-    """Draw the first start, as every episode of a rollout begins. Raises Refused where nothing runs."""
+def first_look(rollout: Rollout, again: bool = True) -> Observation:
+    """Draw the first start, as every episode of a rollout begins; once more where the simulator dies of it.
+
+    Raises Refused where nothing runs.
+    """
     try:
         rollout.pool.reset(0, *rollout.plan.starts[0])
         [(_, observation)] = rollout.pool.ready()
     except SimCrash as crash:
+        if again:
+            return first_look(rollout, again=False)
         raise Refused(f"{crash}; `python -m simulator verify` says what is amiss") from crash
     return observation
 
@@ -329,6 +356,11 @@ def introduce(target: Target, plans: list[Plan], modes: tuple[str, ...]) -> None
     print(f"checkpoint {target.folder}, memory {' '.join(modes)} of {' '.join(ROLLOUT_MODES)}")
     for plan in plans:
         print(f"protocol {plan}")
+        if plan.scenes:
+            print(
+                f"warning: LIBERO's files of {plan.sim.suite} are not those of {PACKAGE}: they decide what "
+                f"succeeds, and results say so (scenes {plan.scenes})"
+            )
         overlap = sum(start in plan.seen for start in plan.starts)
         if overlap:
             print(f"warning: demonstrations started from {overlap} of the {len(plan.starts)} init states")
@@ -339,10 +371,34 @@ class Work:
     """This rank's part of an evaluation."""
 
     target: Target
-    path: Path  # episodes.jsonl
+    path: Path  # of its lines
     rank: int
     ranks: int
     imagine: int  # episodes of each mode whose futures are drawn
+
+    def is_ours(self, line: dict) -> bool:
+        """Whether a line is of these weights; one that an earlier version wrote says of which name alone."""
+        if "weights" in line:
+            return line["weights"] == self.target.weights
+        return line["checkpoint"] == self.target.name
+
+    def found(self) -> dict[str, dict]:
+        """The episodes that are there, by key; what a copied run did is there too, whatever its name."""
+        lines = read_all(self.path).values()
+        ours = {"weights": self.target.weights}
+        return {key_of(line | ours if self.is_ours(line) else line): line for line in lines}
+
+    def refuse_other_weights(self) -> None:
+        """Raise Refused where the results of this name are of other weights."""
+        mine = [line for line in read_all(self.path).values() if line["checkpoint"] == self.target.name]
+        for line in mine:
+            if not self.is_ours(line):
+                raise Refused(
+                    f"{self.path} holds episodes of {self.target.name} with other weights (fingerprint "
+                    f"{line['weights']}, not {self.target.weights}): choose another --out, or move that file"
+                )
+        if unsaid := sum("weights" not in line for line in mine):
+            print(f"warning: {unsaid} episodes of {self.target.name} do not say of which weights they are")
 
     def share(self, starts: list) -> list:
         """This rank's part: neighbours stay together, since an environment is built anew for each task."""
@@ -352,8 +408,9 @@ class Work:
     def shared(self, rollout: Rollout) -> dict:
         """What all lines of a mode have in common."""
         state = self.target.folder / "state.json"
-        samples = {"samples": read_json(state)["samples"]} if state.is_file() else {}
-        common = {"checkpoint": self.target.name, **samples, "memory": rollout.mode}
+        samples = {"samples": read_json(state, {"samples": int})["samples"]} if state.is_file() else {}
+        common = {"checkpoint": self.target.name, "weights": self.target.weights}
+        common |= {**samples, "memory": rollout.mode}
         return common | {"protocol": rollout.plan.record()}
 
     def missing(self, rollout: Rollout, done: dict[str, dict]) -> list[tuple[int, int]]:
@@ -413,7 +470,7 @@ def film(rollout: Rollout, work: Work, rate: float) -> None:
     """Run the episodes that are worth a film again, drawn throughout; say so where one does not repeat."""
     plan, mode = rollout.plan, rollout.mode
     wanted, shared = {}, work.shared(rollout)
-    found = read_all(work.path)
+    found = work.found()
     lines = [found.get(key_of(shared | {"task_id": t, "init_state": i})) for t, i in plan.starts]
     for line in filter(None, lines):
         if not line["crash"]:

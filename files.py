@@ -8,10 +8,25 @@ Tensors that are read stay mapped from their file; what replaces it is another f
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import fcntl
+import gzip
 import json
 import os
+import socket
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, TextIO, Union, get_args, get_origin, get_type_hints
+
+LARGEST = 10**15  # of any number that a person gives
+Shape = Any  # of a JSON value, as `misfit` reads it
+NUMBER = int | float
+UNPACKED = 2**28  # bytes that a packed file may come to
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +55,10 @@ def inside(root: Path, path: Path) -> Path:
 
     The hub's own folders are links to blobs/ beside snapshots/. Raises Refused.
     """
-    real, home = path.resolve(), root.resolve()
+    try:
+        real, home = path.resolve(), root.resolve()
+    except RuntimeError as error:
+        raise Refused(f"{path} is a link to itself: copy what is meant into the folder") from error
     if not any(real.is_relative_to(place) for place in (home, home.parent.parent / "blobs")):
         raise Refused(f"{path} leads out of {root}, to {real}: copy what is meant into the folder")
     return path
@@ -52,14 +70,155 @@ def number_from_environment(name: str, default: int) -> int:
     return int(value) if value.isdecimal() else default
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON file; a missing or broken one is Refused by name."""
-    if not path.is_file():
-        raise Refused(f"{path} is missing: a checkpoint folder needs it")
+def check_numbers(config: object) -> None:
+    """Refuse a number of a configuration that is not finite or out of its range.
+
+    Ranges, both ends in them, stand in the mapping `limits` of a dataclass and of those above it.
+    """
+    limits: dict[str, tuple[float, float]] = {}
+    for cls in reversed(type(config).__mro__):
+        limits |= vars(cls).get("limits", {})
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        low, high = limits.get(field.name, (-LARGEST, LARGEST))
+        for number in value if isinstance(value, tuple) else (value,):
+            if not isinstance(number, int | float) or low <= number <= high:
+                continue
+            flag = f"--{field.name.replace('_', '-')} {number}"
+            if not abs(number) <= LARGEST:
+                raise Refused(f"{flag} is no finite number, or too large: give another, or leave it out")
+            raise Refused(f"{flag} must be at " + (f"least {low:g}" if number < low else f"most {high:g}"))
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: object) -> None:
+    """Refuse weights that are not finite: what they compute would be taken for a policy that fails."""
+    for name, tensor in tensors.items():
+        # The sum is one pass without a copy; where it is not finite, it may have overflowed.
+        if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
+            count = int((~tensor.isfinite()).sum())
+            raise Refused(
+                f"{where}: {count:,} of {tensor.numel():,} numbers of {name} are not finite: the weights are "
+                "damaged or their training diverged; take an earlier checkpoint"
+            )
+
+
+# ---- reading ------------------------------------------------------------------------------------------
+
+
+def misfit(value: object, shape: Shape, name: str = "") -> str:
+    """Say what keeps a JSON value from having a shape; "" where it has it.
+
+    Args: shape, a type or several (int | None; numbers are neither true nor false), a Literal, a tuple of
+    shapes to choose from, a list of one shape, or a dictionary: of keys that must be there, of "key?" that
+    may be, or of `str` for whatever keys there are.
+    """
+    what = name or "it"
+    if isinstance(shape, tuple):
+        found = {misfit(value, each, name): type(each) for each in shape}
+        alike = (why for why, kind in found.items() if kind is type(value))
+        closest = next(alike, f"{what} is {value!r:.40}")
+        return "" if "" in found else closest
+    if not isinstance(shape, dict | list):
+        kinds, literal = get_args(shape) or (shape,), get_origin(shape) is Literal
+        fits = isinstance(value, str) and value in kinds if literal else isinstance(value, kinds)
+        if isinstance(value, bool):
+            fits = bool in kinds or object in kinds
+        return "" if fits else f"{what} is {value!r:.40}"
+    if not isinstance(value, type(shape)):
+        return f"{what} is {value!r:.40}, not {'an object' if isinstance(shape, dict) else 'a list'}"
+    if isinstance(shape, list):
+        inner = (misfit(each, shape[0], f"{name}[{i}]") for i, each in enumerate(value))
+        return next(filter(None, inner), "")
+    if missing := [k for k in shape if k is not str and not k.endswith("?") and k not in value]:
+        return f"{what} has no {', '.join(missing)}"
+    dot = f"{name}." if name else ""
+    known = {k.removesuffix("?"): each for k, each in shape.items() if k is not str}
+    found = ((key, known.get(key, shape.get(str))) for key in value)
+    inner = (misfit(value[key], each, f"{dot}{key}") for key, each in found if each is not None)
+    return next(filter(None, inner), "")
+
+
+def shape_of(hint: Any) -> Shape:
+    """Give the shape of a type hint's JSON; of a dataclass's, none of whose fields need be there."""
+    origin, args = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        hints, fields = get_type_hints(hint), dataclasses.fields(hint)
+        return {f"{field.name}?": shape_of(hints[field.name]) for field in fields}
+    if origin in (list, tuple):
+        return [shape_of(args[0])]
+    if origin is dict:
+        return {str: shape_of(args[1])}
+    if origin in (Union, UnionType):
+        return tuple(map(shape_of, args))
+    return {Any: object, float: NUMBER}.get(hint, hint)
+
+
+def parse_json(text: str | bytes, shape: Shape | None = None) -> Any:
+    """Read a JSON object, or what `shape` says. Raises Refused that says what is wrong with it."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise Refused(f"{path} is not JSON ({error}): copy the checkpoint again") from error
+        value, why = json.loads(text), ""
+    except RecursionError:
+        why = "nested too deep"
+    except UnicodeDecodeError:
+        why = "its bytes are not UTF-8"
+    except ValueError as error:
+        why = str(error)
+    if why or (shape is None and not isinstance(value, dict)):
+        raise Refused(f"it is not a JSON object ({why or f'{value!r:.40}'})")
+    if shape is not None and (why := misfit(value, shape)):
+        raise Refused(why)
+    return value
+
+
+def read_bytes(path: Path, again: str) -> bytes:
+    """Read a file; one that is missing, or cannot be read, is Refused in the system's words."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+            raise Refused(f"{path} is missing: {again}") from error
+        raise Refused(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def read_json(path: Path, shape: Shape | None = None, again: str = "copy the checkpoint again") -> dict:
+    """Read a JSON file of a shape; one that is missing, broken or of another shape is Refused by name."""
+    content = read_bytes(path, again)
+    try:
+        return parse_json(content, shape)
+    except ValueError as error:
+        raise Refused(f"{path} cannot be used, {error}: {again}") from error
+
+
+def json_lines(path: Path, shape: Shape | None = None) -> Iterator[tuple[int, dict, str]]:
+    """Yield number, object and "" of each line of a JSONL file; or what is wrong with it, and no object.
+
+    Nothing for a file that is not there, packed (.gz) neither. A last line that is being written, or was cut
+    off, is left out.
+    """
+    lines = (read_bytes(path, "") if path.is_file() else unpacked(path.with_name(f"{path.name}.gz"))).split(
+        b"\n"
+    )
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield number, parse_json(line, shape), ""
+            except ValueError as error:
+                if number < len(lines):
+                    yield number, {}, str(error)
+
+
+def unpacked(path: Path) -> bytes:
+    """Return what a gzip file holds; nothing for one that is not there, Refused for one that is damaged."""
+    try:
+        with gzip.open(path) as file:
+            content = file.read(UNPACKED + 1)
+    except FileNotFoundError:
+        return b""
+    except (OSError, EOFError, zlib.error) as error:
+        raise Refused(f"{path} cannot be unpacked ({error}): copy it again") from error
+    if len(content) > UNPACKED:
+        raise Refused(f"{path} unpacks to more than {UNPACKED:,} bytes: no run writes so much")
+    return content
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -75,26 +234,65 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise Refused(f"{path} cannot be read ({error}): copy the checkpoint again") from error
 
 
+# ---- writing ------------------------------------------------------------------------------------------
+
+
+# What a disk says that is full, read-only or broken: nobody's mistake here, and no traceback helps.
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+class Unwritable(OSError):
+    """A file that a disk refuses to take; programs print it as one line."""
+
+    def __str__(self) -> str:
+        again = "make room or choose another folder; the same command goes on from here"
+        return f"{self.filename} cannot be written ({self.strerror}): {again}"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give what a disk refuses the name of the file that could not be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        raise Unwritable(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Give a name to write a file under; once it is on the disk, it takes its own.
+
+    A kill or a full disk leaves the file before, or none; what is half there goes, but after a kill.
+    """
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        with naming(path):
+            yield partial
+            to_disk(partial)
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file beside, then rename it: tensors may be mapped from the one it replaces."""
     from safetensors.torch import save_file
 
-    partial = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
-    partial.replace(path)
+    with beside(path) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
 
 
 def write_json(path: Path, content: dict) -> None:
     """Write indented JSON."""
-    path.write_text(to_json(content) + "\n")
+    replace_text(path, to_json(content) + "\n")
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file beside, to the disk, then rename it: a kill leaves the one before, or none."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text)
-    to_disk(beside)
-    beside.replace(path)
+def replace_text(path: Path, text: str | bytes) -> None:
+    """Write a file."""
+    with beside(path) as partial:
+        partial.write_bytes(text.encode() if isinstance(text, str) else text)
 
 
 def to_disk(path: Path) -> None:
@@ -107,9 +305,85 @@ def to_disk(path: Path) -> None:
 
 
 def append_json(path: Path, line: dict) -> None:
-    """Append one line of JSON."""
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    """Append one line of JSON, all of it or nothing."""
+    content = json.dumps(line).encode() + b"\n"
+    with naming(path), path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+# ---- one writer ---------------------------------------------------------------------------------------
+
+
+class Busy(Refused):
+    """Another process is at it."""
+
+
+def clean(line: str) -> str:
+    """Leave out what would steer a terminal, and what is too long."""
+    return "".join(letter for letter in line if letter.isprintable())[:300]
+
+
+@contextmanager
+def locked(
+    path: Path,
+    command: str,
+    waits: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = print,
+) -> Iterator[TextIO]:
+    """Hold a lock file; where another process holds it, wait while `waits` says so, or raise Busy: who it is.
+
+    The system lets go of it when its holder ends, however that ends.
+    """
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", errors="replace")
+    with file:
+        told = ""
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                file.seek(0)
+                holder = f"{clean(file.read(400)) or 'another process'} is at it"
+            except OSError as error:  # a file system without locks
+                say(f"warning: {file.name} cannot be locked ({error}): see that no two processes use it")
+                break
+            if not waits():
+                raise Busy(holder)
+            if holder != told:
+                say(f"waiting for {path.with_suffix('')}: {holder}")
+            told = holder
+            time.sleep(0.5)
+        sign(file, os.getpid(), command)
+        yield file
+
+
+def sign(file: TextIO, process: int, command: str) -> None:
+    """Write who holds a lock."""
+    file.truncate(0)
+    file.write(f"process {process} on {socket.gethostname()}, since {time.strftime('%F %T')}: {command}")
+    file.flush()
+
+
+@contextmanager
+def only_writer(out: Path, program: str, grace: float = 5.0) -> Iterator[None]:
+    """Be the one process of a program that writes into a folder; Busy where there is another.
+
+    grace: seconds that one that was killed has to end, as where torchrun starts ranks again.
+    """
+    end = time.monotonic() + grace
+    try:
+        with locked(out.with_name(f".{out.name}.{program}.lock"), program, lambda: time.monotonic() < end):
+            yield
+    except Busy as error:
+        raise Busy(f"--out {out}: {error}; end it first, or choose another --out") from error
 
 
 def to_json(content: dict, indent: int = 2) -> str:

@@ -13,14 +13,12 @@ puts them. Python is all that is needed here, so that --dry-run and --list work 
 
 from __future__ import annotations
 
-import fcntl
-import json
+import gzip
 import math
 import os
 import re
 import shlex
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -34,7 +32,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from files import Refused
+from files import Busy, Refused, clean, locked, parse_json, replace_text, sign
 from smolvla.config import PRETRAINED, RECIPES
 
 WHOLE, TASK = "[1-9][0-9]{0,14}", "[0-9]{1,4}(-[0-9]{1,4})?"
@@ -48,12 +46,9 @@ NUMBERS = {  # variable: what each of its words must look like, an example; a li
 }
 ACTIONS = ("", "--dry-run", "--list", "--prepare", "--cell", "--report")
 GRACE = 60  # seconds that commands have to save what they have, once they are asked to stop
+KEPT = 300  # log lines of a finished cell that are kept
 LOOK = 60  # seconds between two looks at a cell that runs
 STARTED = time.monotonic()
-
-
-class Busy(Exception):
-    """Another process is at it."""
 
 
 class Failed(Exception):
@@ -145,7 +140,10 @@ class Job:
         self.eval_flags += ["--suite", *self.suites] if not self.recorded or len(self.suites) > 1 else []
         self.eval_flags += ["--task-ids", ",".join(self.tasks)] if not self.recorded else []
         self.eval_flags += self.flags("EVAL_FLAGS")
-        self.report = ["python", "-m", "report", str(self.out)]
+        # Where finished cells' records are kept, and found by whoever goes on with the study.
+        self.keep = Path(env["KEEP"]) if env.get("KEEP") else None
+        self.report = ["python", "-m", "report", str(self.keep or self.out)]
+        self.report += ["--out", str(self.out / "report")] if self.keep else []
 
     def flags(self, name: str) -> list[str]:
         """Split a variable into flags as a shell does, quotes and all."""
@@ -157,16 +155,20 @@ class Job:
     def read_cells(self, early: list[int]) -> list[Cell]:
         env = self.env
         table = read_arms(env["ARM_TABLE"], env["MORE_MODES"].split())
-        names = dict.fromkeys(table if env["ARMS"] == "all" else env["ARMS"].split())
-        for name in names:
+        words = [word.partition(":") for word in (table if env["ARMS"] == "all" else env["ARMS"].split())]
+        names = {name: count for name, _, count in words}  # how many seeds, where not all
+        for name, count in names.items():
             if name not in table:
                 raise Refused(f"arm {name!r} is not in the table: choose among {' '.join(table)}, or all")
+            if count and not re.fullmatch(WHOLE, count):
+                raise Refused(f"ARMS '{name}:{count}' cannot be: give a number of seeds, as in ARMS={name}:4")
         budgets, seeds = (dict.fromkeys(map(int, env[name].split())) for name in ("TOTAL_SAMPLES", "SEEDS"))
         return [
             Cell(table[name], budget, seed, [at for at in early if at < budget])
             for budget in budgets
-            for seed in seeds
-            for name in names
+            for i, seed in enumerate(seeds)
+            for name, count in names.items()
+            if i < int(count or len(seeds))
         ]
 
 
@@ -232,7 +234,8 @@ def steps(job: Job, cell: Cell, dry: bool = False) -> Iterator[tuple[list[str], 
             found += [folder / f"step_{at // job.batch:06d}"] if dry else []
         if not found:
             raise Refused(f"{folder} has no checkpoint of {at} samples: choose another OUT")
-        roll_out = ["python", "eval.py", str(found[0]), "--memory", *cell.arm.modes, *job.eval_flags]
+        modes = cell.arm.modes if at == cell.budget else cell.arm.modes[:1]
+        roll_out = ["python", "eval.py", str(found[0]), "--memory", *modes, *job.eval_flags]
         yield roll_out, (folder / "episodes.jsonl").exists
 
 
@@ -247,15 +250,9 @@ def text(path: Path) -> str:
 def parse(line: str) -> dict:
     """Read a JSON object; empty where there is none, as in a line that is being written."""
     try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
+        return parse_json(line)
+    except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
-
-
-def clean(line: str) -> str:
-    """Leave out what would steer a terminal, and what is too long."""
-    return "".join(letter for letter in line if letter.isprintable())[:300]
 
 
 @lru_cache(512)
@@ -284,13 +281,15 @@ def standing(job: Job, cell: Cell, live: bool = False) -> tuple[float | None, tu
 
     Returns minutes left, None where that was not measured yet, tenths of samples and episodes, and a line.
     """
+    if is_kept(job, cell):
+        return 0.0, (10, 10), f"done before: {cell.name}, in {job.keep}"
     folder = job.out / cell.name
     found = [parse(text(folder / "last" / "state.json")).get("samples")]
     found += numbers(folder.glob("metrics.jsonl"), "samples")[-1:] if live else []
     samples = min(cell.budget, max([0, *(n for n in found if isinstance(n, int))]))
-    episodes = text(folder / "episodes.jsonl").count("\n")
+    episodes = sum(text(path).count("\n") for path in folder.glob("episodes*.jsonl"))
     starts = int(job.env["EPISODES"]) * len(job.tasks) * len(job.suites)
-    wanted = starts * len(cell.arm.modes) * (1 + len(cell.early))
+    wanted = starts * (len(cell.arm.modes) + len(cell.early))
 
     logs = [*job.out.glob("*/metrics.jsonl"), *Path("runs").glob("*/*/metrics.jsonl")]
     rate = measured(job, cell.arm, "samples_per_second", logs)
@@ -316,6 +315,28 @@ def all_left(job: Job, live: bool = False) -> str:
     words = f"{len(minutes)} of {len(job.cells)} cells left, {at_once} at a time"
     words += f", {unknown} of them not measured yet" if unknown else ""
     return words + (f": {hours:.2f} h of work, {hours / at_once:.2f} h" if hours else "")
+
+
+def is_kept(job: Job, cell: Cell) -> bool:
+    """Whether the records of a cell are there, with each of its commands carried out."""
+    kept = job.keep and text(job.keep / cell.name / "finished.txt").splitlines()
+    return bool(kept) and all(shlex.join(command) in kept for command, _ in steps(job, cell, dry=True))
+
+
+def keep(folder: Path, target: Path) -> None:
+    """Copy what a report reads of a finished cell, log lines thinned, lines packed; finished.txt last."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics", "episodes", "offline"):
+        lines = text(folder / f"{name}.jsonl").splitlines(keepends=True)
+        if name == "metrics":  # measurements on held-out episodes have no loss
+            logs = [line for line in lines if "loss" in parse(line)]
+            thin = {*logs[:: -(-len(logs) // KEPT) or 1], *logs[-1:]}
+            lines = [line for line in lines if line in thin or "loss" not in parse(line)]
+        if lines:
+            packed = gzip.compress("".join(lines).encode(), mtime=0)
+            replace_text(target / f"{name}.jsonl.gz", packed)
+    for name in ("config.json", "env.json", "finished.txt"):
+        replace_text(target / name, text(folder / name))
 
 
 # ---- processes -----------------------------------------------------------------------------------------
@@ -392,34 +413,9 @@ class Crew:
 @contextmanager
 def lock(path: Path, waits: Crew | None = None) -> Iterator[TextIO]:
     """Hold PATH.lock; where it is held, wait while the crew works, or raise Busy, and say who holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.lock", "a+", errors="replace") as file:
-        told = ""
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                file.seek(0)
-                holder = f"{clean(file.read(400)) or 'another process'} is at it"
-            except OSError as error:  # a file system without locks
-                say(f"warning: {file.name} cannot be locked ({error}): see that no two processes use it")
-                break
-            if waits is None or waits.stopping:
-                raise Busy(holder)
-            if holder != told:
-                say(f"waiting for {path}: {holder}")
-            told = holder
-            time.sleep(0.5)
-        sign(file, os.getpid(), "run_matrix.sh")
+    going = (lambda: not waits.stopping) if waits else (lambda: False)
+    with locked(Path(f"{path}.lock"), "run_matrix.sh", going, say) as file:
         yield file
-
-
-def sign(file: TextIO, process: int, command: str) -> None:
-    """Write who holds a lock."""
-    file.truncate(0)
-    file.write(f"process {process} on {socket.gethostname()}, since {time.strftime('%F %T')}: {command}")
-    file.flush()
 
 
 def carry_out(todo: dict[str, Callable[[str], None]], places: list[str], crew: Crew) -> list[str]:
@@ -480,6 +476,8 @@ def run_cell(job: Job, cell: Cell, crew: Crew, alone: bool, device: str) -> None
                 raise Failed(f"stopped before its end; the same command goes on: {line}")
             with finished.open("a") as file:
                 file.write(line + "\n")
+        if job.keep:
+            keep(folder, job.keep / cell.name)
     say(f"done: {cell.name}" + ("" if alone else f"; {all_left(job, live=True)}"))
 
 
@@ -501,8 +499,11 @@ def work(job: Job, action: str, cells: list[Cell], crew: Crew) -> list[str]:
         if failed := carry_out(todo, [",".join(dict.fromkeys(devices))], crew):
             return failed
     if action in ("", "--cell"):
+        for cell in (kept := [cell for cell in cells if is_kept(job, cell)]):
+            say(f"done before: {cell.name}, in {job.keep}")
+        cells = [cell for cell in cells if cell not in kept]
         todo = {cell.name: partial(run_cell, job, cell, crew, action == "--cell") for cell in cells}
-        places = [devices[i % len(devices)] for i in range(min(job.jobs, len(cells)))]
+        places = [devices[i % len(devices)] for i in range(max(1, min(job.jobs, len(cells))))]
         failed = carry_out(todo, places, crew)
     if action in ("", "--report"):
         failed += carry_out({"report": partial(crew.run, job.report)}, [""], crew)

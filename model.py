@@ -30,13 +30,14 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
+from commands import type_in
 from files import Refused
-from fusion import Fusion, Memory, MemoryCache, WorldTokens, repeat_memory, with_bias
+from fusion import Fusion, Memory, MemoryCache, WorldTokens, with_bias
 from smolvla.checkpoint import (
     VLM_PARTS,
+    Shapes,
     describe_checkpoint,
     draw,
-    find_folder,
     lerobot_config,
     lerobot_key,
     load_processor,
@@ -47,6 +48,7 @@ from smolvla.checkpoint import (
 )
 from smolvla.config import PRESETS, SmolVLAConfig
 from smolvla.fit import Fit
+from smolvla.folders import find_folder
 from smolvla.language import language_sizes, read_language
 from smolvla.layers import (
     Connector,
@@ -191,7 +193,8 @@ class SmolVLA(nn.Module):
 
     def prepare_image(self, image: Tensor) -> Tensor:
         """Resize and pad (B, 3, h, w) in [0, 1] to (B, 3, S, S) in [-1, 1]."""
-        image = resize_with_pad(image, self.config.image_size) * 2 - 1
+        image = resize_with_pad(image, self.config.image_size)
+        image = torch.add(image.new_tensor(-1.0), image, alpha=2)  # 2 x - 1 in one pass
         return image.to(self.vision.post_layernorm.weight.dtype)
 
     def embed_images(self, images: list[Tensor]) -> list[Tensor]:
@@ -317,17 +320,17 @@ class SmolVLA(nn.Module):
         """Extend positions (B, P) and what may be seen (B, 1, P, P) by m world tokens, stored last.
 
         Each hypothesis' positions go on from the unpadded images and language, whose number the state's is
-        too: nothing else moves. They see images, language and one another. Who sees them: in block `prefix`
-        every token, in block `state` only the state (and actions, in `velocity`).
+        too: nothing else moves. They see images, language and one another. Who sees them: every token, or,
+        where they are not for the early ones, only the state (and actions, in `velocity`).
         """
         count = world.x.shape[1]
         early = mask & ~late  # (B, P), images and language
         # Hypotheses share their positions: those that differ by chance alone may then change places.
-        step = torch.arange(count, device=mask.device) % (count // self.fusion.hypotheses)
+        step = torch.arange(count, device=mask.device) % world.each
         own = early.sum(1, keepdim=True) + step
         rows = early[:, None, None, :].expand(-1, -1, count, -1)  # (B, 1, m, P)
         hidden = F.pad(torch.cat([allowed, rows], dim=2), (0, count))  # (B, 1, P + m, P + m)
-        sees = late if self.fusion.prefix_block == "state" else torch.ones_like(late)
+        sees = torch.ones_like(late) if world.early else late
         sees = F.pad(sees, (0, count), value=True)  # (P + m,)
         shows = sees[None, :, None] & world.finite[:, None, :]  # (B, P + m, m)
         shown = torch.cat([hidden[..., : len(late)], shows[:, None]], dim=3)
@@ -340,9 +343,9 @@ class SmolVLA(nn.Module):
 
         The trunk stops where the last expert layer reads: of that text layer only keys and values are needed.
         """
+        world = None
         if self.fusion is not None:
-            embs = self.fusion("prefix_cross", embs, memory)
-        world = None if memory is None else memory.get("prefix_tokens")
+            embs, world = self.fusion("prefix", embs, memory), self.fusion.world_tokens(memory)
         split = self.split and self.is_static(memory)
         _, kv = self.trunk(embs, mask, early, self.config.trunk_depth, world, split)
         pairs = zip(self.expert.layers, kv[:: self.config.stride], strict=True)
@@ -360,9 +363,7 @@ class SmolVLA(nn.Module):
 
         It can where tower, connector or trunk train, and where memory enters these tokens or is seen by them.
         """
-        reached = memory is not None and (
-            "prefix_cross" in memory or ("prefix_tokens" in memory and self.fusion.prefix_block == "prefix")
-        )
+        reached = memory is not None and self.fusion.reaches_prefix(memory)
         parts = (self.vision, self.connector, self.text)
         live = any(p.requires_grad for part in parts for p in part.parameters())
         return torch.is_grad_enabled() and not reached and not live
@@ -388,21 +389,23 @@ class SmolVLA(nn.Module):
         """Predict the flow's velocity (B, C, A_max) at noisy actions x_t (B, C, A_max) and times (B,)."""
         h = self.embed_suffix(x_t, time)
         if self.fusion is not None:
-            h = self.fusion("suffix_in", h, memory)
+            h = self.fusion("actions_in", h, memory)
         h = h.to(self.expert.norm.weight.dtype)
         own = torch.arange(h.shape[1], device=h.device)
         mask_self, mask_cross = prefix.masks(h.shape[1])
         rope_self = rope_table(prefix.offset[:, None] + own, self.config.head_dim)
         rope_cross = rope_table(own[None], self.config.head_dim)  # restarts at 0 in cross layers
         with self.computing(self.expert):
-            for layer, past in zip(self.expert.layers, prefix.kv, strict=True):
+            for i, (layer, past) in enumerate(zip(self.expert.layers, prefix.kv, strict=True)):
                 if layer.cross:
                     h, _ = layer(h, rope_cross, mask_cross, past)
                 else:
                     h, _ = layer(h, rope_self, mask_self, past)
+                if self.fusion is not None:
+                    h = self.fusion("layer", h, memory, i)
             h = self.expert.norm(h).float()
         if self.fusion is not None:
-            h = self.fusion("late", h, memory)
+            h = self.fusion("actions_out", h, memory)
         return self.action_out_proj(h)
 
     # ---- training and inference -----------------------------------------------------------------------
@@ -419,7 +422,7 @@ class SmolVLA(nn.Module):
         cache = None if self.fusion is None else self.fusion.prepare(memory)
         prefix = self.prefix(*self.embed_prefix(*prefix_inputs(inputs)), cache).repeat(draws)
         x_t, target = flow_target(inputs["action"], noise, time)
-        cache = repeat_memory(cache, draws)
+        cache = None if cache is None else self.fusion.repeat(cache, draws)
         v = self.velocity(x_t.flatten(0, 1), time.flatten(), prefix, cache)  # (B*R, C, A_max)
         loss = (target - v.unflatten(0, (batch, draws))) ** 2
         return loss[..., : self.config.action_dim]
@@ -518,7 +521,7 @@ def load_weights(
 
 
 def start_from_vlm(
-    preset: SmolVLAConfig, vlm: str, stats: Statistics, image_shape: tuple[int, int, int]
+    preset: SmolVLAConfig, vlm: str, stats: Statistics, shapes: Shapes
 ) -> tuple[SmolVLA, Processor]:
     """Start from a language model's own folder or hub id, with a fresh expert beside it.
 
@@ -527,7 +530,7 @@ def start_from_vlm(
     """
     folder = find_folder(vlm)
     language = read_language(folder)
-    raw = lerobot_config(preset, vlm, image_shape)
+    raw = lerobot_config(preset, vlm, shapes)
     sizes = language_sizes(language.config, raw)
     width = int(sizes["width"] * preset.expert_width / preset.width)
     config = dataclasses.replace(preset, **sizes, expert_width=width)
@@ -588,6 +591,6 @@ def main(config: DescribeConfig) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(DescribeConfig, description=__doc__))
+        main(type_in(DescribeConfig, __doc__, ("checkpoint", "revision"), "model.py"))
     except Refused as error:
         sys.exit(f"error: {error}")

@@ -21,8 +21,12 @@ tensor, so results do not depend on what else is in the batch.
 | `history` | the T past latents, the oldest repeated to fill K: memory of the past without prediction |
 
 A bank is N hypotheses of the future. They never attend to one another, so that hypothesis i does not depend
-on N; what tells them apart is a method: chance (`dropout`, `noise`), weights of their own (`ensemble`,
-`mixture`) or, as a control, nothing (`repeat`). Best-of-N losses let them specialise.
+on N; what tells them apart is a method, a class: chance (`dropout`, `noise`), weights of their own
+(`ensemble`, `mixture`) or, as a control, nothing (`repeat`). Best-of-N losses let them specialise. The
+policy is handed what a method imagines of the past alone; what the world loss sees may differ
+(`Prophet.learned`), so that a posterior, which reads the future, has no way to the policy.
+
+A new mode is a line of TABLE, a new method a subclass of `Prophet` and its name in METHODS.
 
     python train.py --fusion late --memory pred
     python train.py --fusion late --num-hypotheses 4 --hypothesis-method ensemble --world-loss softmin
@@ -36,7 +40,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -44,9 +49,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-HypothesisMethod = Literal["none", "repeat", "dropout", "noise", "ensemble", "mixture"]
-CHANCE = ("dropout", "noise")  # hypotheses that differ by what is drawn for them: exchangeable
-CODED = ("ensemble", "mixture")  # by weights of their own
 WorldLoss = Literal["single", "mean", "min", "softmin", "rwta"]
 
 
@@ -74,7 +76,7 @@ def imagined(given: Given) -> Tensor:
     return given.futures.flatten(1, 2)  # (B, N, K, D) -> (B, N*K, D)
 
 
-# A new mode is a line here: training, held-out losses, rollouts and filmstrips all ask this table.
+# A new mode is a line here: command line, training, held-out losses, rollouts and filmstrips ask this table.
 TABLE: dict[str, Mode] = {
     "off": Mode((), lambda g: None),
     "pred": Mode(("prophet", "z_hist"), imagined),
@@ -130,85 +132,221 @@ class Imagined(NamedTuple):
 
     y: Tensor  # (B, N, K, D), changes, or latents with --no-delta
     log_pi: Tensor | None = None  # (B, N), from a mixture
+    cost: Tensor | None = None  # (B,), what the world loss adds: a posterior's divergence from the prior
+
+
+# ---- prophets -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ProphetConfig:
+    """What prophets are made with."""
+
+    history: int = 4
+    """Past world latents T that the prophet reads."""
+
+    future: int = 8
+    """Future world latents K that it imagines."""
+
+    num_hypotheses: int = 1
+    """Imagined futures N that the memory holds."""
+
+    hypothesis_method: HypothesisMethod = "none"
+    """What tells hypotheses apart: nothing (N = 1, or repeat: one future N times, a control), dropout masks,
+    noise in the queries, heads of their own (ensemble), such heads with odds (mixture)."""
+
+    hypothesis_sigma: float = 0.5
+    """Size of the noise of --hypothesis-method noise, in units of the queries' own."""
+
+    prophet_dropout: float = 0.0
+    """Share that --hypothesis-method dropout blanks, in training and in rollouts."""
+
+    prophet_layers: int = 2
+    """Transformer layers of the prophet."""
+
+    prophet_heads: int = 8
+    """Attention heads of the prophet."""
+
+    limits: ClassVar = {
+        **dict.fromkeys(("history", "future", "num_hypotheses"), (1, 10_000)),
+        **{"prophet_layers": (1, 10_000), "prophet_heads": (1, 10_000), "hypothesis_sigma": (0, 1e6)},
+    }
 
 
 class Prophet(nn.Module):
-    """Imagine N x K futures from T past latents: z_hist (B, T, D) -> changes or latents Y (B, N, K, D)."""
+    """Imagine N x K futures from T past latents: z_hist (B, T, D) -> changes or latents Y (B, N, K, D).
 
-    def __init__(
-        self,
-        latent: int,
-        history: int,
-        future: int,
-        layers: int = 2,
-        heads: int = 8,
-        hypotheses: int = 1,
-        method: str = "none",
-        sigma: float = 0.5,
-    ) -> None:
+    Methods are its subclasses: what tells a bank's hypotheses apart.
+    """
+
+    chance: ClassVar[bool] = False  # hypotheses differ by what is drawn for them: exchangeable
+    coded: ClassVar[bool] = False  # by weights of their own
+    single: ClassVar[bool] = False  # there is one
+    settings: ClassVar[dict] = {}  # what it is tried with, where it needs any
+
+    def __init__(self, config: ProphetConfig, latent: int) -> None:
         super().__init__()
-        width = prophet_width(latent)
+        width, future, heads = prophet_width(latent), config.future, config.prophet_heads
         if width % heads:
             raise ValueError(
                 f"--prophet-heads {heads} does not divide the prophet's width {width}: choose a divisor"
             )
-        self.history, self.hypotheses, self.method, self.sigma = history, hypotheses, method, sigma
-        own = hypotheses if method in CODED else 1
+        self.config, self.history, self.hypotheses = config, config.history, config.num_hypotheses
+        own = self.hypotheses if self.coded else 1
         self.proj_in = nn.Linear(latent, width)
         # Codes make time order matter: without them a permuted history would give the same future.
-        self.time_code = nn.Parameter(torch.randn(history, width) * width**-0.5)
+        self.time_code = nn.Parameter(torch.randn(self.history, width) * width**-0.5)
         self.query = nn.Parameter(torch.randn(own, future, width) * width**-0.5)
-        self.blocks = nn.ModuleList(ProphetBlock(width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(ProphetBlock(width, heads) for _ in range(config.prophet_layers))
         self.norm = nn.LayerNorm(width)
         self.proj_out = nn.ModuleList(nn.Linear(width, latent) for _ in range(own))
-        self.odds = nn.Linear(width, hypotheses) if method == "mixture" else None
+
+    @classmethod
+    def check(cls, config: ProphetConfig) -> None:
+        """Raise ValueError where an arm's settings do not fit the method."""
+        count, method, share = config.num_hypotheses, config.hypothesis_method, config.prophet_dropout
+        if (count == 1) != cls.single:
+            apart = ", ".join(name for name, other in METHODS.items() if not other.single)
+            raise ValueError(
+                f"--num-hypotheses {count} with --hypothesis-method {method}: one hypothesis needs none, "
+                f"several need a method that tells them apart: {apart}"
+            )
+        if issubclass(cls, Dropout) != (share > 0) or not 0 <= share < 1:
+            raise ValueError(
+                f"--prophet-dropout {share} with --hypothesis-method {method}: dropout needs "
+                "a share between 0 and 1, other methods 0"
+            )
+
+    @staticmethod
+    def draw(rngs: list[np.random.Generator], config: ProphetConfig, width: int) -> np.ndarray | None:
+        """Draw what tells one sample's hypotheses apart, (N, ..., h), each from its own generator."""
+        return None
+
+    def queries(self, batch: int, chance: Tensor | None) -> Tensor:
+        """What futures are asked with, (B, N, K, h)."""
+        return self.query.expand(self.hypotheses, -1, -1).expand(batch, -1, -1, -1)
+
+    def mask(self, chance: Tensor | None) -> Tensor | None:
+        """What scales the blocks' branches, (B, N, 1, h), if anything."""
+        return None
+
+    def answer(self, y: Tensor, x: Tensor) -> Imagined:
+        """Make the answer of the futures (B, N, K, D) and the trunk's output (B, N, T + K, h)."""
+        return Imagined(y)
 
     def forward(self, z_hist: Tensor, chance: Tensor | None = None) -> Imagined:
         """Run the trunk once for each hypothesis, folded into the batch, so that they cannot see one another.
 
-        Args: z_hist (B, T, D); chance as `draw_chance` makes it, (B, N, 1, h) masks for `dropout` and
-        (B, N, K, h) unit Gaussians for `noise`.
+        Args: z_hist (B, T, D); chance (B, N, ..., h), as the method's `draw` makes it for each sample.
         """
-        batch, count = len(z_hist), 1 if self.method == "repeat" else self.hypotheses
         past = self.proj_in(z_hist) + self.time_code  # (B, T, D) -> (B, T, h)
-        query, mask = self.query.expand(count, -1, -1), None
-        query = query.expand(batch, -1, -1, -1)  # (N, K, h) -> (B, N, K, h)
-        if self.method == "noise":
-            query = query + self.sigma * self.query.square().mean().sqrt() * chance
-        if self.method == "dropout":
-            mask = chance.flatten(0, 1)  # (B, N, 1, h) -> (B*N, 1, h)
+        query, mask = self.queries(len(z_hist), chance), self.mask(chance)
+        batch, count = query.shape[:2]
         past = past[:, None].expand(-1, count, -1, -1)  # (B, T, h) -> (B, N, T, h)
         x = torch.cat([past, query], dim=2).flatten(0, 1)  # (B*N, T + K, h)
         for block in self.blocks:
-            x = block(x, mask)
+            x = block(x, None if mask is None else mask.flatten(0, 1))  # (B, N, 1, h) -> (B*N, 1, h)
         x = self.norm(x).unflatten(0, (batch, count))  # (B*N, T + K, h) -> (B, N, T + K, h)
         futures = x[:, :, self.history :]
         if len(self.proj_out) == 1:
             y = self.proj_out[0](futures)  # (B, N, K, h) -> (B, N, K, D)
         else:
             y = torch.stack([head(futures[:, n]) for n, head in enumerate(self.proj_out)], dim=1)
-        if self.odds is None:
-            return Imagined(y.expand(-1, self.hypotheses, -1, -1))  # of `repeat`: as many tokens, one future
+        return self.answer(y, x)
+
+    def learned(self, imagined: Imagined, world: dict[str, Tensor]) -> Imagined:
+        """Give what the world loss sees: what the policy saw, or what a posterior makes of the future, too.
+
+        Args: imagined, made of the past alone; world with z_hist (B, T, D), z_future (B, K, D), valid (B, K)
+        and, of a method with chance, chance. Nothing of the answer reaches the policy.
+        """
+        return imagined
+
+
+class Repeat(Prophet):
+    """A control: one future N times, as many tokens without diversity."""
+
+    def queries(self, batch: int, chance: Tensor | None) -> Tensor:
+        return self.query.expand(batch, -1, -1, -1)  # (1, K, h) -> (B, 1, K, h)
+
+    def answer(self, y: Tensor, x: Tensor) -> Imagined:
+        return Imagined(y.expand(-1, self.hypotheses, -1, -1))  # (B, 1, K, D) -> (B, N, K, D)
+
+
+class Dropout(Prophet):
+    """By a mask each, shared over time, scaled so that its mean is 1, in rollouts too."""
+
+    chance, settings = True, {"prophet_dropout": 0.3}
+
+    @staticmethod
+    def draw(rngs: list[np.random.Generator], config: ProphetConfig, width: int) -> np.ndarray:
+        masks = [rng.random((1, width), np.float32) >= config.prophet_dropout for rng in rngs]
+        return np.stack(masks).astype(np.float32) / (1 - config.prophet_dropout)  # (N, 1, h)
+
+    def mask(self, chance: Tensor) -> Tensor:
+        return chance
+
+
+class Noise(Prophet):
+    """By unit Gaussians, scaled and added to the queries."""
+
+    chance = True
+
+    @staticmethod
+    def draw(rngs: list[np.random.Generator], config: ProphetConfig, width: int) -> np.ndarray:
+        return np.stack([rng.standard_normal((config.future, width), np.float32) for rng in rngs])
+
+    def queries(self, batch: int, chance: Tensor) -> Tensor:
+        size = self.config.hypothesis_sigma * self.query.square().mean().sqrt()
+        return super().queries(batch, chance) + size * chance
+
+
+class Ensemble(Prophet):
+    """By queries and output heads of their own."""
+
+    coded = True
+
+
+class Mixture(Ensemble):
+    """As an ensemble, with odds: how likely each is."""
+
+    def __init__(self, config: ProphetConfig, latent: int) -> None:
+        super().__init__(config, latent)
+        self.odds = nn.Linear(prophet_width(latent), self.hypotheses)
+
+    @classmethod
+    def check(cls, config: ProphetConfig) -> None:
+        super().check(config)
+        if config.detach_memory and config.world_loss != "softmin":
+            raise ValueError(
+                f"--hypothesis-method mixture with --detach-memory and --world-loss {config.world_loss}: "
+                "nothing would teach the odds; use softmin"
+            )
+
+    def answer(self, y: Tensor, x: Tensor) -> Imagined:
         return Imagined(y, self.odds(x.mean((1, 2))).log_softmax(-1))  # (B, N, T + K, h) -> (B, N)
+
+
+class One(Prophet):
+    """One hypothesis: nothing to tell apart."""
+
+    single = True
+
+
+# A new method is a name here: command line, training, rollouts and tests all read this table.
+METHODS: dict[str, type[Prophet]] = {
+    "none": One,
+    "repeat": Repeat,
+    "dropout": Dropout,
+    "noise": Noise,
+    "ensemble": Ensemble,
+    "mixture": Mixture,
+}
+HypothesisMethod = Literal[tuple(METHODS)]
 
 
 def prophet_width(latent: int) -> int:
     return min(latent, 512)
-
-
-def draw_chance(
-    method: str, rngs: list[np.random.Generator], steps: int, width: int, dropout: float
-) -> np.ndarray | None:
-    """Draw what tells one sample's hypotheses apart, (N, 1 or K, h), each from its own generator.
-
-    None for methods without chance. A dropout mask is shared over time, and scaled so that its mean is 1.
-    """
-    if method == "dropout":
-        masks = [rng.random((1, width), np.float32) >= dropout for rng in rngs]
-        return np.stack(masks).astype(np.float32) / (1 - dropout)
-    if method == "noise":
-        return np.stack([rng.standard_normal((steps, width), np.float32) for rng in rngs])
-    return None
 
 
 def absolute(change: Tensor, z_hist: Tensor, delta: bool) -> Tensor:

@@ -11,27 +11,29 @@ another way leaves the others waiting in a collective.
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import inspect
 import json
 import os
 import signal
+import socket
 import sys
-import textwrap
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, get_type_hints
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import tyro
 from torch import Tensor
+
+from commands import read_command_line
+from files import Refused, Unwritable
+
+BEAT = 1.0  # seconds between two signs of life
+STORE: list[dist.Store] = []  # of the ranks alive now
 
 
 def start_ranks(
@@ -50,6 +52,7 @@ def start_ranks(
     store, rank, ranks = next(dist.rendezvous("env://"))
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     store = fresh_part(store, rank, ranks)
+    STORE[:] = [store]
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=ranks)
     return rank, ranks, device
 
@@ -114,6 +117,77 @@ class Together:
         return counts.bool().tolist()
 
 
+class Vigil:
+    """Watches, from a thread, that all ranks go on: one that waits too long ends, and says for which.
+
+    Each rank tells the others through the store that it lives, and how many steps it took. Where a rank died
+    the others' collectives break; for one that hangs they would wait half an hour without a word.
+    """
+
+    def __init__(self, rank: int, ranks: int, patience: float) -> None:
+        """Args: patience, seconds without a step after which this rank gives up."""
+        self.rank, self.others, self.patience = rank, [r for r in range(ranks) if r != rank], patience
+        self.steps, self.at, self.busy, self.over = 0, time.monotonic(), False, threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+
+    def step(self, busy: bool = False) -> None:
+        """Note that this rank goes on; busy, before what may take long while the others wait."""
+        self.steps, self.at, self.busy = self.steps + (not busy), time.monotonic(), busy
+
+    def __enter__(self) -> Vigil:
+        if self.others:
+            self.say()
+            self.thread.start()
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self.over.set()
+        if self.others and isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+            self.thread.join()
+            time.sleep(2 * BEAT)  # one that died has said nothing since
+            if lost := self.lost():
+                again = "the same command goes on from the last checkpoint"
+                raise Refused(f"{', '.join(lost)}; {again}") from error
+
+    def watch(self) -> None:
+        told = False
+        try:
+            while not self.over.wait(BEAT):
+                self.say()
+                waited, busy = time.monotonic() - self.at, any(state[3] for state in self.heard().values())
+                limit = self.patience * (6 if busy or self.busy else 1)
+                if waited > limit:
+                    named = ", ".join(self.lost()) or "the ranks wait for one another"
+                    end(f"rank {self.rank} has waited for {waited:.0f} s: {named} (--patience)", now=True)
+                if waited > limit / 2 and not told:
+                    print(f"rank {self.rank} waits: {', '.join(self.lost()) or 'for the others'}", flush=True)
+                told = waited > limit / 2
+        except RuntimeError:  # the store is gone, and with it whoever started the ranks
+            return
+
+    def say(self) -> None:
+        state = [os.getpid(), socket.gethostname(), self.steps, self.busy, time.time()]
+        STORE[0].set(f"alive/{self.rank}", json.dumps(state))
+
+    def heard(self) -> dict[int, list]:
+        """What each other rank said last."""
+        there = [rank for rank in self.others if STORE[0].check([f"alive/{rank}"])]
+        return {rank: json.loads(STORE[0].get(f"alive/{rank}")) for rank in there}
+
+    def lost(self) -> list[str]:
+        """Name the ranks that are gone, do not answer, or are behind."""
+        found, heard = [], self.heard()
+        for rank in self.others:
+            process, host, steps, _, at = heard.get(rank, (0, "an unknown host", 0, False, 0.0))
+            who = f"rank {rank} (process {process} on {host})"
+            if time.time() - at > 1.5 * BEAT + 1:
+                gone = host == socket.gethostname() and not Path(f"/proc/{process}").exists()
+                found.append(f"{who} {'is gone' if gone else 'does not answer'}, after step {steps}")
+            elif steps < self.steps:
+                found.append(f"{who} hangs after step {steps}")
+        return found
+
+
 class Stop:
     """Notes SIGTERM and Ctrl-C while it is open, so that a run ends at a step's end instead of in its middle.
 
@@ -153,6 +227,8 @@ def run_program(
         main(read_command_line(config, description, first))
     except refused as error:
         line = str(error)
+    except Unwritable as error:
+        line = str(error)
     except torch.OutOfMemoryError as error:
         line = f"{str(error).splitlines()[0]}: raise --accumulate, or lower --batch-size or --num-envs"
     except KeyboardInterrupt:
@@ -160,46 +236,15 @@ def run_program(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if line is None:
-        return
+    if line is not None:
+        end(line)
+
+
+def end(line: str, now: bool = False) -> None:
+    """End with a line; now, from a thread, whatever the others do."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": f"error: {line}"}))
+    if now:
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        os._exit(1)
     sys.exit(f"error: {line}")
-
-
-def read_command_line(
-    config: type, description: str | None, first: Sequence[str], args: Sequence[str] | None = None
-) -> Any:
-    """Read flags into a config; --help lays them out in two boxes, what people use first, then the rest."""
-    hints, docs = get_type_hints(config, include_extras=True), field_docs(config)
-    fields = {field.name: field for field in dataclasses.fields(config)}
-    boxes = {"often": first, "more": [name for name in fields if name not in first]}
-    quiet = ("None", "''", "", "()")  # defaults that say nothing; the text says what happens then
-    said = lambda default: "" if default in quiet else f"(default: {default})"  # noqa: E731
-
-    def option(name: str) -> tuple:
-        how = tyro.conf.arg(help=docs[name], help_behavior_hint=said)
-        return name, Annotated[hints[name], how], dataclasses.field(default=fields[name].default)
-
-    def box(name: str, names: Sequence[str]) -> tuple:
-        made = dataclasses.make_dataclass(name, map(option, names), frozen=True)
-        return name, made, dataclasses.field(default_factory=made)
-
-    both = dataclasses.make_dataclass("both", [box(*pair) for pair in boxes.items()], frozen=True)
-    rank0 = os.environ.get("RANK", "0") == "0"
-    style = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
-    found = tyro.cli(both, args=args, description=description, console_outputs=rank0, config=style)
-    return config(
-        **{name: getattr(getattr(found, key), name) for key, names in boxes.items() for name in names}
-    )
-
-
-def field_docs(config: type) -> dict[str, str]:
-    """Read the text that stands under each field of a dataclass and of those that it inherits from."""
-    docs = {}
-    for cls in reversed(config.__mro__[:-1]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-        for field, text in pairwise(body):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                docs[field.target.id] = inspect.cleandoc(text.value.value)
-    return docs

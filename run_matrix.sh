@@ -3,9 +3,9 @@
 #
 #   ./run_matrix.sh demo               # the whole experiment, small, on a laptop-class CPU
 #   ./run_matrix.sh smoke              # the same path with tiny numbers: 2 minutes, says nothing about success
-#   ./run_matrix.sh fusion             # the demo's policy at three times its budget: where memory enters
-#   ./run_matrix.sh bank               # the same with four hypotheses: what tells them apart, and which loss
-#   ./run_matrix.sh either             # an ambiguous task: two objects solve it, so that two futures are right
+#   ./run_matrix.sh site               # the study's first part: where memory enters, and whether prediction matters
+#   ./run_matrix.sh bank               # its second: several futures of a task that two objects solve; either: less of it
+#   ./run_matrix.sh transfer           # its third: does the sign hold on tasks of other suites?
 #   ./run_matrix.sh full               # every arm, 3 seeds, the published checkpoint and data, four suites: for GPUs
 #   ./run_matrix.sh PRESET --dry-run   # commands, budgets and time left, without installing or running anything
 #   ./run_matrix.sh PRESET --prepare | --list | --cell NAME-OR-NUMBER | --report      # a piece at a time, for a scheduler
@@ -13,16 +13,16 @@
 # A cell is one arm, budget and seed: trained, then rolled out, by matrix.py. What is done is skipped, what was interrupted
 # goes on: call it again after a kill. A cell that fails is named and does not stop the others.
 # From the environment, lists separated by spaces:
-#   TOTAL_SAMPLES SEEDS ARMS   what is trained; a table a budget. EVAL_AT="16000 32000" rolls these checkpoints out too
+#   TOTAL_SAMPLES SEEDS ARMS   what is trained; a table a budget; ARMS="E2 F2:4": F2 with the first four seeds alone
+#   EVAL_AT KEEP               checkpoints on the way that are rolled out; where finished cells' records are kept
 #   SUITES TASKS EPISODES      what is rolled out: suites (SUITE will do too), tasks as in 0,3,5-7, starts a task
-#   DATA INIT WORLD_STRIDE     data and initial policy; fusion and bank train on a DATA that is given as it is
+#   DATA INIT WORLD_STRIDE     data and initial policy; all but demo and smoke train on a DATA given as it is
 #   DEMOS DISPLACE NOISE EITHER   how demonstrations are recorded
 #   GPUS JOBS OUT FEATURES     a cell on each of GPUS="0 1", or JOBS at once; run folders; the frozen tower's tokens
 #   DATA_FLAGS TRAIN_FLAGS EVAL_FLAGS   more flags, as a shell would split them: both of train.py, and of eval.py
 set -aeuo pipefail # -a: matrix.py finds all that follows in its environment
 case ${1:-} in -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" && exit ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")"
-
 # ---- arms: name | flags of train.py | memory modes rolled out, the arm's own first | arms that it is compared with
 ARM_TABLE='
 E2   | LATE pred                              | pred                  | E0 E1s E2n E2c E2h E1
@@ -37,12 +37,9 @@ E2h  | LATE history                           | history off zero      |
 E2d  | LATE pred --detach-memory              | pred                  | E1
 E2m  | LATE pred --memory-dropout 0.2         | pred                  | E2
 B4dup      | BANK repeat                      | pred                  |
-B4dropout  | BANK dropout --prophet-dropout 0.1 | pred BANKED | B4dup E2
-B4noise    | BANK noise                       | pred BANKED           | B4dup E2
-B4ensemble | BANK ensemble                    | pred BANKED           | B4dup E2
-B4mixture  | BANK mixture                     | pred BANKED           | B4dup E2
 '
-for loss in single mean min rwta; do ARM_TABLE+="B4$loss | BANK ensemble --world-loss $loss | pred BANKED | B4dup E2"$'\n'; done
+for how in 'dropout --prophet-dropout 0.1' noise ensemble mixture; do ARM_TABLE+="B4${how%% *} | BANK $how | BANKED"$'\n'; done
+for loss in single mean min rwta; do ARM_TABLE+="B4$loss | BANK ensemble --world-loss $loss | BANKED"$'\n'; done
 for site in F2:suffix_in 'F3a:prefix_tokens --prefix-block prefix' 'F3as:prefix_tokens --prefix-block state' F3b:prefix_cross; do
     arm=${site%%:*} flags="--fusion ${site#*:} --memory" # each with its own controls: noise, no world loss, present, past, zeros
     ARM_TABLE+="$arm | $flags pred | pred | E0 E2 ${arm}r ${arm}n ${arm}c ${arm}h ${arm}z
@@ -52,10 +49,9 @@ ${arm}z | $flags zero | zero |
 ${arm}c | $flags current | current off zero |
 ${arm}h | $flags history | history off zero |
 "
-done && unset arm flags loss site
-ARM_TABLE=${ARM_TABLE//LATE/--fusion late --memory} ARM_TABLE=${ARM_TABLE//BANKED/best1 mean1 dup}
+done && unset arm flags how loss site
+ARM_TABLE=${ARM_TABLE//LATE/--fusion late --memory} ARM_TABLE=${ARM_TABLE//BANKED/pred best1 mean1 dup | B4dup E2}
 ARM_TABLE=${ARM_TABLE//BANK/--fusion late --memory pred --num-hypotheses 4 --hypothesis-method}
-
 # ---- presets: what the environment leaves open
 preset=${1:-demo} && : "${SUITES:=${SUITE:-}}"
 RECORDED=yes SAVE_EVERY='' LOG_EVERY=80 PRESET_TRAIN_FLAGS='' PRESET_EVAL_FLAGS=''
@@ -63,19 +59,23 @@ MORE_MODES='off zero shuffle stale' # of arms whose own mode is pred, besides wh
 case $preset in
 demo) : "${TOTAL_SAMPLES:=64000}" "${EPISODES:=40}" "${DATA:=data/demo}" && SAVE_EVERY=16000 ;;
 smoke) : "${TOTAL_SAMPLES:=96}" "${EPISODES:=1}" "${DATA:=data/smoke}" "${DEMOS:=2}" && LOG_EVERY=2 PRESET_EVAL_FLAGS='--max-steps 24' ;;
-fusion | bank | either)
+site | bank | transfer | either)
     [ -z "${DATA:-}" ] || RECORDED=''
     case $preset in
-    fusion) : "${ARMS:=E0 E0b E1 E1s E2 E2n F2 F2n F3a F3an F3b F3bn}" "${TOTAL_SAMPLES:=192000}" ;;
-    bank) : "${ARMS:=E0 E2 B4dup B4dropout B4noise B4ensemble B4mixture B4single B4mean B4min B4rwta}" ;;
-    either) : "${ARMS:=E0 E2 E2n B4ensemble B4mixture B4dup}" "${EITHER:=cream_cheese,milk}" "${DATA:=data/either}" ;;
+    site) : "${SEEDS:=0 1 2 3 4 5 6 7}" "${EVAL_AT=16000 32000}" "${DATA:=data/demo}" \
+        "${ARMS:=E0 E0b E1s E2 E2n E2c E2h E2m F2:4 F2n:4 F3a:4 F3an:4 F3as:4 F3asn:4 F3b:4 F3bn:4}" ;;
+    bank) : "${SEEDS:=0 1 2 3}" "${ARMS:=E0 E2 E2n B4dropout B4noise B4ensemble B4mixture B4single B4dup}" ;;
+    transfer) : "${SEEDS:=0 1 2 3}" "${ARMS:=E0 E2 E2n}" "${SUITES:=spatial goal}" "${DATA:=data/transfer}" ;;
+    either) : "${ARMS:=E0 E2 E2n B4ensemble B4mixture B4dup}" "${KEEP=}" ;;
     esac
-    : "${TOTAL_SAMPLES:=192000}" "${EPISODES:=40}" "${DATA:=data/demo}" && SAVE_EVERY=48000 MORE_MODES+=' random signflip' ;;
+    [ -n "${DATA:-}" ] || : "${EITHER:=cream_cheese,milk}" "${DATA:=data/either}"
+    : "${TOTAL_SAMPLES:=64000}" "${EPISODES:=40}" "${KEEP=results/data/$preset}"
+    SAVE_EVERY=16000 MORE_MODES+=' gate:0.5 gate:1.5' ;;
 full)
     : "${TOTAL_SAMPLES:=3200000}" "${EPISODES:=10}" "${SEEDS:=0 1 2}" "${ARMS:=all}" "${DATA:=HuggingFaceVLA/libero}"
     : "${INIT:=HuggingFaceVLA/smolvla_libero}" "${SUITES:=libero_spatial libero_object libero_goal libero_10}"
     RECORDED='' MORE_MODES+=' random signflip' PRESET_TRAIN_FLAGS='--lr-world 1e-3' ;; # else a gate reaches .08 at most
-*) echo "run_matrix.sh: preset '$preset' is unknown: choose demo, smoke, fusion, bank, either or full" >&2 && exit 2 ;;
+*) echo "run_matrix.sh: preset '$preset' is unknown: choose demo, smoke, site, bank, transfer, either or full" >&2 && exit 2 ;;
 esac
 [ -z "$RECORDED" ] || : "${SUITES:=libero_object}" "${TASKS:=1}" "${DEMOS:=60}" "${DISPLACE:=0.06}" "${NOISE:=0.15}"
 : "${ARMS:=E2 E0 E2n E1 E0b}" "${SEEDS:=0}" "${TASKS:=0-9}" "${INIT:=tiny}" "${WORLD_STRIDE:=4}" "${OUT:=runs/$preset}"

@@ -21,7 +21,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -30,15 +30,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from arm import Arm, load_arm
 from data import Source
-from files import Refused, read_json, read_tensors
+from files import LARGEST, Refused, only_writer, read_json, read_tensors, shape_of
 from model import masked_mean
-from ranks import Stop, Together, run_program, start_ranks, sum_over_ranks
+from ranks import Stop, Together, Vigil, run_program, start_ranks, sum_over_ranks
 from readers.demos import Demos
 from readers.load import in_files
 from readers.prefetch import Loader
 from rollouts.conform import check_statistics
 from rollouts.facts import describe_data
+from simulator.env import CONTROL_HZ
 from smolvla import kernels
+from smolvla.folders import OPTIMIZER, RAW, STATE, newest_whole, point
 from training.diagnostics import (
     CollapseWatch,
     Usage,
@@ -51,9 +53,6 @@ from training.flops import flops_per_sample, utilisation
 from training.held_out import measure, world_cosine
 from training.optimise import Average, BadSteps, OptimiseConfig, lr_factor, make_optimizer
 from training.run_folder import (
-    OPTIMIZER,
-    RAW,
-    STATE,
     Progress,
     check_space,
     cut_metrics,
@@ -62,9 +61,7 @@ from training.run_folder import (
     fingerprint,
     log,
     log_validation,
-    newest_whole,
     open_run,
-    point,
     save,
     writing,
 )
@@ -78,6 +75,7 @@ from training.start import (
     record_demo,
     whose_statistics,
 )
+from training.trackers import check_package, open_trackers
 
 # Options that --help begins with.
 OFTEN = ("data", "init", "fusion", "memory", "total_samples", "batch_size", "lr", "seed", "out", "arm")
@@ -121,6 +119,9 @@ class TrainConfig(StartConfig, OptimiseConfig):
     """Samples between two checkpoints that stay, a multiple of --save-every; of the others the newest two do.
     0: all stay. Only the newest two hold the optimiser's state."""
 
+    patience: float = 5.0
+    """Minutes without a step after which a rank that waits for another one ends, and says for which."""
+
     max_bad_steps: int = 10
     """Steps in a row with a gradient that is not finite after which the run ends; such steps are skipped."""
 
@@ -133,21 +134,27 @@ class TrainConfig(StartConfig, OptimiseConfig):
     threads: int | None = None
     """Threads of torch on a CPU; default: torch's own choice."""
 
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the log lines as well; needs the package wandb."""
+
+    tensorboard: bool = False
+    """Write the log lines for TensorBoard as well, to OUT/tensorboard; needs the package tensorboard."""
+
+    limits: ClassVar = {
+        **dict.fromkeys(("flow_draws", "log_every", "save_every", "max_bad_steps"), (1, LARGEST)),
+        **dict.fromkeys(("keep_every", "save_minutes"), (0, LARGEST)),
+        **{"workers": (0, 1000), "threads": (1, 1000), "patience": (0.01, LARGEST)},
+    }
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.settle({"out": Path("runs", f"{self.arm_name}-n{self.total_samples}-s{self.seed}")})
-        least_one = ("total_samples", "batch_size", "accumulate", "flow_draws", "log_every", "save_every")
-        for flag in (*least_one, "max_bad_steps"):
-            if getattr(self, flag) < 1:
-                raise Refused(f"--{flag.replace('_', '-')} {getattr(self, flag)} must be at least 1")
-        if self.keep_every < 0 or self.keep_every % self.save_every:
+        for package in filter(lambda name: getattr(self, name), ("wandb", "tensorboard")):
+            check_package(package)
+        if self.keep_every % self.save_every:
             raise Refused(
                 f"--keep-every {self.keep_every} must be a multiple of --save-every {self.save_every}, or 0"
             )
-        if not 0 <= self.ema < 1:
-            raise Refused(f"--ema {self.ema} must be at least 0 and less than 1")
-        if self.workers < 0:
-            raise Refused(f"--workers {self.workers} must be at least 0")
 
     @property
     def arm_name(self) -> str:
@@ -158,9 +165,10 @@ class TrainConfig(StartConfig, OptimiseConfig):
     def free(self) -> tuple[str, ...]:
         """Fields and facts that may change when a run is resumed."""
         return (
-            "out", "data", "pictures", "workers", "features", "prepare", "log_every", "save_every",
-            "save_minutes", "keep_every", "max_bad_steps", "compile", "threads", "accumulate", "world_model",
-            "data_facts", "flops_per_sample", "weights_fingerprint", "compared_with", "accept",
+            "out", "data", "cache", "pictures", "workers", "features", "prepare", "log_every", "save_every",
+            "save_minutes", "keep_every", "patience", "max_bad_steps", "compile", "threads", "accumulate",
+            "world_model", "data_facts", "flops_per_sample", "weights_fingerprint", "compared_with", "accept",
+            "wandb", "tensorboard",
         )  # fmt: skip
 
     def stays(self, step: int) -> bool:
@@ -187,8 +195,16 @@ def main(config: TrainConfig) -> None:
             say(line)
         return
 
-    # data
     check_trunk(config)
+    with only_writer(config.out, "train.py") if rank == 0 else nullcontext():
+        train(config, rank, ranks, device, together)
+
+
+def train(config: TrainConfig, rank: int, ranks: int, device: torch.device, together: Together) -> None:
+    """Train into a run folder that is this run's alone."""
+    say = print if rank == 0 else lambda *_: None
+
+    # data
     last = agree_on_checkpoint(config, rank, together)
     config, demos, features, latents = open_data(config, last, rank, ranks, say)
     out_episodes = np.array(config.held_out, np.int64)
@@ -198,11 +214,13 @@ def main(config: TrainConfig) -> None:
     progress = Progress()
     if last is not None:
         arm, processor = load_arm(last, config.world_model, allow_missing=config.allow_missing)
-        progress = Progress(**read_json(last / STATE))
+        progress = Progress(**read_json(last / STATE, shape_of(Progress)))
     else:
         arm, processor = build_arm(config, demos, latents, frames)
         for note in processor.notes:
             say(f"adapted: {note}")
+    for cut in processor.cut(demos.tasks[task] for task in np.unique(demos.task)):
+        say(f"warning: {cut}")
     weights = fingerprint(arm.policy) if rank == 0 else ""
     if latents is not None:
         latents = latents.under(arm.encoder, demos)  # of a checkpoint that was trained on other data
@@ -291,7 +309,7 @@ def agree_on_checkpoint(config: TrainConfig, rank: int, together: Together) -> P
             print(line, flush=True)
         if found is not None:
             with writing(config.out):
-                point(config.out, found)
+                found = point(config.out, found)
     found = together.gather(found)[0]
     seen = together.gather((config.out / "last").exists())
     if len(set(seen)) > 1:
@@ -340,8 +358,9 @@ def spend(
     usage, watch = Usage(config.num_hypotheses, source.device), CollapseWatch()
     bad = BadSteps(source.device, progress.bad_steps, progress.bad_in_a_row)
     clock, since = time.perf_counter(), progress.samples
+    trackers = open_trackers(vars(config), config.out, progress.samples) if rank == 0 else []
     saved, wait = time.monotonic(), min(1.0, config.save_minutes)  # a first checkpoint comes early
-    with Stop() as stop:
+    with Stop() as stop, Vigil(rank, ranks, 60 * config.patience) as vigil:
         while progress.samples < config.total_samples:
             before = progress.samples
             count = min(config.batch_size, config.total_samples - before)
@@ -351,6 +370,7 @@ def spend(
             expect(config, source, before, rank, ranks)
             out = optimizer_step(config, source, model, optimizer, before, count, rank, ranks, logged)
             progress.samples, progress.step = done, step
+            vigil.step()
             bad.see(out["bad"])
             if "winner" in out:
                 usage.add(out["winner"])
@@ -365,14 +385,20 @@ def spend(
                 line = log_line(config, arm, out, progress, rate, ranks, facts) | usage.read()
                 if rank == 0:
                     log(config.out, line, config.total_samples)
+                    for tell in trackers:
+                        tell(line)
                 if (warning := watch.see(step, line)) and rank == 0:
                     print(warning, flush=True)
                 clock, since = time.perf_counter(), done
+            vigil.step(busy=saves or bool(config.val_every))
             if config.val_every and (finished or passes(config.val_every, before, done)):
                 with nullcontext() if average is None else average.in_place():
                     found = validate(source, out_episodes, rank, ranks)
                 if rank == 0:
-                    log_validation(config.out, {"samples": done, "step": step} | found)
+                    found = {"samples": done, "step": step} | found
+                    log_validation(config.out, found)
+                    for tell in trackers:
+                        tell(found)
             if rank == 0 and saves:
                 save(config.out, arm, source.processor, optimizer, progress, average, config.stays)
             if saves:
@@ -387,15 +413,17 @@ def passes(every: int, before: int, done: int) -> bool:
 
 
 def check_bad(config: TrainConfig, bad: BadSteps, progress: Progress, rank: int) -> None:
-    """Note skipped steps; ValueError, on the first rank's console, where they were too many in a row."""
+    """Note skipped steps; Refused, on the first rank's console, where they were too many in a row, or all."""
     progress.bad_steps, progress.bad_in_a_row, longest = bad.read()
-    if longest < config.max_bad_steps:
+    spent = progress.samples >= config.total_samples and progress.bad_steps == progress.step
+    if longest < config.max_bad_steps and not spent:
         return
     if rank:
         sys.exit(1)
     raise Refused(
         f"--max-bad-steps {config.max_bad_steps}: {longest} steps in a row, up to {progress.samples:,} "
-        "samples, had a gradient that is not finite; lower --lr, or look at the data (data.py check)"
+        f"samples{', the whole budget,' * spent} had a gradient that is not finite; lower --lr, or look at "
+        "the data (data.py check)"
     )
 
 
@@ -515,8 +543,9 @@ def banner(
     if config.sites:
         ahead, chunk = config.future * config.world_stride, arm.policy.config.n_action_steps
         back = (config.history - 1) * config.world_stride + config.world_clip - 1
-        looks = f"looks {ahead / 20:.1f} s ahead, {back / 20:.1f} s back"
-        lines.append(f"memory {config.mode}: {looks}; a chunk executes {chunk / 20:.1f} s")
+        rate = facts["data_facts"]["control_hz"] or facts["data_facts"]["fps"] or CONTROL_HZ
+        looks = f"looks {ahead / rate:.1f} s ahead, {back / rate:.1f} s back"
+        lines.append(f"memory {config.mode}: {looks}; a chunk executes {chunk / rate:.1f} s, at {rate:g} Hz")
     return lines
 
 

@@ -22,7 +22,7 @@ then "the hypothesis nearest to the truth" and "a hypothesis of the true branch"
 exactly 1/R. N = 2R would have pairs of near-identical hypotheses, where a miss is often a tie. It is measured
 at flow time 1, as in the first denoising step of a rollout: at earlier times the noisy actions already
 contain the true ones, and attention can follow these without any cue (a line that is shown, not judged).
-The site is `late`, since nothing nonlinear comes after it there: what the cue changes, attention changes.
+The site is `fusion.Late`, since nothing nonlinear comes after it: what the cue changes, attention changes.
 
 Shapes: B batch, T history frames, K future frames, R branches, N hypotheses, D latent width, C actions in a
 chunk, A = q numbers in a block.
@@ -43,13 +43,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from scipy.stats import binomtest
 from torch import Tensor
 
 from arm import Arm, ArmConfig, Summary
-from files import Refused
-from fusion import SITES
+from commands import type_in
+from files import Refused, check_numbers
+from fusion import SITES, Late
 from latents.encoders import PCA, WorldStats
 from model import SmolVLA
 from prophet import absolute
@@ -92,6 +92,7 @@ class ControlConfig:
     """Take 3 steps on few samples, to see that everything runs: checks are then expected to fail."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.steps < 1:
             raise Refused(f"--steps {self.steps} must be at least 1")
 
@@ -183,10 +184,11 @@ def draw(seed: int, stream: int, count: int) -> Samples:
 
 def make_arm(samples: Samples, seed: int, **fields: object) -> Arm:
     """Build an arm on these training samples' statistics; every arm of a seed starts from the same policy."""
-    config = ArmConfig(
-        **{"fusion": ("late",), "world_dim": LATENT, "history": HISTORY, "future": FUTURE, "prophet_heads": 4,
-           "heads": 4, "prefix_tokens": FUTURE, "detach_memory": True} | fields
+    usual = ArmConfig(
+        fusion=(Late.name,), world_dim=LATENT, history=HISTORY, future=FUTURE, prophet_heads=4, heads=4,
+        prefix_tokens=FUTURE, detach_memory=True,
     )  # fmt: skip
+    config = dataclasses.replace(usual, **fields)
     world = samples.world()
     frames = torch.cat([samples.z_hist, world["z_future"]], dim=1).flatten(0, 1)  # (B * (T + K), D)
     # Of the encoder only the latents' spread is read, for `random`: nothing here comes from pictures.
@@ -282,7 +284,8 @@ def choose_best(arm: Arm, samples: Samples, seed: int, at: float | None = 1.0) -
     training, at random ones."""
     noise, times = flow(len(samples.branch), 1, generator(seed, FLOW))
     times = times if at is None else torch.full_like(times, at)
-    return attention_diagnostics(arm, samples.inputs(), samples.world(), noise, times)["late/choose_best"]
+    found = attention_diagnostics(arm, samples.inputs(), samples.world(), noise, times)
+    return found[f"{Late.name}/choose_best"]
 
 
 def gain_interval(ours: Tensor, theirs: Tensor, seed: int) -> tuple[float, float, float]:
@@ -433,7 +436,9 @@ def draw_choice(axis: plt.Axes, shares: dict[str, float], count: int) -> None:
 def main(args: list[str]) -> int:
     """Train every arm, print the table, draw the figure; give the exit code."""
     torch.set_num_threads(1)  # at these sizes more threads only wait for one another
-    config = tyro.cli(ControlConfig, prog="python -m bench control", args=args, description=__doc__)
+    config = type_in(
+        ControlConfig, __doc__, ("out", "seed", "steps", "quick"), "python -m bench control", args
+    )
     start, seed = time.perf_counter(), config.seed
     steps, many, few = config.sizes
     samples, held = draw(seed, TRAIN, many), draw(seed, HELD_OUT, few)

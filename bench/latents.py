@@ -29,7 +29,7 @@ from latents.encoders import WorldConfig, open_backbone, resolved
 from readers.demos import Demos
 from readers.libero_hdf5 import CAMERAS
 from readers.load import load
-from smolvla.checkpoint import find_folder
+from smolvla.folders import find_folder
 from training.start import StartConfig, own_policy
 
 SIDE, EPISODES, FRAMES = 128, 2, 48

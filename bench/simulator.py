@@ -30,7 +30,7 @@ from typing import Literal
 
 import numpy as np
 
-from files import Refused
+from files import Refused, check_numbers
 from rollouts.conform import ITEMS
 from simulator.env import (
     CAMERAS,
@@ -84,6 +84,7 @@ class SimOptions:
     """Steps after which an episode of the evaluation ends."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check_task(self.suite, self.task_id)
         self.config()  # checks draw and size
         for flag in ("decide_every", "max_steps"):

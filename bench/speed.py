@@ -45,33 +45,34 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from arm import Arm, ArmConfig, Summary
 from bench import latents, loop, simulator
-from files import Refused
+from commands import type_in
+from files import Refused, check_numbers
+from fusion import SITES as ALL
+from fusion import Late
 from model import SmolVLA, prefix_inputs
 from readers.demos import Demos
 from readers.load import load
 from readers.prefetch import Loader
 from smolvla import kernels
-from smolvla.config import PRESETS
+from smolvla.config import PRESETS, RECIPES
 from train import TrainConfig, optimizer_step
 from training.flops import only_math
 from training.optimise import make_optimizer
 
+OFTEN = ("what", "arms", "size", "dtype", "batch_size", "only", "out")
 PROMPT = 16  # tokens of an instruction
 LEAST = 1.0  # seconds that a case is measured for at least
 ONE = {"none": {"fusion": ("none",)}}
 SITES = ONE | {
-    "late": {"fusion": ("late",)},
-    "suffix_in": {"fusion": ("suffix_in",)},
-    "prefix_tokens, block state": {"fusion": ("prefix_tokens",), "prefix_block": "state"},
-    "prefix_tokens, block prefix": {"fusion": ("prefix_tokens",)},
-    "prefix_cross": {"fusion": ("prefix_cross",)},
+    " ".join([name, *fields.values()]): {"fusion": (name,)} | fields
+    for name, site in ALL.items()
+    for fields in site.variants
 }
+LATE = {"fusion": (Late.name,)}
 BANKS = {
-    "late, 1 hypothesis": {"fusion": ("late",)},
-    "late, 4 hypotheses": {
-        "fusion": ("late",), "num_hypotheses": 4, "hypothesis_method": "mixture", "world_loss": "softmin",
-    },
-}  # fmt: skip
+    "1 hypothesis": LATE,
+    "4 hypotheses": LATE | {"num_hypotheses": 4, "hypothesis_method": "mixture", "world_loss": "softmin"},
+}
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ class BenchConfig:
     """File that the JSON lines are appended to as well."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if min(self.workers, default=0) < 0:
             raise Refused(f"--workers {self.workers} must be at least 0 each")
         for flag in ("batch_size", "repeats", "rounds"):
@@ -153,6 +155,8 @@ class Case:
     compile: bool = False
     threads: int | None = None
     arm: dict = dataclasses.field(default_factory=lambda: {"fusion": ("none",)})
+    freeze: str = "expert"
+    draws: int = 1  # flow draws a sample
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -179,6 +183,17 @@ def plan(config: BenchConfig) -> list[list[Case]]:
             group = [Case(f"{name}, plain", "step", plain=True, features=True, arm=arm, **one)]
             group += [Case(n, "step", features=True, arm=arm, **fast) for n, arm in arms.items()]
             groups.append(group)
+    if (
+        config.what == "step" and config.size in RECIPES
+    ):  # what trains whole, in either type beside the plain path
+        recipe = RECIPES[config.size]
+        one = {"kind": "step", "size": config.size, "batch": recipe["batch_size"], "repeats": config.repeats}
+        one |= {"threads": config.threads, "freeze": recipe["freeze"], "draws": recipe["flow_draws"]}
+        fast = [
+            Case(f"recipe's step, {dtype}", dtype=dtype, compile=config.compile, **one)
+            for dtype in config.dtype
+        ]
+        groups.append([Case("recipe's step, plain", dtype="float32", plain=True, **one), *fast])
     kept = [[case for case in group if config.only in case.name] for group in groups]
     if not any(kept):
         names = ", ".join(dict.fromkeys(case.name for group in groups for case in group))
@@ -198,7 +213,7 @@ def build(case: Case, device: str) -> Arm:
         if device != "meta":
             policy.initialise()
         arm = Arm(config, policy, None, Summary.none(config), {})
-    arm.policy.freeze("expert")
+    arm.policy.freeze(case.freeze)
     if arm.policy.fusion is not None:
         arm.policy.fusion.requires_grad_(True)
     if case.kind == "chunk":
@@ -263,8 +278,8 @@ def batch_of(case: Case, arm: Arm, device: str) -> tuple:
         world = {name: z[name] for name in config.trains_on} | (
             {"valid": z["valid"]} if config.has_prophet else {}
         )
-        noise = torch.randn(batch, 1, policy.chunk_size, policy.max_action_dim)
-        return inputs_of(case, device), world, noise, torch.rand(batch, 1)
+        noise = torch.randn(batch, case.draws, policy.chunk_size, policy.max_action_dim)
+        return inputs_of(case, device), world, noise, torch.rand(batch, case.draws)
 
 
 def step_of(case: Case, arm: Arm, device: str) -> Callable[[], dict]:
@@ -472,16 +487,17 @@ def samples_a_second(demos: Demos, workers: int, batch: int) -> float:
 def lines(config: BenchConfig) -> Iterator[dict]:
     """Measure group after group; gives each case's JSON line."""
     for group in plan(config):
-        turns, peaks = [], []
+        turns, peaks = [], dict.fromkeys((case.dtype for case in group), 0.0)
         for _ in range(config.rounds):
-            peaks.append(alone(measure_peak, group[0].dtype, config.threads))
+            for dtype, peak in peaks.items():
+                peaks[dtype] = max(peak, alone(measure_peak, dtype, config.threads))
             turns.append([alone(measure, case) for case in group])
         best = [min(found, key=lambda one: one["seconds"]) for found in zip(*turns, strict=True)]
         flops = [alone(count_flops, case) for case in group]
         # Sites beside no memory, a bank beside one hypothesis; else beside the plain path.
         base = int(config.arms != "none" and not config.only)
         for case, found, count in zip(group, best, flops, strict=True):
-            seconds, peak = found["seconds"], max(peaks)
+            seconds, peak = found["seconds"], peaks[case.dtype]
             yield {
                 "case": case.name,
                 "kind": case.kind,
@@ -555,7 +571,7 @@ def tables(config: BenchConfig, rows: list[dict]) -> str:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line: measure all cases of one kind."""
-    measure_all(tyro.cli(BenchConfig, prog="python -m bench", args=args, description=__doc__))
+    measure_all(type_in(BenchConfig, __doc__, OFTEN, "python -m bench", args))
 
 
 def measure_all(config: BenchConfig) -> None:

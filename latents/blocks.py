@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from files import Refused
+from files import Refused, replace_text
 from readers.demos import Demos
 
 MARKS = "done.bin"
@@ -133,7 +134,7 @@ def lay_out(part: Path, layout: Layout, wanted: dict[str, Any]) -> None:
     rows, marks = part / layout.file, part / MARKS
     check_space(part, layout)
     part.mkdir(parents=True, exist_ok=True)
-    write_beside(part / layout.sidecar, json.dumps(wanted).encode() + b"\n")
+    replace_text(part / layout.sidecar, json.dumps(wanted) + "\n")
     if marks.is_file() and not (rows.is_file() and rows.stat().st_size == layout.size):
         marks.unlink()
     for file, length in ((rows, layout.size), (marks, layout.blocks)):
@@ -143,16 +144,12 @@ def lay_out(part: Path, layout: Layout, wanted: dict[str, Any]) -> None:
         handle.write(layout.header)
 
 
-def write_beside(path: Path, content: bytes, keep: bool = False) -> None:
-    """Write a file under another name, then rename it; with `keep`, not over one that is there."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    beside.write_bytes(content)
-    if keep:
-        with suppress(FileExistsError):
-            os.link(beside, path)
-        beside.unlink()
-    else:
-        beside.replace(path)
+def write_once(path: Path, content: bytes) -> None:
+    """Write a file, but not over one that is there: of several processes the first one's counts."""
+    with suppress(FileExistsError), tempfile.NamedTemporaryFile(dir=path.parent) as partial:
+        partial.write(content)
+        partial.flush()
+        os.link(partial.name, path)
 
 
 def check_space(part: Path, layout: Layout) -> None:

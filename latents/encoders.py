@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -40,9 +40,9 @@ import tyro
 from safetensors import SafetensorError
 from torch import Tensor
 
-from files import Refused, read_json
+from files import Refused, check_numbers, parse_json, read_json
 from readers.selection import camera_name
-from smolvla.checkpoint import find_folder
+from smolvla.folders import find_folder
 from smolvla.layers import VisionTower, resize_with_pad
 
 if TYPE_CHECKING:
@@ -99,17 +99,18 @@ class WorldConfig:
     held_out: tyro.conf.Suppress[tuple[int, ...]] = ()
     """Episodes that nothing is fitted on; follows from --val-every and --val-share."""
 
+    limits: ClassVar = {"world_resolution": (1, 4096), "world_dim": (1, 10**6), "world_clip": (1, 10_000)}
+
     def __post_init__(self) -> None:
-        if not self.world_camera or len(set(self.latent_cameras)) < len(self.world_camera):
+        check_numbers(self)  # those of the classes that inherit from this one, too
+        if len(set(self.latent_cameras)) < len(self.world_camera):
             raise Refused(f"--world-camera needs different cameras, got {self.world_camera}: name each once")
-        if self.world_resolution < 1:
-            raise Refused(f"--world-resolution must be positive, got {self.world_resolution}: 32 is usual")
-        if self.world_encoder == "pca" and not 1 <= self.world_dim <= self.latent_pixels:
+        if self.world_encoder == "pca" and self.world_dim > self.latent_pixels:
             seen = f"{self.world_dim} with {self.latent_pixels} pixels in a shrunk picture"
             raise Refused(
                 f"--world-dim is {seen}: choose 1..{self.latent_pixels}, or a larger --world-resolution"
             )
-        if self.world_clip < 1 or (self.world_clip > 1 and self.world_encoder != "vjepa2"):
+        if self.world_clip > 1 and self.world_encoder != "vjepa2":
             sees = f"--world-clip {self.world_clip} with --world-encoder {self.world_encoder}"
             raise Refused(f"{sees}: only vjepa2 sees more than one frame; use 1")
         if self.world_model is not None and self.world_encoder not in MODELS:
@@ -130,7 +131,7 @@ class WorldConfig:
     @property
     def latent_pixels(self) -> int:
         """P, the values of a shrunk picture."""
-        return 3 * self.world_resolution**2 * len(self.world_camera)
+        return 3 * self.world_resolution**2 * max(1, len(self.world_camera))
 
     @property
     def latent_identity(self) -> dict[str, Any]:
@@ -187,7 +188,7 @@ class WorldStats:
 
 
 def views(frames: Tensor | Mapping[str, Tensor], config: WorldConfig) -> list[Tensor]:
-    """Return the config's cameras' pictures (n, 3, S, S) uint8, or clips (n, m, 3, S, S), in its order.
+    """Return the config's cameras' pictures (n, 3, H, W) uint8, or clips (n, m, 3, H, W), in its order.
 
     Clips of one frame may come with or without their dimension of one, and leave without it.
     """
@@ -202,9 +203,6 @@ def views(frames: Tensor | Mapping[str, Tensor], config: WorldConfig) -> list[Te
         pictures = [p.squeeze(1) if p.ndim == 5 else p for p in pictures]
     for picture in pictures:
         assert picture.dtype == torch.uint8, f"pictures must be uint8 in 0..255, got {picture.dtype}"
-        if picture.shape != pictures[0].shape or picture.shape[-2] != picture.shape[-1]:
-            sizes = ", ".join(f"{p.shape[-2]} x {p.shape[-1]}" for p in pictures)
-            raise Refused(f"--world-camera needs square pictures of one size, got {sizes}: name others")
         clip = tuple(picture.shape[1:-3])
         assert clip == ((config.world_clip,) if config.world_clip > 1 else ()), (
             f"--world-clip {config.world_clip} does not fit pictures {tuple(picture.shape)}"
@@ -213,12 +211,34 @@ def views(frames: Tensor | Mapping[str, Tensor], config: WorldConfig) -> list[Te
 
 
 def shrink(pictures: list[Tensor], resolution: int) -> Tensor:
-    """Average pictures (n, 3, S, S) uint8 by area and lay cameras side by side: (n, P) float32 in 0..1."""
-    size = pictures[0].shape[-1]
+    """Average pictures (n, 3, H, W) uint8 by area, each as a whole, and lay cameras side by side: (n, P)
+    float32 in 0..1."""
+    size = min(side for picture in pictures for side in picture.shape[-2:])
     if size < resolution:
         raise Refused(f"--world-resolution {resolution} is more than the pictures' {size} pixels: lower it")
     small = [F.interpolate(picture.float() / 255, size=resolution, mode="area") for picture in pictures]
     return torch.cat(small, dim=-1).flatten(1)  # V x (n, 3, R, R) -> (n, 3, R, V*R) -> (n, P)
+
+
+Sizes = int | tuple[tuple[int, int], ...]  # the side of square pictures of one size, or each camera's H, W
+
+
+def sizes_of(pictures: list[tuple[int, int]]) -> Sizes:
+    """Say how big the cameras' pictures are."""
+    sides = {side for size in pictures for side in size}
+    return sides.pop() if len(sides) == 1 else tuple(pictures)
+
+
+def in_words(size: Sizes) -> str:
+    return f"{size}-pixel" if isinstance(size, int) else " and ".join(f"{h} x {w}" for h, w in size)
+
+
+def as_tensor(size: Sizes) -> Tensor:
+    return torch.tensor([size] if isinstance(size, int) else size)
+
+
+def from_tensor(size: Tensor) -> Sizes:
+    return int(size) if size.numel() == 1 else tuple(map(tuple, size.tolist()))
 
 
 # ---- encoders -----------------------------------------------------------------------------------------
@@ -228,16 +248,18 @@ class Encoder:
     """What `PCA` and `Learned` share: the check of sizes, and standardising."""
 
     config: WorldConfig
-    size: int
+    size: Sizes
     stats: WorldStats
 
     def pictures(self, frames: Tensor | Mapping[str, Tensor]) -> list[Tensor]:
         """Return the cameras' pictures; ValueError for another size, which would shrink differently."""
         pictures = views(frames, self.config)
-        if pictures[0].shape[-1] != self.size:
+        found = sizes_of([tuple(picture.shape[-2:]) for picture in pictures])
+        if found != self.size:
+            how = f"render with --size {self.size}" if isinstance(self.size, int) else "give it such ones"
             raise Refused(
-                f"the world encoder was fitted on {self.size}-pixel pictures, got {tuple(pictures[0].shape)}:"
-                f" render with --size {self.size}"
+                f"the world encoder was fitted on {in_words(self.size)} pictures, got {in_words(found)} ones:"
+                f" {how}"
             )
         return pictures
 
@@ -262,8 +284,8 @@ class PCA(Encoder):
     """The first D principal directions of shrunk pictures: deterministic, and it can be inverted."""
 
     config: WorldConfig
-    size: int
-    """Side S of the pictures that it was fitted on; others are refused, since they shrink differently."""
+    size: Sizes
+    """Of the pictures that it was fitted on; others are refused, since they shrink differently."""
     mean: Tensor
     """(P,) float32, the mean picture in [0, 1]."""
     components: Tensor
@@ -290,10 +312,11 @@ class PCA(Encoder):
 
     def state(self) -> dict[str, Tensor]:
         """Return all that `encoder_from_state` needs besides the config, as tensors."""
-        size = torch.tensor([self.size])
-        return {"pca.size": size, "pca.mean": self.mean, "pca.components": self.components} | (
-            self.stats_state()
-        )
+        return {
+            "pca.size": as_tensor(self.size),
+            "pca.mean": self.mean,
+            "pca.components": self.components,
+        } | (self.stats_state())
 
 
 @dataclass(eq=False)
@@ -328,8 +351,8 @@ class Learned(Encoder):
     """A frozen network's vectors, the cameras' end to end."""
 
     config: WorldConfig
-    size: int
-    """Side S of the pictures that its statistics are of."""
+    size: Sizes
+    """Of the pictures that its statistics are of."""
     backbone: Backbone
     stats: WorldStats | None
     """None until all rows of a cache are there."""
@@ -348,7 +371,7 @@ class Learned(Encoder):
     def state(self) -> dict[str, Tensor]:
         """Return all that `encoder_from_state` needs besides config and weights, as tensors."""
         facts = torch.tensor(list(json.dumps(self.backbone.facts).encode()), dtype=torch.uint8)
-        return {"learned.size": torch.tensor([self.size]), "learned.facts": facts} | self.stats_state()
+        return {"learned.size": as_tensor(self.size), "learned.facts": facts} | self.stats_state()
 
 
 def encoder_from_state(
@@ -359,10 +382,21 @@ def encoder_from_state(
     Args: policy, whose tower `siglip` is.
     """
     tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
-    stats = WorldStats(*(tensors[f"stats.{name}"] for name in ("mean", "std", "dim_std")))
+    own = ("pca.size", "pca.mean", "pca.components")
+    own = own if config.world_encoder == "pca" else ("learned.size", "learned.facts")
+    statistics = [f"stats.{name}" for name in ("mean", "std", "dim_std")]
+    if lacking := sorted({*own, *statistics} - set(tensors)):
+        raise Refused(
+            f"the stored world encoder lacks {', '.join(lacking)}: it is damaged, or of another kind"
+        )
+    stats = WorldStats(*(tensors[name] for name in statistics))
     if config.world_encoder != "pca":
         backbone = open_backbone(config, policy)
-        stored = json.loads(bytes(tensors["learned.facts"].tolist()))
+        try:
+            shape = dict.fromkeys(("weights", "pooling", "model"), str)
+            stored = parse_json(bytes(tensors["learned.facts"].tolist()), shape)
+        except ValueError as error:
+            raise Refused(f"the stored world encoder's facts are damaged: {error}") from error
         for field in ("weights", "pooling"):
             if stored[field] != backbone.facts[field]:
                 raise Refused(
@@ -370,14 +404,16 @@ def encoder_from_state(
                     f" {stored['model']}, {config.latent_model or 'the policy'} has {backbone.facts[field]}:"
                     " name the model that it was trained with by --world-model"
                 )
-        return Learned(config, int(tensors["learned.size"]), backbone, stats)
+        return Learned(config, from_tensor(tensors["learned.size"]), backbone, stats)
     shape, wanted = tuple(tensors["pca.components"].shape), (config.world_dim, config.latent_pixels)
     if shape != wanted:
         raise Refused(
             f"the stored world encoder has components {shape}, but --world-dim, --world-resolution and"
             f" --world-camera ask for {wanted}: use those that it was made with"
         )
-    return PCA(config, int(tensors["pca.size"]), tensors["pca.mean"], tensors["pca.components"], stats)
+    return PCA(
+        config, from_tensor(tensors["pca.size"]), tensors["pca.mean"], tensors["pca.components"], stats
+    )
 
 
 def principal(pixels: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -477,7 +513,7 @@ def folder_backbone(config: WorldConfig) -> Backbone:
 
     def run(network: nn.Module, pictures: Tensor) -> Tensor:
         flat = pictures.flatten(0, -4).float() / 255  # (n, m, 3, S, S) -> (n*m, 3, S, S)
-        if flat.shape[-1] != side:
+        if flat.shape[-2:] != (side, side):
             flat = F.interpolate(flat, size=side, mode=mode, antialias=True, align_corners=False)
         x = ((flat - mean.to(flat)) / std.to(flat)).unflatten(0, (len(pictures), -1))  # (n, m, 3, side, side)
         if encoder == "dinov2":

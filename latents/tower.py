@@ -25,18 +25,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from files import Refused
+from files import Refused, read_json, replace_text
 from latents import blocks
 from latents.blocks import (
     Layout,
@@ -56,10 +58,10 @@ from readers.selection import DataConfig
 from smolvla import kernels
 from smolvla.processor import Processor
 
-FORMAT = 1  # raised when the files are laid out in another way
+FORMAT = 2  # raised when the files are laid out in another way
 PICTURES = 1  # raised when anything changes between a stored picture and what the tower sees
 BLOCK = 32  # frames of one pass of the tower
-ROWS, SIDECAR = "features.bin", "features.json"
+ROWS, SIDECAR, CHECKS = "features.bin", "features.json", "crc.npy"
 KINDS = {"bfloat16": np.int16, "float32": np.float32}  # numpy has no bfloat16: its 16 bits, as they are
 # Of the tower's sizes, those that its weights' shapes leave open.
 SIZES = ("image_size", "vision_size", "patch_size", "scale_factor", "vision_heads", "vision_eps")
@@ -120,6 +122,8 @@ class Features:
     """The sidecar: what a run must agree with."""
     rows: np.ndarray
     """(F, V, n, W), float32 or the 16 bits of bfloat16, memory-mapped."""
+    crc: np.ndarray
+    """(F,) uint32, of each frame's rows: looked at when they are read, and starting a run costs nothing."""
 
     @classmethod
     def open(cls, path: Path) -> Features:
@@ -132,7 +136,15 @@ class Features:
         if size != row_bytes(stored):
             has = f"{size:,} bytes instead of {row_bytes(stored):,}"
             raise Refused(f"features {path} are damaged ({ROWS} has {has}): delete {path} and {run}")
-        return cls(path, stored, np.memmap(rows, KINDS[stored["dtype"]], "r", shape=row_shape(stored)))
+        rows = np.memmap(rows, KINDS[stored["dtype"]], "r", shape=row_shape(stored))
+        try:
+            crc = np.load(path / CHECKS)
+        except (OSError, ValueError, EOFError) as error:
+            lost = f"features {path}: {CHECKS} is missing or damaged"
+            raise Refused(f"{lost} ({error}): delete {path} and {run}") from error
+        if crc.shape != rows.shape[:1] or crc.dtype != np.uint32:
+            raise Refused(f"features {path}: {CHECKS} is not one CRC a frame: delete {path} and {run}")
+        return cls(path, stored, rows, crc)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -158,20 +170,30 @@ class Features:
         self.check(tower_identity(policy, str(tower[0].dtype).removeprefix("torch.")))
 
     def batch(self, index: np.ndarray) -> dict[str, Tensor]:
-        """Gather these frames' tokens from the map: camera -> (B, n, W)."""
-        rows = torch.from_numpy(np.asarray(self.rows[index]))  # (B, V, n, W)
+        """Gather these frames' tokens from the map: camera -> (B, n, W). Refused where one is damaged."""
+        rows = np.ascontiguousarray(self.rows[index])  # (B, V, n, W)
+        for frame, row, crc in zip(index, rows, self.crc[index], strict=True):
+            if zlib.crc32(row) != crc:
+                raise Refused(
+                    f"features {self.path} are damaged (frame {frame} of {ROWS} has other bytes than "
+                    f"written): delete {self.path} and run the same command with --prepare"
+                )
+        rows = torch.from_numpy(rows)
         return dict(zip(self.stored["cameras"], rows.view(getattr(torch, self.stored["dtype"])).unbind(1)))
+
+
+SHAPE = {
+    **dict.fromkeys(("rows", "tokens", "width"), int),
+    **{"cameras": [str], "dtype": Literal["bfloat16", "float32"], "checks": {str: [int]}},
+}
 
 
 def read_sidecar(folder: Path, again: str) -> dict[str, Any]:
     """Read what a cache was made from; Refused where it is missing or damaged."""
     try:
-        stored = json.loads((folder / SIDECAR).read_text())
-        row_bytes(stored), stored["checks"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
-        raise Refused(f"features {folder} are missing or damaged ({cause}): {again}") from error
-    return stored
+        return read_json(folder / SIDECAR, SHAPE)
+    except Refused as error:
+        raise Refused(f"features {folder} are missing or damaged ({error}): {again}") from error
 
 
 def row_shape(stored: dict[str, Any]) -> tuple[int, int, int, int]:
@@ -234,6 +256,15 @@ def write_blocks(
     blocks.write_blocks(part, layout_of(wanted), read, compute, rank, ranks)
 
 
+def seal(part: Path) -> None:
+    """Write the CRC of each frame's rows beside them."""
+    stored = read_sidecar(part, "run again")
+    rows = np.memmap(part / ROWS, KINDS[stored["dtype"]], "r", shape=row_shape(stored))
+    content = io.BytesIO()
+    np.save(content, np.array([zlib.crc32(row) for row in rows], np.uint32))
+    replace_text(part / CHECKS, content.getvalue())
+
+
 @torch.no_grad()
 def encode(policy: SmolVLA, processor: Processor, pictures: dict[str, Tensor]) -> Tensor:
     """Run the tower on pictures (b, 3, S, S) uint8 by camera, as training does: (b, V, n, W)."""
@@ -274,7 +305,10 @@ def write(
         demos = with_checks(demos, rank, ranks)
     wanted = tower | data_identity(demos)
     if there:
-        compare(Features.open(path).stored, wanted, again.format(path), f"features {path}")
+        features = Features.open(path)
+        compare(features.stored, wanted, again.format(path), f"features {path}")
+        for start in range(rank * BLOCK, len(demos), ranks * BLOCK):
+            features.batch(np.arange(start, min(start + BLOCK, len(demos))))
     else:
         if rank == 0:
             open_part(part, wanted)
@@ -282,6 +316,11 @@ def write(
         write_blocks(part, policy, processor, demos, rank, ranks)
         wait_for_ranks()
         if rank == 0:
+            try:
+                seal(part)
+            except (OSError, Refused):
+                if not path.exists():  # else another process was faster, and it has written the same bits
+                    raise
             finish(part, path)
     seconds = time.perf_counter() - start
     return f"{'checked' if there else 'wrote'} {path}: {len(demos):,} frames in {seconds:.1f} s"

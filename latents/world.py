@@ -35,18 +35,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from files import Refused
+from files import Refused, read_json, replace_text
 from latents import blocks
 from latents.blocks import Layout, agree, cache_folder, compare, part_of, with_checks
 from latents.encoders import (
     PCA,
     Backbone,
     Learned,
+    Sizes,
     WorldConfig,
     WorldStats,
+    as_tensor,
     encoder_from_state,
+    from_tensor,
+    in_words,
     principal,
     shrink,
+    sizes_of,
     views,
 )
 from ranks import wait_for_ranks
@@ -121,9 +126,19 @@ def fitted_on(demos: Demos, config: WorldConfig) -> np.ndarray:
     return np.flatnonzero(~np.isin(demos.episode, config.held_out))
 
 
-def picture_size(demos: Demos, config: WorldConfig) -> int:
-    """S of the data."""
-    return demos.images[config.latent_cameras[0]].shape[1]
+def picture_size(demos: Demos, config: WorldConfig) -> Sizes:
+    """How big the data's pictures are."""
+    check_cameras(demos, config)
+    return sizes_of([tuple(demos.images[camera].shape[1:3]) for camera in config.latent_cameras])
+
+
+def scaled(demos: Demos, config: WorldConfig) -> str:
+    """Say how pictures that are not square, or not of one size, are brought to the encoder's side; or ""."""
+    size = picture_size(demos, config)
+    if isinstance(size, int):
+        return ""
+    side, margin = config.world_resolution, " with a margin" * (config.world_encoder == "siglip")
+    return f"world latents: pictures of {in_words(size)} are scaled whole to {side} x {side}{margin}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -185,10 +200,10 @@ def missing(path: Path, config: WorldConfig, backbone: Backbone) -> Refused:
     identity, nearest = identity_of(config, backbone), None
     for other in sorted(path.parent.glob(f"{path.name.rsplit('_', 1)[0]}_*/{SIDECAR}")):
         try:
-            stored = json.loads(other.read_text())
-            differ = [field for field, value in identity.items() if stored.get(field) != value]
-        except (OSError, ValueError, AttributeError):
+            stored = read_json(other)
+        except Refused:
             continue
+        differ = [field for field, value in identity.items() if stored.get(field) != value]
         if not other.parent.name.endswith(".part") and (nearest is None or len(differ) < len(nearest[0])):
             nearest = differ, other.parent, stored
     if nearest and nearest[0]:
@@ -229,7 +244,7 @@ def made_from(demos: Demos, config: WorldConfig, backbone: Backbone | None) -> d
     """Return what a cache must agree on with the run that opens it, but for the statistics, as JSON."""
     return {
         **identity_of(config, backbone),
-        "size": picture_size(demos, config),
+        "size": as_tensor(size).tolist() if isinstance(size := picture_size(demos, config), tuple) else size,
         "fingerprint": demos.fingerprint_of(config.latent_cameras),
         "rows": len(demos),
     }
@@ -254,7 +269,7 @@ def open_cache(path: Path, demos: Demos, config: WorldConfig, backbone: Backbone
     if blocks.unfinished(path):
         raise Refused(f"world cache {path} is not finished: run the same command with --prepare")
     try:
-        stored = json.loads((path / SIDECAR).read_text())
+        stored = read_json(path / SIDECAR, {"crc?": {str: int}})
         rows = np.load(path / ROWS, mmap_mode="r")
         tensors = load_file(path / ENCODER)
     except (OSError, ValueError, EOFError, SafetensorError) as error:
@@ -266,7 +281,7 @@ def open_cache(path: Path, demos: Demos, config: WorldConfig, backbone: Backbone
         encoder = encoder_from_state(tensors, config)
     else:
         stats = WorldStats(*(tensors[f"stats.{name}"] for name in ("mean", "std", "dim_std")))
-        encoder = Learned(config, int(tensors["learned.size"]), backbone, stats)
+        encoder = Learned(config, from_tensor(tensors["learned.size"]), backbone, stats)
     compare(stored, made_from(demos, config, backbone) | stats_json(encoder.stats), again)
     if rows.shape != (len(demos), config.world_dim) or rows.dtype != np.float32:
         raise Refused(
@@ -356,15 +371,15 @@ def open_part(
     wanted, again = made_from(demos, config, backbone), f"delete {part} and run again"
     if (part / SIDECAR).is_file():
         try:
-            stored = json.loads((part / SIDECAR).read_text())
-        except (OSError, ValueError) as error:
+            stored = read_json(part / SIDECAR)
+        except Refused as error:
             raise Refused(f"unfinished world cache {part} is damaged ({error}): {again}") from error
         compare(stored, wanted, again, f"unfinished world cache {part}")
     blocks.lay_out(part, layout, wanted)
     if backbone is None and not (part / ENCODER).is_file():
         (part / blocks.MARKS).write_bytes(bytes(layout.blocks))  # what is there was another fit's
         # Where several processes fit at once, the first one's counts for all.
-        blocks.write_beside(part / ENCODER, save(fit(demos, config).state()), keep=True)
+        blocks.write_once(part / ENCODER, save(fit(demos, config).state()))
 
 
 def read_pca(part: Path, config: WorldConfig) -> PCA:
@@ -381,10 +396,10 @@ def complete(part: Path, encoder: PCA | Learned, among: np.ndarray | None = None
         encoder = dataclasses.replace(
             encoder, stats=WorldStats.of_each(rows if among is None else rows[among])
         )
-        blocks.write_beside(part / ENCODER, save(encoder.state()))
-    stored = json.loads((part / SIDECAR).read_text()) | stats_json(encoder.stats)
+        replace_text(part / ENCODER, save(encoder.state()))
+    stored = read_json(part / SIDECAR) | stats_json(encoder.stats)
     stored["crc"] = checksums(part, rows)
-    blocks.write_beside(part / SIDECAR, json.dumps(stored, indent=1).encode() + b"\n")
+    replace_text(part / SIDECAR, json.dumps(stored, indent=1) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -27,6 +27,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from files import Refused
+from readers.problems import wrong_statistics
+
+NOOP = 1e-4  # length of an action that moves nothing, as openvla has it
+
 
 @dataclass(frozen=True, eq=False)
 class Demos:
@@ -45,9 +50,9 @@ class Demos:
     last: np.ndarray
     """(E,) int64: the last frame of each episode, itself included."""
     task: np.ndarray
-    """(E,) int64: the episode's place in `tasks`."""
+    """(F,) int64: the place of each frame's instruction in `tasks`; it may change within an episode."""
     tasks: list[str]
-    """The instruction of each task file."""
+    """All instructions: each task file's, or each task_index's."""
     provenance: list[dict[str, Any]]
     """One record per task file, JSON-able: how it was recorded and from which init states."""
     files: list[dict[str, Any]] = field(default_factory=list)
@@ -58,6 +63,8 @@ class Demos:
     """The statistics that come with the data set, where they are complete and all of it is here."""
     renamed: dict[str, str] = field(default_factory=dict)
     """Cameras whose name is another one in the data: that name -> the one in `images`."""
+    numbers: np.ndarray | None = None
+    """(E,) int64: the episodes' own numbers, where they are not 0 .. E-1."""
 
     def __len__(self) -> int:
         """Return the number of frames F."""
@@ -71,7 +78,10 @@ class Demos:
     def fingerprint_of(self, cameras: Iterable[str]) -> str:
         """Name actions, states, instructions, boundaries and these cameras' pictures (all pixels, one CRC an
         episode): what was made from one camera stays good when another is loaded as well."""
-        digest = hashlib.sha256(json.dumps([self.tasks, self.task.tolist(), self.first.tolist()]).encode())
+        task = self.task[self.first]
+        if (self.task != task[self.episode]).any():
+            task = self.task
+        digest = hashlib.sha256(json.dumps([self.tasks, task.tolist(), self.first.tolist()]).encode())
         for array in (self.state, self.action):
             digest.update(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
         for camera in sorted(cameras):
@@ -110,9 +120,46 @@ class Demos:
             for name, pictures in self.images.items()
         }
         parts = {"images": images, "state": self.state[rows], "action": self.action[rows], "episode": episode}
-        parts |= {"first": first, "last": last, "task": self.task[episodes], "own_stats": None}
+        parts |= {"first": first, "last": last, "task": self.task[rows], "own_stats": None}
+        parts |= {"numbers": None if self.numbers is None else self.numbers[episodes]}
         checks = {name: [found[e] for e in episodes] for name, found in self.checks.items()}
         return replace(self, **parts, checks=checks)
+
+    @property
+    def noops(self) -> np.ndarray:
+        """(F,) bool: frames whose action does nothing, as openvla's "no_noops" data sets have it: the arm
+        stays, and the gripper's command is that of the frame before, of those that do something."""
+        still = np.linalg.norm(self.action[:, :-1], axis=1) < NOOP
+        grip, begins = self.action[:, -1], set(self.first.tolist())
+        does, command = ~still, None
+        for row in range(len(self)):
+            command = None if row in begins else command
+            does[row] |= command is not None and grip[row] != command
+            command = grip[row] if does[row] else command
+        return ~does
+
+    def without_noops(self) -> Demos:
+        """Leave those out. Raises Refused where an episode has no other frames."""
+        keep = ~self.noops
+        kept = [np.flatnonzero(keep[a : b + 1]) for a, b in zip(self.first, self.last)]
+        numbers = range(len(kept)) if self.numbers is None else self.numbers
+        if empty := [number for number, steps in zip(numbers, kept) if not len(steps)]:
+            raise Refused(f"--drop-noops leaves nothing of episode {empty[0]}: leave it out with --episodes")
+        episode, first, last = boundaries(map(len, kept))
+        images = {}
+        for name, pictures in self.images.items():
+            assert isinstance(pictures, StoredPictures), "before pictures are read"
+            shape = (len(episode), *pictures.shape[1:])
+            images[name] = replace(pictures, shape=shape, first=first, steps=kept)
+        dropped = {"noops": f"{(~keep).sum():,} of {len(self):,} frames dropped"}
+        parts = {name: getattr(self, name)[keep] for name in ("state", "action", "task")}
+        parts |= {"images": images, "episode": episode, "first": first, "last": last, "own_stats": None}
+        return replace(self, **parts, provenance=[record | dropped for record in self.provenance])
+
+    @property
+    def step(self) -> np.ndarray:
+        """(F,) int64: each frame's step in its episode."""
+        return np.arange(len(self)) - self.first[self.episode]
 
     def chunk(self, index: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
         """Return the actions t .. t+length-1 (B, C, A) float32 and is_pad (B, C) bool: past the end the last
@@ -138,7 +185,7 @@ class Demos:
 
     def instruction(self, index: np.ndarray) -> list[str]:
         """Return each frame's instruction."""
-        return [self.tasks[task] for task in self.task[self.episode[self._check(index)]]]
+        return [self.tasks[task] for task in self.task[self._check(index)]]
 
     def batch(self, index: np.ndarray, chunk: int, cameras: Iterable[str]) -> dict[str, Any]:
         """Return a batch under lerobot's names: pictures (B, 3, S, S) uint8 by camera, observation.state
@@ -178,6 +225,8 @@ class StoredPictures:
     """(E,) int64: the first frame of each episode."""
     read: Callable[[Any, np.ndarray], np.ndarray]
     """The layout's own: an episode's place and steps (n,) -> pictures (n, S, S, 3), the right way up."""
+    steps: list[np.ndarray] | None = None
+    """Each episode's steps in the files, where some are left out."""
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         """Read pictures (n, S, S, 3)."""
@@ -186,7 +235,9 @@ class StoredPictures:
         episode = np.searchsorted(self.first, rows, side="right") - 1
         for number in np.unique(episode):
             here = np.flatnonzero(episode == number)
-            out[here] = self.read(self.places[number], rows[here] - self.first[number])
+            steps = rows[here] - self.first[number]
+            steps = steps if self.steps is None else self.steps[number][steps]
+            out[here] = self.read(self.places[number], steps)
         return out
 
     def __len__(self) -> int:
@@ -197,7 +248,9 @@ class StoredPictures:
         ends = np.append(self.first[1:], self.shape[0])
         _, first, last = boundaries((ends - self.first)[episodes])
         places = [self.places[e] for e in episodes]
-        return replace(self, shape=(int(last[-1]) + 1, *self.shape[1:]), places=places, first=first)
+        steps = None if self.steps is None else [self.steps[e] for e in episodes]
+        shape = (int(last[-1]) + 1, *self.shape[1:])
+        return replace(self, shape=shape, places=places, first=first, steps=steps)
 
 
 def boundaries(lengths: Iterable[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -222,25 +275,36 @@ def available_memory() -> int | None:
 
 # ---- statistics --------------------------------------------------------------------------------------
 
+QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
 
-def chosen_statistics(demos: Demos) -> tuple[dict[str, dict[str, Tensor]], str]:
-    """Return the statistics that a fresh policy takes, and a line that says where they come from."""
-    if demos.own_stats is None:
-        return statistics(demos), f"computed from these {len(demos):,} frames"
-    stats = {
-        name: {
+
+def chosen_statistics(demos: Demos, computed: bool = False) -> tuple[dict[str, dict[str, Tensor]], str]:
+    """Return the statistics that a policy takes of its data, and a line that says where they come from.
+
+    Args: computed, whether to leave the data set's own aside. Raises Refused where these are of other data.
+    """
+    stats, words = statistics(demos), f"computed from these {len(demos):,} frames"
+    if demos.own_stats is None or computed:
+        return stats, words
+    for problem in wrong_statistics("meta/stats.json", demos.own_stats, stats):
+        raise Refused(problem)
+    for name, values in demos.own_stats.items():  # what they lack, older ones have no quantiles, is computed
+        stats[name] |= {
             key: torch.from_numpy(value).to(torch.int64 if key == "count" else torch.float32)
             for key, value in values.items()
         }
-        for name, values in demos.own_stats.items()
-    }
     return stats, "the data set's own, meta/stats.json"
 
 
 def statistics(demos: Demos) -> dict[str, dict[str, Tensor]]:
-    """Return float32 mean, std (population), min, max and int64 count (1,), under lerobot's names."""
+    """Return the statistics of states and actions, under lerobot's names."""
+    return statistics_of({"observation.state": demos.state, "action": demos.action})
+
+
+def statistics_of(features: dict[str, np.ndarray]) -> dict[str, dict[str, Tensor]]:
+    """Return float32 mean, std (population), min, max and quantiles of each (F, D), int64 count (1,)."""
     stats = {}
-    for name, values in (("observation.state", demos.state), ("action", demos.action)):
+    for name, values in features.items():
         exact = torch.from_numpy(values).double()
         stats[name] = {
             "mean": exact.mean(0).float(),
@@ -249,4 +313,6 @@ def statistics(demos: Demos) -> dict[str, dict[str, Tensor]]:
             "max": exact.amax(0).float(),
             "count": torch.tensor([len(values)]),
         }
+        found = np.quantile(exact.numpy(), list(QUANTILES.values()), axis=0).astype(np.float32)
+        stats[name] |= {key: torch.from_numpy(row.copy()) for key, row in zip(QUANTILES, found)}
     return stats

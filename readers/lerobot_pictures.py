@@ -2,8 +2,8 @@
 
 A picture is decoded when it is asked for: of parquet only its row group is read, of a video only the frames
 from the key frame on. Each process keeps the last few files open. A video frame is the one whose presentation
-time lies nearest to `begins` + step / fps, and no further off than TOLERANCE. Presentation times come from
-the packets, so B-frames and cuts are seen for what they are.
+time lies nearest to its row's, and no further off than TOLERANCE or --nearest-frame. Presentation times come
+from the packets, so B-frames and cuts are seen for what they are.
 
     python -m bench data                                   # how fast
 
@@ -11,6 +11,7 @@ Shapes: H and W a picture's sides, n pictures of a call.
 Source: the format as lerobot 0.6.1 writes and reads it (github.com/huggingface/lerobot, datasets/).
 """
 
+import errno
 import io
 import os
 import threading
@@ -30,6 +31,7 @@ from PIL import Image, UnidentifiedImageError
 from files import Refused
 
 TOLERANCE = 1e-4  # seconds between the time that is asked for and a frame's own, lerobot's default
+RATE = 0.02  # how far a camera's rate may be off its label, of it, with --nearest-frame
 AHEAD = 8  # frames that are decoded and dropped rather than looked for again from a key frame
 OPEN_FILES = 8  # parquet files and videos that each process keeps open
 OPEN_GROUPS = 4  # row groups of pictures, still compressed, that each process keeps in memory
@@ -46,6 +48,10 @@ def readable(path: Path) -> Iterator[None]:
         raise Refused(f"{path} is missing, but meta/ speaks of it: {COPY_AGAIN}") from error
     except (pa.ArrowException, OSError, av.error.FFmpegError) as error:
         cause = " ".join(str(error).split())
+        if (
+            isinstance(error, OSError) and error.errno in errno.errorcode
+        ):  # locked, not ours to read, a bad disk
+            raise Refused(f"{path} cannot be read: {os.strerror(error.errno)}") from error
         raise Refused(f"{path} is truncated or damaged ({cause}): {COPY_AGAIN}") from error
 
 
@@ -189,15 +195,35 @@ def check_shape(seen: tuple[int, ...], wanted: tuple[int, ...] | None, where: st
 
 
 @dataclass(frozen=True)
-class VideoPlace:
-    """An episode's pictures in a video."""
+class VideoFile:
+    """A video that holds episodes end to end."""
 
     path: Path
     begins: float
-    """Where the episode begins, seconds."""
-    fps: float
+    """Where meta/ has the first of its episodes begin, seconds."""
+    frames: int
+    """Of all its episodes."""
+    far: float = TOLERANCE
+    """How far a frame may lie off its row's time, seconds: less than half of a frame's."""
+
+
+@dataclass(frozen=True, eq=False)
+class VideoPlace:
+    """An episode's pictures in a video."""
+
+    file: VideoFile
+    episode: int
+    """Its own number, for messages."""
+    row: int
+    """Its first frame in the video, if none is lost there."""
+    times: np.ndarray
+    """(n,) where each step lies in the video, by its row's timestamp, seconds."""
     shape: tuple[int, int, int] | None = None
     """H, W, 3 of every picture of this camera; None: not known yet."""
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
 
 
 class Video:
@@ -218,23 +244,35 @@ class Video:
         self.decoder: Iterator[av.VideoFrame] = iter(())
         self.at: int | None = None  # the frame, in the order shown, that was decoded last
 
-    def number(self, seconds: np.ndarray) -> np.ndarray:
-        """Return the frames nearest to these times; Refused where one is further off than TOLERANCE."""
+    def number(self, place: VideoPlace, steps: np.ndarray) -> np.ndarray:
+        """Return the frames (n,) nearest to these steps' times; Refused where one is too far off."""
+        far, loose = place.file.far, place.file.far > TOLERANCE
+        # Where frames may lie off, all of the episode's must fit: with a drift, a neighbour's would, late.
+        looked = np.arange(len(place.times)) if loose else steps
+        seconds = place.times[looked]
         if not len(self.pts):
             raise Refused(f"{self.path} has no frames: {COPY_AGAIN}")
         times = self.pts * float(self.stream.time_base)
+        if len(times) == place.file.frames:
+            if place.file.begins <= TOLERANCE:  # its first frame is the first row's
+                times = times - times[0]
+            if loose and fits_in_order(times, place):
+                return place.row + steps
         after = np.searchsorted(times, seconds).clip(1, max(len(times) - 1, 1))
         after = after.clip(max=len(times) - 1)
         before = np.maximum(after - 1, 0)
         nearest = np.where(seconds - times[before] <= times[after] - seconds, before, after)
-        far = np.abs(times[nearest] - seconds)
-        if far.max(initial=0) > TOLERANCE:
-            lost = int((far > TOLERANCE).argmax())
+        off = np.abs(times[nearest] - seconds)
+        if off.max(initial=0) > far:
+            lost = int((off > far).argmax())
+            near = off.max() < np.diff(times).mean() / 2
+            flag = "--nearest-frame 0.4 takes frames that are a little off, " * bool(near)
             raise Refused(
-                f"{self.path} has no frame at {seconds[lost]:.4f} s, the nearest of {len(times):,} is at"
-                f" {times[nearest[lost]]:.4f} s: {COPY_AGAIN}"
+                f"{self.path} has no frame at {seconds[lost]:.4f} s, step {looked[lost]} of episode "
+                f"{place.episode}, the nearest of {len(times):,} is at {times[nearest[lost]]:.4f} s: "
+                f"{flag}--episodes leaves the episode out, or {COPY_AGAIN}"
             )
-        return nearest
+        return nearest[steps] if loose else nearest
 
     def read(self, numbers: np.ndarray) -> Iterator[np.ndarray]:
         """Yield frames (H, W, 3) uint8 by number; rising numbers are read with the fewest jumps."""
@@ -267,6 +305,16 @@ class Video:
             key -= 1
 
 
+def fits_in_order(times: np.ndarray, place: VideoPlace) -> bool:
+    """Say whether a video with a frame for each row, at these times (n,), shows an episode at a rate that is
+    nearly its label's: but for that drift every frame lies within what is allowed."""
+    own, wanted = times[place.row : place.row + len(place.times)], place.times
+    off = own - wanted
+    drift = np.polyval(np.polyfit(wanted - wanted[0], off, 1), wanted - wanted[0]) if len(off) > 2 else off
+    most = place.file.far + RATE * (wanted - place.file.begins)
+    return bool((np.abs(off - drift) <= place.file.far).all() and (np.abs(off) <= most).all())
+
+
 @lru_cache(OPEN_FILES)
 def open_video(name: tuple) -> Video:
     return Video(Path(name[0]))
@@ -279,7 +327,7 @@ def count_frames(path: Path) -> int:
 
 def frame_numbers(place: VideoPlace, steps: np.ndarray) -> np.ndarray:
     """Return the frames of the video that are an episode's steps (n,), without decoding them."""
-    return open_video(stamp(place.path)).number(place.begins + steps / place.fps)
+    return open_video(stamp(place.path)).number(place, steps)
 
 
 def read_video(place: VideoPlace, steps: np.ndarray) -> np.ndarray:

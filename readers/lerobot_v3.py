@@ -1,8 +1,8 @@
 """LeRobot data sets, version 3 -> episodes: vectors from parquet, pictures from PNG in parquet or from video.
 
-Small tables are read whole: meta/, and of data/ all columns that are no pictures. Pictures stay in the files
-until they are asked for (lerobot_pictures.py), and are upright as they are stored. Which file holds an
-episode is said by the episode's own row, for the data and for each camera independently.
+Of meta/ (lerobot_meta.py) all is read, of data/ all columns that are no pictures, and only those files that
+hold an episode that is asked for. Pictures stay in the files until they are asked for (lerobot_pictures.py),
+and are upright as they are stored. Which frame of a video belongs to a row, its timestamp says.
 
     python data.py inspect tests/lerobot_v3/L_video/dataset   # what is in a data set
     python data.py check tests/lerobot_v3/L_video/dataset     # what is wrong with it
@@ -12,10 +12,10 @@ Source: the format as lerobot 0.6.1 writes and reads it (github.com/huggingface/
 """
 
 import json
-import re
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,337 +25,319 @@ import pyarrow.parquet as pq
 
 from files import Refused, inside
 from readers.demos import Demos, StoredPictures, boundaries
-from readers.lerobot_pictures import COPY_AGAIN, ImagePlace, VideoPlace, read_images, read_video, readable
-from readers.selection import camera_key
+from readers.lerobot_meta import (
+    Episodes,
+    camera_features,
+    data_file,
+    read_episodes,
+    read_info,
+    read_stats,
+    read_table,
+    read_tasks,
+    vectors,
+    video_file,
+)
+from readers.lerobot_pictures import (
+    COPY_AGAIN,
+    TOLERANCE,
+    ImagePlace,
+    VideoFile,
+    VideoPlace,
+    read_images,
+    read_video,
+    readable,
+)
+from readers.problems import far_values, not_finite
+from readers.selection import DataConfig, camera_key
 
 STATE, ACTION = "observation.state", "action"
+SAID = ("task", "language_instruction")  # columns in which some sets repeat each row's instruction
 COUNTERS = ("index", "episode_index", "frame_index", "task_index")
-CONVERT = "convert a copy with lerobot's convert_dataset_v21_to_v30"
-FIELD = re.compile(r"\{(chunk_index|file_index|video_key)(:0?\dd?)?\}")  # of the names of files in info.json
 CONTROL_RATE = "fps is the label of the data set; LIBERO's control rate is 20 Hz"
 
 
 # ------------------------------------------------------------------------------------------------------------
-# metadata
+# rows
 
 
-def read_info(root: Path) -> dict[str, Any]:
-    """Read meta/info.json; ValueError for other versions and for what no data set can lack."""
-    path = root / "meta" / "info.json"
-    try:
-        info = json.loads(path.read_text())
-        version = info["codebase_version"]
-        info["features"].items(), int(info["fps"]), info["data_path"]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
-        raise Refused(f"{path} is missing or damaged ({cause}): {COPY_AGAIN}") from error
-    if str(version).startswith(("v2.", "v1.")):
-        raise Refused(f"{root} is a LeRobot data set of version {version}, v3.0 is read here: {CONVERT}")
-    if not str(version).startswith("v3."):
-        raise Refused(
-            f"{root} is a LeRobot data set of version {version}, v3.0 is read here: use a copy in v3.0"
-        )
-    for name in ("data_path", "video_path"):
-        check_pattern(info.get(name), f"{path}: {name}")
-    if info["fps"] <= 0:
-        raise Refused(f"{path}: fps is {info['fps']}, it must be positive: {COPY_AGAIN}")
-    return info
+def read_file(
+    root: Path, info: dict[str, Any], path: Path, places: list[int], episodes: Episodes, options: DataConfig
+) -> dict[str, np.ndarray]:
+    """Read states, actions, times and counters of these episodes' file, under our own names.
 
-
-def check_pattern(pattern: object, where: str) -> None:
-    """Refuse a pattern of files' names that asks for anything but the numbers of LeRobot's own ones."""
-    if pattern is None:  # a data set without videos
-        return
-    bad = not isinstance(pattern, str) or not FIELD.sub("0", pattern).isprintable()
-    if bad or set(FIELD.sub("", pattern)) & set("{}\\:") or ".." in pattern or pattern.startswith("/"):
-        like = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-        raise Refused(f"{where} is {pattern!r}, not like {like}: {COPY_AGAIN}")
-
-
-def camera_features(info: dict[str, Any]) -> dict[str, str]:
-    """Return each camera's feature name and how it is stored, image or video; depth maps are left out."""
-    return {
-        name: feature["dtype"]
-        for name, feature in info["features"].items()
-        if feature.get("dtype") in ("image", "video")
-        and not (feature.get("info") or feature.get("video_info") or {}).get("is_depth_map")
-    }
-
-
-def read_tasks(root: Path) -> dict[int, str]:
-    """Return the instructions by task_index: the text is in the column that isn't the number."""
-    path = root / "meta" / "tasks.parquet"
-    table = read_table(path)
-    text = [name for name in table.column_names if name != "task_index"]
-    if "task_index" not in table.column_names or len(text) != 1:
-        raise Refused(
-            f"{path} should have task_index and one column of text, got {table.column_names}: {COPY_AGAIN}"
-        )
-    tasks = dict(zip(table["task_index"].to_pylist(), table[text[0]].to_pylist()))
-    for number, instruction in tasks.items():
-        if not isinstance(instruction, str) or not instruction.strip():
+    Raises Refused for a wrong count of rows and for a feature that the set calls otherwise.
+    """
+    names = {STATE: options.state, ACTION: options.action} | {name: name for name in COUNTERS}
+    with readable(inside(root, path)), pq.ParquetFile(path) as file:
+        there = file.schema_arrow.names
+        said = [
+            name for name in SAID if name in there and pa.types.is_string(file.schema_arrow.field(name).type)
+        ]
+    for flag, ours in (("state", STATE), ("action", ACTION)):
+        if names[ours] not in there:
+            others = ", ".join(name for name in there if name not in (*COUNTERS, "timestamp"))
             raise Refused(
-                f"{path}: task {number} has no instruction, got {instruction!r}: write one, a policy is blind"
-                " to its task without"
+                f"{path} has no column {names[ours]}, there are {others}: say which is the {flag} with "
+                f"--{flag} NAME; where there is none, write a column of zeros"
             )
-    return {int(number): instruction.strip() for number, instruction in tasks.items()}
-
-
-def read_stats(root: Path, widths: dict[str, int]) -> dict[str, dict[str, np.ndarray]] | None:
-    """Return meta/stats.json's vectors of these features, or None where any of what training needs lacks."""
-    try:
-        stored = json.loads((root / "meta" / "stats.json").read_text())
-        found = {
-            name: {key: np.asarray(value, np.float64) for key, value in stored[name].items()}
-            for name in widths
-        }
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return None
-    for name, width in widths.items():
-        needed = [found[name].get(key) for key in ("mean", "std", "min", "max")]
-        if not all(v is not None and v.shape == (width,) and np.isfinite(v).all() for v in needed):
-            return None
-    return found
+    if "timestamp" in there or episodes.videos:
+        names["timestamp"] = "timestamp"
+    table = read_table(root, path, [*names.values(), *said])
+    wanted = int(episodes.length[places].sum())
+    if len(table) != wanted:
+        ends = episodes.number[places[0]], episodes.number[places[-1]]
+        raise Refused(
+            f"{path} has {len(table):,} rows, its episodes {ends[0]}..{ends[1]} have {wanted:,}: {COPY_AGAIN}"
+        )
+    rows = {ours: vectors(table[name], f"{path}: {name}") for ours, name in names.items()}
+    if "timestamp" in rows:
+        rows["timestamp"] = rows["timestamp"].astype(np.float64)  # added to where a video's part begins
+    for name in said[:1]:
+        rows["said"] = table[name].to_numpy()[:, None]
+    return rows
 
 
 @dataclass(frozen=True, eq=False)
-class Episodes:
-    """meta/episodes, sorted by episode: where each one's rows and pictures lie."""
+class Rows:
+    """What the data files hold of the episodes that are asked for, in their order."""
 
+    keep: np.ndarray
+    """(n,) int64: the episodes' places among all."""
+    values: dict[str, np.ndarray]
+    """Feature, counter or timestamp -> (F, D)."""
     length: np.ndarray
-    """(E,) int64."""
-    data: list[tuple[int, int]]
-    """Each episode's chunk and file of the data."""
-    videos: dict[str, list[tuple[int, int, float]]]
-    """Camera -> each episode's chunk and file of its video, and where it begins in it, seconds."""
-    row: np.ndarray
-    """(E,) int64: each episode's first row in its data file."""
+    """(n,) int64."""
+    number: np.ndarray
+    """(n,) int64: their own numbers."""
 
-    def data_files(self, root: Path, info: dict[str, Any]) -> dict[Path, list[int]]:
-        """Return the data files in order, with the episodes in each."""
-        files: dict[Path, list[int]] = {}
-        for number, place in enumerate(self.data):
-            files.setdefault(data_file(root, info, place), []).append(number)
-        return files
+    @classmethod
+    def of(
+        cls, rows: dict[str, np.ndarray], places: list[int], keep: np.ndarray, episodes: Episodes
+    ) -> "Rows":
+        """Take those of a file's episodes that are asked for."""
+        here = np.isin(places, keep)
+        kept = np.array(places)[here]
+        mask = np.repeat(here, episodes.length[places])
+        values = {name: column[mask] for name, column in rows.items()}
+        return cls(kept, values, episodes.length[kept], episodes.number[kept])
 
+    @property
+    def episode(self) -> np.ndarray:
+        """(F,) the number of each frame's episode."""
+        return np.repeat(self.number, self.length)
 
-def read_episodes(root: Path, info: dict[str, Any], cameras: Iterable[str]) -> Episodes:
-    """Read meta/episodes, the few columns that are needed of it; Refused where it doesn't add up."""
-    folder = root / "meta" / "episodes"
-    files = sorted(folder.glob("chunk-*/file-*.parquet"))
-    if not files:
-        raise Refused(f"no chunk-*/file-*.parquet in {folder}: {COPY_AGAIN}")
-    videos = [name for name in cameras if camera_features(info)[name] == "video"]
-    columns = ["episode_index", "length", "data/chunk_index", "data/file_index", "dataset_from_index"]
-    for name in videos:
-        columns += [f"videos/{name}/{part}" for part in ("chunk_index", "file_index", "from_timestamp")]
-    table = pa.concat_tables([read_table(file, columns) for file in files])
-    found = {name: table[name].to_numpy() for name in columns}
-    order = np.argsort(found["episode_index"], kind="stable")
-    found = {name: values[order] for name, values in found.items()}
-    check_episodes(folder, info, found)
-    data = list(zip(found["data/chunk_index"].tolist(), found["data/file_index"].tolist()))
-    begins = {}  # the first episode of each file
-    for place, start in zip(data, found["dataset_from_index"].tolist()):
-        begins.setdefault(place, start)
-    places = {
-        name: list(
-            zip(
-                *(
-                    found[f"videos/{name}/{p}"].tolist()
-                    for p in ("chunk_index", "file_index", "from_timestamp")
-                )
-            )
-        )
-        for name in videos
-    }
-    row = found["dataset_from_index"] - np.array([begins[place] for place in data])
-    return Episodes(found["length"], data, places, row)
+    @property
+    def step(self) -> np.ndarray:
+        """(F,) each frame's step."""
+        return np.arange(self.length.sum()) - np.repeat(np.cumsum(self.length) - self.length, self.length)
+
+    def each(self, name: str) -> list[np.ndarray]:
+        """Return a column of one number a frame, episode by episode."""
+        return np.split(self.values[name][:, 0], np.cumsum(self.length)[:-1])
 
 
-def check_episodes(folder: Path, info: dict[str, Any], found: dict[str, np.ndarray]) -> None:
-    """Raise Refused where episodes are missing, empty, or other than their own counts say."""
-    numbers, lengths = found["episode_index"], found["length"]
-    total = info.get("total_episodes", len(numbers))
-    if not np.array_equal(numbers, np.arange(total)):
-        odd = (
-            sorted(set(range(total)) ^ set(numbers.tolist())) or numbers[:-1][np.diff(numbers) == 0].tolist()
-        )
-        raise Refused(
-            f"{folder}: episodes should be 0..{total - 1}, each once, but {odd[:5]} are missing, there twice"
-            f" or too many: {COPY_AGAIN}"
-        )
-    if not len(numbers) or lengths.min() < 1:
-        raise Refused(f"{folder}: {len(numbers)} episodes, the shortest of no frames: {COPY_AGAIN}")
-    starts = np.cumsum(lengths) - lengths
-    if not np.array_equal(found["dataset_from_index"], starts):
-        first = int(np.flatnonzero(found["dataset_from_index"] != starts)[0])
-        seen = f"{found['dataset_from_index'][first]}, not {starts[first]} as the lengths before it say"
-        raise Refused(f"{folder}: episode {first} begins at frame {seen}: {COPY_AGAIN}")
-    if info.get("total_frames", lengths.sum()) != lengths.sum():
-        raise Refused(
-            f"{folder}: the episodes have {lengths.sum():,} frames, info.json says {info['total_frames']:,}:"
-            f" {COPY_AGAIN}"
-        )
+def wrong_rows(path: Path, rows: Rows, episodes: Episodes, tasks: dict[int, str] | None) -> Iterator[str]:
+    """Yield what can't be right in a data file's rows: counters that jump, times that don't rise, values that
+    aren't finite, instructions that are none or others than meta/ has."""
+    step, values = rows.step, rows.values
+    start = np.repeat(episodes.start[rows.keep], rows.length)
+    wanted = {"index": start + step, "episode_index": rows.episode, "frame_index": step}
+    for name, right in wanted.items():
+        if (wrong := np.flatnonzero(values[name][:, 0] != right)).size:
+            row = int(wrong[0])
+            seen = f"{values[name][row, 0]} in row {row}, not {right[row]}"
+            yield f"{path}: {name} is {seen}, {wrong.size} rows in all: {COPY_AGAIN}"
+    for name in (STATE, ACTION):
+        for problem in not_finite(name, values[name], rows.episode, step):
+            yield f"{path}: {problem}: leave the episode out with --episodes, or {COPY_AGAIN}"
+    if "timestamp" in values:
+        for number, times in zip(rows.number, rows.each("timestamp")):
+            if not (np.diff(times) > TOLERANCE).all() or not np.isfinite(times).all():
+                at = int((~(np.diff(times, prepend=-np.inf) > TOLERANCE)).argmax())
+                seen = f"{times[at]:.4f} s at step {at} of episode {number}"
+                yield f"{path}: timestamp is {seen}, no later than the one before: {COPY_AGAIN}"
+    for place, number, own in zip(rows.keep, rows.number, rows.each("task_index")):
+        seen = np.unique(own).tolist()
+        if tasks is None:
+            continue
+        if lost := [task for task in seen if task not in tasks]:
+            known = f"tasks.parquet has {sorted(tasks)[:9]}"
+            yield f"{path}: episode {number} has no instruction for task_index {lost[0]}, {known}: add it"
+        elif {tasks[task] for task in seen} != set(episodes.tasks[place]):
+            said = f"{sorted({tasks[task] for task in seen})}, meta/episodes says {episodes.tasks[place]}"
+            yield f"{path}: the instructions of episode {number} are {said}: correct either"
+    for row, text in enumerate(values["said"][:, 0] if "said" in values and tasks else ()):
+        task = tasks.get(int(values["task_index"][row, 0]))
+        if task is not None and str(text).strip() != task:
+            where = f"step {step[row]} of episode {rows.episode[row]}"
+            yield f"{path}: {where} says {text!r}, its task_index stands for {task!r}: correct either"
+            break
 
 
-def data_file(root: Path, info: dict[str, Any], place: tuple[int, int]) -> Path:
-    return inside(root, root / info["data_path"].format(chunk_index=place[0], file_index=place[1]))
-
-
-def video_file(root: Path, info: dict[str, Any], camera: str, place: tuple) -> Path:
-    name = info["video_path"].format(video_key=camera, chunk_index=place[0], file_index=place[1])
-    return inside(root, root / name)
+def read_rows(
+    root: Path,
+    info: dict[str, Any],
+    episodes: Episodes,
+    keep: np.ndarray,
+    tasks: dict[int, str] | None,
+    options: DataConfig,
+    note: Callable[[str], None],
+) -> Rows:
+    """Read the rows of the episodes that are asked for; what is wrong with them goes to `note`, which raises
+    Refused in a training and collects in a check. Raises Refused where nothing can be read."""
+    parts: list[Rows] = []
+    for path, places in episodes.data_files(root, info, keep).items():
+        try:
+            part = Rows.of(read_file(root, info, path, places, episodes, options), places, keep, episodes)
+            wrong = list(wrong_rows(path, part, episodes, tasks))
+            for name in (STATE, ACTION) if parts else ():
+                seen, before = (p.values[name].shape[1] for p in (part, parts[0]))
+                if seen != before:
+                    raise Refused(
+                        f"{path}: {name} is {seen} wide, {before} in the files before: {COPY_AGAIN}"
+                    )
+        except Refused as error:
+            note(str(error))
+            continue
+        for problem in wrong:
+            note(problem)
+        parts.append(part)
+    if not parts:
+        raise Refused(f"{root}: none of its data files can be read")
+    shared = [name for name in parts[0].values if all(name in part.values for part in parts)]
+    values = {name: np.concatenate([part.values[name] for part in parts]) for name in shared}
+    joined = (np.concatenate([getattr(part, name) for part in parts]) for name in ("length", "number"))
+    rows = Rows(np.concatenate([part.keep for part in parts]), values, *joined)
+    for name in (STATE, ACTION):
+        for problem in far_values(name, values[name], rows.episode, rows.step):
+            note(f"{root}: {problem}: leave the episode out with --episodes, or {COPY_AGAIN}")
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------------------
-# parquet
+# pictures
 
 
-def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Read a parquet file, or columns of it; Refused where one isn't there."""
-    with readable(path), pq.ParquetFile(path) as file:
-        there = file.schema_arrow.names
-        if lost := [name for name in columns or () if name not in there]:
-            raise Refused(f"{path} has no column {lost[0]}, there are {', '.join(there)}: {COPY_AGAIN}")
-        return file.read(columns=columns)
-
-
-def vectors(column: pa.ChunkedArray, where: str) -> np.ndarray:
-    """Return a column of vectors (F, D), or of numbers (F, 1), whichever kind of list it is."""
-    array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-    kind = array.type
-    if array.null_count:
-        raise Refused(f"{where} has {array.null_count} empty rows: {COPY_AGAIN}")
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-        return array.to_numpy(zero_copy_only=False)[:, None]  # (F,) -> (F, 1)
-    flat = array.flatten()
-    if pa.types.is_fixed_size_list(kind):
-        widths = np.array([kind.list_size])
-    else:
-        widths = np.unique(array.value_lengths().to_numpy(zero_copy_only=False))
-    if len(widths) > 1 or not pa.types.is_primitive(flat.type) or flat.null_count:
-        seen = f"lengths {widths[:4].tolist()} of {flat.type}, {flat.null_count} empty"
-        raise Refused(f"{where} should hold vectors of one length, got {seen}: {COPY_AGAIN}")
-    return flat.to_numpy(zero_copy_only=False).reshape(len(array), -1)
-
-
-def read_file(path: Path, numbers: list[int], episodes: Episodes) -> dict[str, np.ndarray]:
-    """Read states, actions and counters of these episodes' file; ValueError for a wrong count of rows."""
-    table = read_table(path, [STATE, ACTION, *COUNTERS])
-    wanted = int(episodes.length[numbers].sum())
-    if len(table) != wanted:
-        raise Refused(
-            f"{path} has {len(table):,} rows, its episodes {numbers[0]}..{numbers[-1]} have {wanted:,}:"
-            f" {COPY_AGAIN}"
-        )
-    return {name: vectors(table[name], f"{path}: {name}") for name in table.column_names}
-
-
-def wrong_rows(
-    path: Path, numbers: list[int], episodes: Episodes, rows: dict[str, np.ndarray]
+def wrong_spans(
+    root: Path, info: dict[str, Any], camera: str, episodes: Episodes, rows: Rows
 ) -> Iterator[str]:
-    """Yield what can't be right in a data file's rows: counters that jump, values that aren't finite."""
-    lengths = episodes.length[numbers]
-    episode = np.repeat(numbers, lengths)
-    step = np.concatenate([np.arange(length) for length in lengths])
-    starts = np.cumsum(episodes.length) - episodes.length
-    wanted = {"index": starts[episode] + step, "episode_index": episode, "frame_index": step}
-    for name, values in wanted.items():
-        if (wrong := np.flatnonzero(rows[name][:, 0] != values)).size:
-            row = int(wrong[0])
-            seen = f"{rows[name][row, 0]} in row {row}, not {values[row]}"
-            yield f"{path}: {name} is {seen}, {wrong.size} rows in all: {COPY_AGAIN}"
-    for name in (STATE, ACTION):
-        broken = np.flatnonzero(~np.isfinite(rows[name]).all(1))
-        for number in np.unique(episode[broken]):
-            first = int(step[broken[episode[broken] == number][0]])
-            where = f"step {first} of episode {number}"
-            yield f"{path}: {name} has a non-finite value at {where}: delete the episode, or {COPY_AGAIN}"
+    """Yield where a row would show another episode's frame: times outside of its own episode's part of a
+    video, and parts that overlap."""
+    places, ends = episodes.videos[camera], episodes.ends[camera]
+    begins = np.array([place[2] for place in places])
+    follows: dict[int, int] = {}  # each episode's follower in its video
+    for here in by_file(places).values():
+        follows.update(pairwise(sorted(here, key=lambda e: begins[e])))
+    for e, number, own_times in zip(rows.keep.tolist(), rows.number, rows.each("timestamp")):
+        where = f"{video_file(root, info, camera, places[e])}: episode {number}"
+        own = f"meta/episodes gives it {begins[e]:.4f} to {ends[e]:.4f} s"
+        times = own_times + begins[e]
+        after = begins[follows[e]] if e in follows else np.inf
+        outside = (times < begins[e] - TOLERANCE) | (times > ends[e] + TOLERANCE)
+        if not np.isfinite([*times, ends[e]]).all() or outside.any():
+            step = int(outside.argmax())
+            yield f"{where} shows step {step} at {times[step]:.4f} s, but {own}: {COPY_AGAIN}"
+        elif after < ends[e] - TOLERANCE or after < times[-1] + TOLERANCE:
+            other = f"episode {episodes.number[follows[e]]} begins at {after:.4f} s"
+            seen = f"shows step {len(times) - 1} at {times[-1]:.4f} s and {own}"
+            yield f"{where} {seen}, but {other}: {COPY_AGAIN}"
 
 
-def read_rows(root: Path, info: dict[str, Any], episodes: Episodes) -> dict[str, np.ndarray]:
-    """Read states, actions and counters of all data files; Refused where rows aren't what meta/ says."""
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in (STATE, ACTION, *COUNTERS)}
-    for path, numbers in episodes.data_files(root, info).items():
-        rows = read_file(path, numbers, episodes)
-        for problem in wrong_rows(path, numbers, episodes, rows):
-            raise Refused(f"{problem}; `python data.py check {root}` lists all that is wrong")
-        for name, part in parts.items():
-            part.append(rows[name])
-            if part[0].shape[1] != part[-1].shape[1]:
-                widths = f"{part[-1].shape[1]} wide, {part[0].shape[1]} in the files before"
-                raise Refused(f"{path}: {name} is {widths}: {COPY_AGAIN}")
-    return {name: np.concatenate(part) for name, part in parts.items()}
+def by_file(places: list[tuple[int, int, float]]) -> dict[tuple[int, int], list[int]]:
+    """Sort episodes by the video that they lie in."""
+    files: dict[tuple[int, int], list[int]] = {}
+    for e, place in enumerate(places):
+        files.setdefault(place[:2], []).append(e)
+    return files
+
+
+def stored_pictures(
+    root: Path,
+    info: dict[str, Any],
+    camera: str,
+    episodes: Episodes,
+    rows: Rows,
+    options: DataConfig,
+) -> StoredPictures:
+    """Find a camera's pictures; their size is the first picture's, whatever info.json says."""
+    if camera_features(info)[camera] == "image":
+        reader = read_images
+        places = [
+            ImagePlace(data_file(root, info, episodes.data[e]), camera, int(episodes.row[e]))
+            for e in rows.keep
+        ]
+    else:
+        reader, places = read_video, video_places(root, info, camera, episodes, rows, options)
+    shape = reader(places[0], np.zeros(1, np.int64)).shape[1:]
+    places = [replace(place, shape=shape) for place in places]
+    return StoredPictures((int(rows.length.sum()), *shape), places, boundaries(rows.length)[1], reader)
+
+
+def video_places(
+    root: Path, info: dict[str, Any], camera: str, episodes: Episodes, rows: Rows, options: DataConfig
+) -> list[VideoPlace]:
+    """Say which file holds each episode's frames, and at which times: the timestamp column's, in its part."""
+    places = episodes.videos[camera]
+    times = [places[e][2] + own for e, own in zip(rows.keep, rows.each("timestamp"))]
+    apart = min([1 / info["fps"], *(float(np.diff(own).min()) for own in times if len(own) > 1)])
+    far = max(TOLERANCE, options.nearest_frame * apart)
+    files, row, wanted = {}, {}, {places[e][:2] for e in rows.keep}
+    for file, among in by_file(places).items():
+        if file not in wanted:
+            continue
+        among = sorted(among, key=lambda e: places[e][2])
+        row.update(zip(among, (np.cumsum(episodes.length[among]) - episodes.length[among]).tolist()))
+        begins, frames = min(places[e][2] for e in among), int(episodes.length[among].sum())
+        files[file] = VideoFile(video_file(root, info, camera, file), begins, frames, far)
+    return [
+        VideoPlace(files[places[e][:2]], int(number), row[e], own)
+        for e, number, own in zip(rows.keep, rows.number, times)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # all of it
 
 
-def read(root: Path, cameras: list[str] | None = None) -> Demos:
-    """Read a data set; pictures stay where they are. Cameras: names as in the data, None for all.
+def read(root: Path, cameras: list[str] | None = None, options: DataConfig | None = None) -> Demos:
+    """Read a data set, or the part of it that is asked for; pictures stay where they are. Cameras: names as
+    in the data, None for all.
 
     Raises Refused, in one line, for what is missing, damaged, inconsistent or of another version.
     """
+    options = options or DataConfig()
+
+    def stop(problem: str) -> None:
+        raise Refused(f"{problem}; `python data.py check {root}` lists all that is wrong")
+
     info = read_info(root)
     kinds = camera_features(info)
     names = list(kinds) if cameras is None else [camera_key(name, kinds, str(root)) for name in cameras]
     tasks, episodes = read_tasks(root), read_episodes(root, info, names)
-    rows = read_rows(root, info, episodes)
-    episode, first, last = boundaries(episodes.length)
-    widths = {name: rows[name].shape[1] for name in (STATE, ACTION)}
+    keep = episodes.chosen(root, tasks, options)
+    rows = read_rows(root, info, episodes, keep, tasks, options, stop)
+    for name in episodes.videos:
+        for problem in wrong_spans(root, info, name, episodes, rows):
+            stop(problem)
+    episode, first, last = boundaries(rows.length)
+    state, action = (rows.values[name].astype(np.float32) for name in (STATE, ACTION))
+    widths = {STATE: (options.state, state.shape[1]), ACTION: (options.action, action.shape[1])}
+    place = {number: i for i, number in enumerate(tasks)}
+    numbered = np.array_equal(rows.number, np.arange(len(keep)))
     return Demos(
-        images={name: stored_pictures(root, info, name, episodes, first) for name in names},
-        state=rows[STATE].astype(np.float32),
-        action=rows[ACTION].astype(np.float32),
+        images={name: stored_pictures(root, info, name, episodes, rows, options) for name in names},
+        state=state,
+        action=action,
         episode=episode,
         first=first,
         last=last,
-        task=episode_tasks(root, rows["task_index"][:, 0], tasks, first, last),
+        task=np.array([place[int(number)] for number in rows.values["task_index"][:, 0]], np.int64),
         tasks=list(tasks.values()),
         provenance=[provenance(root, info)],
-        files=file_records(root, info, episodes),
-        own_stats=read_stats(root, widths),
+        files=file_records(root, info, episodes, rows),
+        own_stats=read_stats(root, widths) if len(keep) == len(episodes.number) else None,
+        numbers=None if numbered else rows.number,
     )
-
-
-def stored_pictures(
-    root: Path, info: dict[str, Any], camera: str, episodes: Episodes, first: np.ndarray
-) -> StoredPictures:
-    """Find a camera's pictures; their size is the first picture's, whatever info.json says."""
-    if camera_features(info)[camera] == "image":
-        reader = read_images
-        places = [
-            ImagePlace(data_file(root, info, place), camera, int(row))
-            for place, row in zip(episodes.data, episodes.row)
-        ]
-    else:
-        reader = read_video
-        places = [
-            VideoPlace(video_file(root, info, camera, place), place[2], info["fps"])
-            for place in episodes.videos[camera]
-        ]
-    shape = reader(places[0], np.zeros(1, np.int64)).shape[1:]
-    places = [type(p)(**(vars(p) | {"shape": shape})) for p in places]
-    return StoredPictures((int(episodes.length.sum()), *shape), places, first, reader)
-
-
-def episode_tasks(
-    root: Path, numbers: np.ndarray, tasks: dict[int, str], first: np.ndarray, last: np.ndarray
-) -> np.ndarray:
-    """Return each episode's place among the tasks (E,); Refused where it has none, or more than one."""
-    for a, b in zip(first, last):
-        found = np.unique(numbers[a : b + 1])
-        if len(found) > 1 or int(found[0]) not in tasks:
-            at = int(np.searchsorted(first, a))
-            why = "changes its instruction on the way" if len(found) > 1 else "has no instruction"
-            raise Refused(
-                f"{root}: episode {at} {why}, task_index {found.tolist()}, tasks.parquet has"
-                f" {sorted(tasks)[:9]}: give each episode one instruction"
-            )
-    place = {number: i for i, number in enumerate(tasks)}
-    return np.array([place[int(number)] for number in numbers[first]], np.int64)
 
 
 def provenance(root: Path, info: dict[str, Any]) -> dict[str, Any]:
@@ -365,14 +347,22 @@ def provenance(root: Path, info: dict[str, Any]) -> dict[str, Any]:
     return {"file": root.name, "suite": None, "task_id": None, **record, "control_rate": CONTROL_RATE}
 
 
-def file_records(root: Path, info: dict[str, Any], episodes: Episodes) -> list[dict[str, Any]]:
+def file_records(root: Path, info: dict[str, Any], episodes: Episodes, rows: Rows) -> list[dict[str, Any]]:
     """Return what the headers say: each file's name and bytes, and a CRC of what places the episodes."""
-    files = list(episodes.data_files(root, info))
+    files = list(episodes.data_files(root, info, rows.keep))
     for camera, places in episodes.videos.items():
-        files += dict.fromkeys(video_file(root, info, camera, place) for place in places)
+        files += dict.fromkeys(video_file(root, info, camera, places[e]) for e in rows.keep)
+    sizes = []
     for file in files:
         with readable(file):
-            file.stat()
-    placed = json.dumps([info["fps"], episodes.length.tolist(), episodes.data, episodes.videos])
-    records = [{"file": str(f.relative_to(root)), "bytes": f.stat().st_size} for f in files]
-    return [{"file": "meta", "crc": zlib.crc32(placed.encode())}, *records]
+            sizes.append(file.stat().st_size)
+    said = [info["fps"], episodes.length.tolist(), episodes.data, episodes.videos]
+    if episodes.videos and far_from_rate(rows, info["fps"]).any():
+        said.append(zlib.crc32(rows.values["timestamp"].tobytes()))
+    records = [{"file": str(f.relative_to(root)), "bytes": size} for f, size in zip(files, sizes)]
+    return [{"file": "meta", "crc": zlib.crc32(json.dumps(said).encode())}, *records]
+
+
+def far_from_rate(rows: Rows, fps: float) -> np.ndarray:
+    """Say of each row (F,) whether its time is another than the label fps would have it."""
+    return np.abs(rows.values["timestamp"][:, 0] - rows.step / fps) > TOLERANCE

@@ -1,9 +1,10 @@
 """LIBERO's HDF5 layout -> episodes: a folder of `<task>_demo.hdf5` files, or one such file.
 
-Two kinds of files are about, told apart by the attribute `pairing`. Ours has it: `obs[t]` is what a policy
-sees before it takes `actions[t]`. LIBERO's public files lack it: there `obs[t]` was recorded after
-`actions[t]`. A policy that takes `actions[t]` in a rollout sees `obs[t-1]`, so these two are paired, and the
-first action, before which nothing was recorded, is left out. Provenance says so.
+Three kinds of files are about. Ours have the attribute `pairing`: `obs[t]` is what a policy sees before it
+takes `actions[t]`. openvla's "no_noops" files, which have no attributes at all, are paired so too. In
+LIBERO's public files, known by the attributes of its scripts, `obs[t]` was recorded after `actions[t]`. A
+policy that takes `actions[t]` in a rollout sees `obs[t-1]`, so these two are paired, and the first action,
+before which nothing was recorded, is left out. Provenance says so. Of any other file --pairing must say it.
 
 Headers are read first, and what can't be used is refused there; then states and actions, straight into place.
 Pictures stay in the files until they are asked for, and are turned by 180 degrees exactly once, here: the
@@ -30,7 +31,8 @@ import numpy as np
 
 from files import Refused, inside
 from readers.demos import Demos, StoredPictures, boundaries
-from readers.selection import camera_key
+from readers.problems import far_values
+from readers.selection import DataConfig, camera_key, choose_episodes
 
 # lerobot's feature name -> the name inside LIBERO's files
 CAMERAS = {"observation.images.image": "agentview_rgb", "observation.images.image2": "eye_in_hand_rgb"}
@@ -44,6 +46,8 @@ PROVENANCE = (
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 RECORD_AGAIN = "record it again with `python -m simulator record`, or download it again"
 PUBLIC = "observations after actions: action[t] goes with observation[t-1], the first action is left out"
+BARE = "observations before actions: no attribute says so, but a file without any is laid out as openvla's"
+SCENE = re.compile(r"^[A-Z][A-Z0-9_]*SCENE\d+_")  # before the instruction, in the names of LIBERO-90's files
 
 
 @dataclass(frozen=True)
@@ -67,22 +71,28 @@ class Place(NamedTuple):
     name: str  # of the dataset inside the file
 
 
-def read(path: Path, cameras: list[str] | None = None) -> Demos:
-    """Read a folder of task files, or one file; pictures stay where they are. Cameras: None for all.
+def read(path: Path, cameras: list[str] | None = None, options: DataConfig | None = None) -> Demos:
+    """Read a folder of task files, or one file, or the episodes of it that are asked for; pictures stay where
+    they are. Cameras: None for all.
 
     Raises Refused, in one line, for what is missing, damaged or inconsistent.
     """
+    options = options or DataConfig()
     cameras = list(CAMERAS) if cameras is None else [camera_key(name, CAMERAS) for name in cameras]
-    files = [read_header(file, cameras) for file in task_files(path)]
+    files = [read_header(file, cameras, options) for file in task_files(path)]
     sizes = common_sizes(files)
-    lengths = [length for file in files for length in file.lengths]
-    episode, first, last = boundaries(lengths)
+    chosen = choose(files, options, path)
+    keep = np.concatenate(chosen)
+    numbers = np.flatnonzero(keep)
+    episode, first, last = boundaries(np.concatenate([file.lengths for file in files])[keep])
     images = {}
     for camera, size in sizes.items():
         places = [
             Place(file.path, f"data/{name}/obs/{CAMERAS[camera]}") for file in files for name in file.demos
         ]
+        places = [places[number] for number in numbers]
         images[camera] = StoredPictures((len(episode), size, size, 3), places, first, read_pictures)
+    task = np.repeat(np.arange(len(files)), [len(file.demos) for file in files])[keep]
     demos = Demos(
         images=images,
         state=np.empty((len(episode), sum(STATE_PARTS.values())), np.float32),
@@ -90,19 +100,41 @@ def read(path: Path, cameras: list[str] | None = None) -> Demos:
         episode=episode,
         first=first,
         last=last,
-        task=np.repeat(np.arange(len(files)), [len(file.demos) for file in files]),
+        task=task[episode],
         tasks=[file.instruction for file in files],
         provenance=[file.provenance for file in files],
         files=[{"file": f.path.name, "bytes": f.path.stat().st_size, "pictures": f.stored} for f in files],
+        numbers=None if keep.all() else numbers,
     )
     row = 0
-    for file in files:
+    for file, here in zip(files, chosen):
         with opened(file.path) as handle:
-            for name, length in zip(file.demos, file.lengths):
+            for name, length in zip(
+                np.array(file.demos)[here].tolist(), np.array(file.lengths)[here].tolist()
+            ):
                 where, rows = f"{file.path}: {name}", slice(row, row + length)
                 read_episode(handle["data"][name], where, demos, rows, file.skipped)
                 row += length
+    for problem in wrong_values(path, demos.action, demos.state, numbers[episode], demos.step):
+        raise Refused(problem)
     return demos
+
+
+def choose(files: list[TaskFile], options: DataConfig, path: Path) -> list[np.ndarray]:
+    """Say of each file's episodes which are asked for."""
+    of = [[task] for task, file in enumerate(files) for _ in file.demos]
+    keep = np.zeros(len(of), bool)
+    keep[choose_episodes([file.instruction for file in files], of, options, path)] = True
+    return np.split(keep, np.cumsum([len(file.demos) for file in files])[:-1])
+
+
+def wrong_values(
+    path: Path, action: np.ndarray, state: np.ndarray, episode: np.ndarray, step: np.ndarray
+) -> Iterator[str]:
+    """Yield what the values of all episodes together make impossible."""
+    for name, values in (("actions", action), ("state", state)):
+        for problem in far_values(name, values, episode, step):
+            yield f"{path}: {problem}: leave the episode out with --episodes, or {RECORD_AGAIN}"
 
 
 def read_pictures(place: Place, steps: np.ndarray) -> np.ndarray:
@@ -118,14 +150,14 @@ def task_files(path: Path) -> list[Path]:
         raise Refused(f"no such data folder or file: {path}; record some with `python -m simulator record`")
     if path.is_file():
         return [path]
-    for parts in sorted([path] if path.suffix == ".parts" else path.glob("*.parts")):
+    for parts in sorted([path] if path.suffix == ".parts" else path.glob("[!.]*.parts")):
         stem = parts.with_suffix("")  # a recording collects its episodes in NAME.parts, then writes NAME.hdf5
         finals = (stem, stem.with_name(stem.name + ".hdf5"), stem.with_name(stem.name + "_demo.hdf5"))
         if not any(final.is_file() for final in finals):
             raise Refused(
                 f"interrupted recording, {parts} has no final file: run `python -m simulator record` again"
             )
-    files = sorted(path.glob("*.hdf5"))
+    files = sorted(path.glob("[!.]*.hdf5"))  # a Mac leaves a ._ file beside each
     if not files:
         raise Refused(f"no *.hdf5 file in {path}: record some there with `python -m simulator record`")
     return [inside(path, file) for file in files]
@@ -150,32 +182,28 @@ def opened(path: Path) -> Iterator[h5py.File]:
         raise Refused(f"{path} is truncated or damaged ({cause}): move it away and {RECORD_AGAIN}") from error
 
 
-def read_header(path: Path, cameras: list[str]) -> TaskFile:
+def read_header(path: Path, cameras: list[str], options: DataConfig) -> TaskFile:
     """Read a file's attributes and the shapes of its episodes, and refuse what can't be used."""
     with opened(path) as file:
         if "data" not in file:
             raise Refused(f"{path} has no group 'data', so it isn't in LIBERO's layout: {RECORD_AGAIN}")
         check_own(file, str(path))
         data = file["data"]
-        pairing = plain(data.attrs.get("pairing"))
-        if pairing not in (PAIRING, None):
-            raise Refused(
-                f"{path}: pairing is {pairing!r}, neither {PAIRING!r} nor left out as in LIBERO's public"
-                f" files: {RECORD_AGAIN}"
-            )
-        skipped = int(pairing is None)
+        demos = [name for name in data if re.fullmatch(r"demo_\d+", name)]
+        demos.sort(key=lambda name: int(name.removeprefix("demo_")))
+        after, words, plainly = pairing_of(data, demos, path, options.pairing)
+        skipped = int(after)
         convention = plain(data.attrs.get("macros_image_convention", "opengl"))
         if convention != "opengl":
             raise Refused(
                 f"{path}: macros_image_convention is {convention!r}, not 'opengl': its pictures are not"
                 f" upside down, as these files' are; {RECORD_AGAIN}"
             )
-        demos = sorted((n for n in data if n.startswith("demo_")), key=lambda n: int(n.removeprefix("demo_")))
-        declared = plain(data.attrs.get("num_demos"))
+        declared = plain(data.attrs.get("num_demos", len(demos) if plainly else None))
         if declared != len(demos) or not demos:
             raise Refused(f"{path}: num_demos is {declared}, episodes there {len(demos)}: {RECORD_AGAIN}")
         # frame k of an episode is obs[k] in either kind of file; actions start at `skipped`
-        shapes = [episode_shape(data[name], f"{path}: {name}", cameras) for name in demos]
+        shapes = [episode_shape(data[name], f"{path}: {name}", cameras, plainly) for name in demos]
         sizes = {camera: {shape[1][camera] for shape in shapes} for camera in cameras}
         if mixed := {camera: sorted(size) for camera, size in sizes.items() if len(size) > 1}:
             raise Refused(f"{path} mixes image sizes {mixed}: {RECORD_AGAIN}")
@@ -184,9 +212,10 @@ def read_header(path: Path, cameras: list[str]) -> TaskFile:
                 f"{path} has an episode of {shortest} step, whose only action no observation precedes: delete"
                 " that episode"
             )
+        named = plainly and "problem_info" not in data.attrs
         return TaskFile(
             path=path,
-            instruction=read_instruction(data, path),
+            instruction=instruction_of_name(path) if named else read_instruction(data, path),
             demos=demos,
             lengths=[length - skipped for length, _ in shapes],
             sizes={camera: size.pop() for camera, size in sizes.items()},
@@ -194,9 +223,50 @@ def read_header(path: Path, cameras: list[str]) -> TaskFile:
                 camera: [data[f"{name}/obs/{CAMERAS[camera]}"].id.get_storage_size() for name in demos]
                 for camera in cameras
             },
-            provenance=read_provenance(data, demos, path) | ({"pairing": PUBLIC} if skipped else {}),
+            provenance=read_provenance(data, demos, path) | ({"pairing": words} if words else {}),
             skipped=skipped,
         )
+
+
+def pairing_of(data: h5py.Group, demos: list[str], path: Path, asked: str | None) -> tuple[bool, str, bool]:
+    """Say whether observations come after the action beside them, in words for the record, and whether the
+    file may lack attributes. It is never guessed: an attribute, a known layout or --pairing says it."""
+    stated = plain(data.attrs.get("pairing"))
+    if stated not in (PAIRING, None):
+        raise Refused(
+            f"{path}: pairing is {stated!r}, neither {PAIRING!r} nor left out as in LIBERO's public"
+            f" files: {RECORD_AGAIN}"
+        )
+    if stated and asked == "after":
+        raise Refused(f"--pairing after: {path} says itself that pairing is {stated!r}; leave the flag out")
+    if stated:
+        return False, "", False
+    if asked:
+        return (
+            asked == "after",
+            PUBLIC if asked == "after" else "observations before actions: --pairing",
+            True,
+        )
+    public = "macros_image_convention" in data.attrs
+    if public and all({"init_state", "num_samples"} <= set(data[name].attrs) for name in demos):
+        return True, PUBLIC, False
+    if not data.attrs and not any(len(data[name].attrs) for name in demos):
+        return False, BARE, True
+    raise Refused(
+        f"{path} does not say whether observations were recorded before or after the action beside them, and"
+        " has not all the attributes of LIBERO's public files: add --pairing before (as in openvla's no_noops"
+        " files) or --pairing after (as in the public ones)"
+    )
+
+
+def instruction_of_name(path: Path) -> str:
+    """Read the instruction from a file's name, as LIBERO names its files."""
+    text = SCENE.sub("", path.stem.removesuffix("_demo")).replace("_", " ").strip()
+    if not text:
+        raise Refused(
+            f"{path} has no instruction, neither in problem_info nor in its name: name it after one"
+        )
+    return text
 
 
 def check_own(group: h5py.Group, where: str) -> None:
@@ -249,9 +319,15 @@ def plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
 
 
-def episode_shape(demo: h5py.Group, where: str, cameras: list[str]) -> tuple[int, dict[str, int]]:
-    """Return an episode's length and its picture sizes, after checking each dataset's shape."""
-    length = plain(demo.attrs.get("num_samples"))
+def episode_shape(
+    demo: h5py.Group, where: str, cameras: list[str], plainly: bool
+) -> tuple[int, dict[str, int]]:
+    """Return an episode's length and its picture sizes, after checking each dataset's shape.
+
+    Args: plainly, whether the length may be that of its actions, where no attribute says it.
+    """
+    actions = demo["actions"].shape if plainly and "actions" in demo else ()
+    length = plain(demo.attrs.get("num_samples", actions[0] if actions else None))
     expected = {"actions": (length, ACTION_DIM)}
     expected |= {f"obs/{name}": (length, width) for name, width in STATE_PARTS.items()}
     for name, shape in expected.items():

@@ -13,12 +13,13 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from glob import escape
 from pathlib import Path
 from types import ModuleType
 
 from files import Refused
 from readers.demos import Demos, StoredPictures, available_memory, picture_bytes
-from readers.selection import DataConfig, camera_key, choose_cameras, choose_episodes, find_data
+from readers.selection import DataConfig, camera_key, choose_cameras
 
 
 def load(
@@ -34,17 +35,17 @@ def load(
     Raises Refused, in one line, for what is missing, damaged, inconsistent or too big for this machine.
     """
     options = options or DataConfig()
-    path = find_data(path, options.data_revision)
+    path = find_data(path, options)
     names = choose_cameras(options.cameras, cameras)
     reader = layout(path)
-    demos = reader.read(path, None if names is None else list(names.values()))
+    demos = reader.read(path, None if names is None else list(names.values()), options)
     if names is not None:  # two names may stand for one camera of the data
         old = {new: camera_key(name, demos.images) for new, name in names.items()}
         found = {new: demos.images[name] for new, name in old.items()}
         renamed = {name: new for new, name in old.items() if new != name}
         demos = replace(demos, images=found, renamed=renamed)
-    chosen = choose_episodes(demos.tasks, demos.task, options, path)
-    demos = demos if len(chosen) == len(demos.first) else demos.only(chosen)
+    if options.drop_noops:
+        demos = demos.without_noops()
     if in_memory is None:
         in_memory = options.pictures == "memory" or (options.pictures == "auto" and fits(demos))
         if not in_memory and os.environ.get("RANK", "0") == "0":
@@ -55,12 +56,56 @@ def load(
     return replace(demos, images={camera: pictures[:] for camera, pictures in demos.images.items()})
 
 
+def find_data(name: Path | str, options: DataConfig) -> Path:
+    """Return a data set's folder or file; what isn't there but has a hub id's form is fetched from the hub.
+
+    Raises Refused where it is neither, and where the hub gives nothing.
+    """
+    path, parts = Path(name), Path(name).parts
+    if path.exists():
+        return path
+    if path.is_absolute() or len(parts) != 2 or parts[0].startswith((".", "~")) or Path(parts[0]).exists():
+        raise Refused(
+            f"no such data folder or file: {name}; record some with `python -m simulator record`, or give the"
+            " hub id of a LeRobot v3 data set"
+        )
+    try:
+        found = fetch("/".join(parts), options)
+    except Refused:
+        raise
+    except (OSError, ValueError) as error:  # huggingface_hub's errors are one or the other
+        reason = str(error).strip().splitlines()[0]
+        raise Refused(
+            f"{name} is no folder here and can't be fetched as a data set from the hub ({reason}): give a"
+            " folder, or record demonstrations with `python -m simulator record`"
+        ) from error
+    if options.data_revision is None:
+        print(f"data {name}: commit {found.name}, pin it with --data-revision")
+    return found
+
+
+def fetch(repo: str, options: DataConfig) -> Path:
+    """Fetch a data set from the hub; of a part of its episodes meta/ and then only the files that hold it."""
+    from huggingface_hub import snapshot_download
+
+    where = {"repo_type": "dataset", "revision": options.data_revision}
+    if not (options.episodes or options.tasks or options.suite):
+        return Path(snapshot_download(repo, **where))
+    from readers.lerobot_meta import needed_files
+
+    found = Path(snapshot_download(repo, **where, allow_patterns=["meta/*"]))
+    files = [escape(name) for name in needed_files(found, options)]
+    where["revision"] = found.name  # the same commit
+    return Path(snapshot_download(repo, **where, allow_patterns=["meta/*", *files]))
+
+
 def camera_names(path: Path) -> list[str]:
     """Return the cameras of a data set, by their names in it."""
-    reader = layout(path)
-    return list(
-        reader.camera_features(reader.read_info(path)) if (path / "meta").is_dir() else reader.CAMERAS
-    )
+    if (path / "meta").is_dir():
+        from readers.lerobot_meta import camera_features, read_info
+
+        return list(camera_features(read_info(path)))
+    return list(layout(path).CAMERAS)
 
 
 def layout(path: Path) -> ModuleType:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 
 import numpy as np
@@ -31,7 +31,7 @@ HELD: dict[str, StoredPictures] = {}  # in a worker: the cameras
 class Prefetched(StoredPictures):
     """Pictures in the files, of which some are on their way."""
 
-    coming: dict[bytes, list[Future]]
+    coming: dict[bytes, list[Future]] = field(default_factory=dict)
     """Rows (B,) int64, as bytes -> their parts, in order."""
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Which part of a data set: hub ids, episodes, tasks, LIBERO suites, cameras and the names that they get.
 
-    python data.py inspect DATA --episodes 0-9 --tasks 3 "put the bowl on the plate"
+    python data.py inspect DATA --episodes 0-9 --task-ids 0,3
+    python data.py inspect DATA --tasks "put the bowl on the plate"
     python data.py inspect DATA --cameras front=observation.images.image wrist=observation.images.image2
     python train.py --data HuggingFaceVLA/libero --data-revision COMMIT --suite libero_object
 
@@ -9,13 +10,14 @@ A name that a camera gets here is its name everywhere: in a batch, in a checkpoi
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from commands import parse_numbers
 from files import Refused
 
 
@@ -29,8 +31,11 @@ class DataConfig:
     episodes: str = ""
     """Episodes to read, as in 0-99,150; default: all."""
 
+    task_ids: str = ""
+    """Tasks to read, by number as `data.py inspect` prints them, as in 0,3,5-7; default: all."""
+
     tasks: tuple[str, ...] = ()
-    """Tasks to read, by number (as `data.py inspect` prints them) or by instruction; default: all."""
+    """Tasks to read, by instruction (all tasks that have it); default: all."""
 
     suite: str | None = None
     """LIBERO suite whose tasks are read, found by their instructions (needs LIBERO); default: all tasks."""
@@ -39,15 +44,39 @@ class DataConfig:
     """Cameras to read, each by its name in the data, or renamed: NAME=NAME_IN_THE_DATA, as in
     front=observation.images.image; `observation.images.` may be left out. Default: all, as they are named."""
 
+    state: str = "observation.state"
+    """Name of the state in a LeRobot set, where it is another one."""
+
+    action: str = "action"
+    """Name of the action in a LeRobot set."""
+
+    pairing: Literal["before", "after"] | None = None
+    """Whether an HDF5 file's observations were recorded before or after the action beside them, where neither
+    its attributes nor its layout say so."""
+
+    drop_noops: bool = False
+    """Leave out frames whose action does nothing, as openvla's "no_noops" sets have it."""
+
+    nearest_frame: float = 0.0
+    """Share of a frame's time (less than 0.5) that a video's frame may lie off its row's time, for cameras
+    whose rate is not quite the label's (a steady drift is followed, where no frame is lost); 0: 0.1 ms, as
+    lerobot has it."""
+
     pictures: Literal["auto", "memory", "files"] = "auto"
     """Where pictures stay: decoded in memory, or in the files, to be decoded as they are needed; auto: in
     memory where they fit in half of what is free."""
 
     def __post_init__(self) -> None:
         parse_numbers(self.episodes, "--episodes")
+        parse_numbers(self.task_ids, "--task-ids")
         names = [name for name, _ in map(split_camera, self.cameras)]
         if len(set(names)) < len(names):
             raise Refused(f"--cameras {' '.join(self.cameras)} gives two cameras one name: name each once")
+        if not 0 <= self.nearest_frame < 0.5:
+            raise Refused(
+                f"--nearest-frame {self.nearest_frame} must be at least 0 and less than 0.5: from there on "
+                "two rows could show one frame"
+            )
 
     @property
     def part(self) -> list:
@@ -55,9 +84,10 @@ class DataConfig:
         renamed = sorted(camera for camera in self.cameras if "=" in camera)
         chosen = [
             sorted(parse_numbers(self.episodes, "--episodes")),
-            sorted(self.tasks),
+            sorted([*self.tasks, *map(str, parse_numbers(self.task_ids, "--task-ids"))]),
             self.suite or 0,
             renamed,
+            *(["no no-ops"] if self.drop_noops else []),
         ]
         return chosen if any(chosen) else []
 
@@ -67,34 +97,6 @@ class DataConfig:
             return folder
         name = f"part_{hashlib.sha256(json.dumps(self.part).encode()).hexdigest()[:8]}"
         return folder / name if folder.is_dir() else folder.with_name(f"{folder.stem}_{name}")
-
-
-def find_data(name: Path | str, revision: str | None = None) -> Path:
-    """Return a data set's folder or file; what isn't there but has a hub id's form is fetched from the hub.
-
-    Raises Refused where it is neither, and where the hub gives nothing.
-    """
-    path, parts = Path(name), Path(name).parts
-    if path.exists():
-        return path
-    if path.is_absolute() or len(parts) != 2 or parts[0].startswith((".", "~")) or Path(parts[0]).exists():
-        raise Refused(
-            f"no such data folder or file: {name}; record some with `python -m simulator record`, or give the"
-            " hub id of a LeRobot v3 data set"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        found = snapshot_download("/".join(parts), repo_type="dataset", revision=revision)
-    except (OSError, ValueError) as error:  # huggingface_hub's errors are one or the other
-        reason = str(error).strip().splitlines()[0]
-        raise Refused(
-            f"{name} is no folder here and can't be fetched as a data set from the hub ({reason}): give a"
-            " folder, or record demonstrations with `python -m simulator record`"
-        ) from error
-    if revision is None:
-        print(f"data {name}: commit {Path(found).name}, pin it with --data-revision")
-    return Path(found)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -169,36 +171,41 @@ def match_cameras(
 # episodes and tasks
 
 
-def parse_numbers(text: str, flag: str) -> list[int]:
-    """Return the numbers of '0,3,5-7'; none of an empty text. Raises Refused for anything else."""
-    numbers: list[int] = []
-    for piece in filter(None, text.split(",")):
-        first, dash, last = piece.strip().partition("-")
-        if not first.isdecimal() or (dash and (not last.isdecimal() or int(last) < int(first))):
-            raise Refused(f"{flag} {text!r} is no list of numbers: write it like 0,3,5-7")
-        numbers.extend(range(int(first), int(last or first) + 1))
-    return numbers
+def choose_episodes(
+    tasks: list[str],
+    of: Sequence[Collection[int]],
+    options: DataConfig,
+    path: Path,
+    numbers: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return the places of the episodes that all of --episodes, --tasks and --suite name; Refused where none
+    is left.
 
-
-def choose_episodes(tasks: list[str], task: np.ndarray, options: DataConfig, path: Path) -> np.ndarray:
-    """Return the episodes that all of --episodes, --tasks and --suite name; Refused where none is left.
-
-    Args: tasks, all instructions; task (E,), each episode's place among them.
+    Args: tasks, all instructions; of, for each episode the places among them of those that it has: one that
+    is asked for is enough; numbers (E,), the episodes' own, default 0 .. E-1.
     """
-    keep = np.ones(len(task), bool)
-    if numbers := parse_numbers(options.episodes, "--episodes"):
-        if max(numbers) >= len(keep):
+    numbers = np.arange(len(of)) if numbers is None else numbers
+    keep = np.ones(len(of), bool)
+    if asked := parse_numbers(options.episodes, "--episodes"):
+        if lost := sorted(set(asked) - set(numbers.tolist())):
             raise Refused(
-                f"--episodes names {max(numbers)}, {path} has {len(keep)}: choose from 0..{len(keep) - 1}"
+                f"--episodes names {lost[-1]}, {path} has {len(numbers)}: choose from {numbers[0]}.."
+                f"{numbers[-1]}"
             )
-        keep &= np.isin(np.arange(len(keep)), numbers)
+        keep &= np.isin(numbers, asked)
+    wanted = []
+    if options.task_ids:
+        wanted.append(set(numbered(tasks, options.task_ids)))
     if options.tasks:
-        keep &= np.isin(task, [find_task(tasks, wanted) for wanted in options.tasks])
+        wanted.append({task for name in options.tasks for task in find_tasks(tasks, name)})
     if options.suite:
-        wanted = suite_instructions(options.suite)
-        keep &= np.isin(task, [i for i, text in enumerate(tasks) if plain_text(text) in wanted])
+        suite = suite_instructions(options.suite)
+        wanted.append({task for task, text in enumerate(tasks) if plain_text(text) in suite})
+    for those in wanted:
+        keep &= np.array([not those.isdisjoint(own) for own in of], bool)
     if not keep.any():
-        asked = f"--episodes {options.episodes or 'all'}, --tasks {' '.join(options.tasks) or 'all'}"
+        asked = f"--episodes {options.episodes or 'all'}, --task-ids {options.task_ids or 'all'}"
+        asked += f", --tasks {' '.join(options.tasks) or 'all'}"
         raise Refused(
             f"{path} has no episode of {asked}, --suite {options.suite or 'all'}: `python data.py"
             " inspect` prints what it has"
@@ -206,17 +213,26 @@ def choose_episodes(tasks: list[str], task: np.ndarray, options: DataConfig, pat
     return np.flatnonzero(keep)
 
 
-def find_task(tasks: list[str], wanted: str) -> int:
-    """Return the number of a task given by number or by instruction."""
-    if wanted.isdecimal() and int(wanted) < len(tasks):
-        return int(wanted)
-    for number, task in enumerate(tasks):
-        if plain_text(task) == plain_text(wanted):
-            return number
-    raise Refused(
-        f"--tasks {wanted!r} is none of the {len(tasks)} tasks (0..{len(tasks) - 1}, or an instruction):"
-        " `python data.py inspect` prints them"
-    )
+def numbered(tasks: list[str], wanted: str) -> list[int]:
+    """Return the numbers of --task-ids; Refused where the set has no such task."""
+    found = parse_numbers(wanted, "--task-ids")
+    if lost := [number for number in found if number >= len(tasks)]:
+        raise Refused(
+            f"--task-ids {wanted} names {lost[0]}, there are tasks 0..{len(tasks) - 1}: `python data.py"
+            " inspect` prints them"
+        )
+    return found
+
+
+def find_tasks(tasks: list[str], wanted: str) -> list[int]:
+    """Return the numbers of the tasks of one instruction, which several may share."""
+    found = [number for number, task in enumerate(tasks) if plain_text(task) == plain_text(wanted)]
+    if not found:
+        raise Refused(
+            f"--tasks {wanted!r} is none of the {len(tasks)} instructions: `python data.py inspect` prints"
+            " them, and their numbers, which --task-ids takes"
+        )
+    return found
 
 
 def plain_text(instruction: str) -> str:

@@ -5,7 +5,8 @@ verdicts rest on. Another sample budget gets a panel of its own, and so do check
 protocol or other data are set aside. A simulator crash is neither a success nor a failure.
 
     python -m report runs/demo                            # -> runs/demo/report/: report.html, table.md, ...
-    python -m report runs/a runs/b/E2_s0 -o report   # any run folders, or folders that hold some
+    python -m report runs/a runs/b/E2_s0 --out report     # any run folders, or folders that hold some
+    python -m report results/data --publish results       # a study: a page, tables, figures
     python -m report power --help                         # how many episodes would show a difference
     python -m report watch RUN                            # a run while it trains
 
@@ -21,9 +22,12 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import quote
 
 import tyro
 
+from commands import type_in
+from files import Unwritable, beside, naming, replace_text
 from report import figures
 from report.findings import looks, partitions, sentences, signals
 from report.page import Bullets, Media, Plot, Section, Shot, Table, Text, markdown, markdown_table, page
@@ -49,6 +53,8 @@ from report.tables import (
 
 SUBCOMMANDS = ("power", "watch")  # each a module beside this one, with main(argv)
 TOLD = ("Success", "Paired comparisons", "What these tables can say", "Expected signals")  # at the terminal
+PUBLISHED = ("Expected signals", "What these tables can say", "Success", "Paired comparisons")
+PUBLISHED += ("Over training samples", "Dose and response", "Held-out action loss", "Memory")  # in this order
 IMAGINED, FILMED = 2, 4  # pictures and videos shown of an arm
 
 
@@ -56,14 +62,19 @@ IMAGINED, FILMED = 2, 4  # pictures and videos shown of an arm
 class Config:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run folders, or folders that hold run folders."""
-    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    out: Path | None = None
     """Folder for the page, tables and figures; default: `report` inside the first folder of `runs`."""
+    publish: Path | None = None
+    """Folder for a study's page, README.md, and a folder a part: the folders inside the one of `runs` that is
+    named are the parts. What stands in its learned.md is added, in its own words."""
 
     def __post_init__(self) -> None:
         if not self.runs:
             raise ValueError(
                 "no run folder is named; name one, or a folder that holds some, such as runs/demo"
             )
+        if self.publish and (self.out or len(self.runs) > 1):
+            raise ValueError("--publish takes one folder, whose folders are the parts, and no --out")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -250,10 +261,9 @@ def panels_of(runs: list[RunFolder]) -> dict[str, list[RunFolder]]:
     return found
 
 
-def for_terminal(sections: list[Section]) -> str:
+def for_terminal(title: Section, sections: list[Section]) -> str:
     """Return a panel's title, and what its first parts say: success, comparisons, sentences, signals."""
-    title, *parts = sections
-    parts = [part for part in parts if part.title in TOLD]
+    parts = [part for part in sections if part.title in TOLD]
     told = [b for part in parts for b in part.blocks if isinstance(b, Table | Text | Bullets)]
     return "\n\n".join([title.title, *map(terminal_block, told)]) + "\n"
 
@@ -264,48 +274,98 @@ def terminal_block(block: Table | Text | Bullets) -> str:
     return markdown_table(block) if isinstance(block, Table) else block.text
 
 
-def write_report(runs: list[RunFolder], out: Path, title: str = "Report", aside: Sequence[Aside] = ()) -> str:
-    """Write report.html, table.md, results.csv and the figures, and return what goes to the terminal."""
+def write_tables(
+    runs: list[RunFolder], out: Path, title: str = "Report", aside: Sequence[Aside] = ()
+) -> tuple[dict[str, list[Section]], list[Section]]:
+    """Write table.md, results.csv and the figures; return each panel's sections, and all in their order."""
     panels = panels_of(runs)
     if not panels:
         names = ", ".join(run.name for run in runs)
         raise Refusal(f"no episodes in episodes.jsonl of {names}; run eval.py on a checkpoint first")
-    out.mkdir(parents=True, exist_ok=True)
+    with naming(out):
+        out.mkdir(parents=True, exist_ok=True)
     palette = figures.looks(sorted({run.arm for run in runs}))
     looked = looks(panels, out / "looks.json")
-    sections, printed, rows = [Section("At a glance", [glance_table(panels, looked)])], [], []
+    sections, rows, found = [Section("At a glance", [glance_table(panels, looked)])], [], {}
     if missing := [run.name for run in runs if not run.episodes]:
         sections[0].blocks.append(Text(f"Not evaluated: {', '.join(missing)}."))
     if aside:
         sections[0].blocks.append(Text(f"Set aside: {'; '.join(f'{a.name} ({a.why})' for a in aside)}."))
     for name, panel in panels.items():
-        found, more = success_sections(panel, palette, out, looked[name])
-        found, rows = [Section(name, []), *found], rows + more
-        printed.append(for_terminal(found))
-        sections += [*found, *training_sections(panel, palette, out)]
+        shown, more = success_sections(panel, palette, out, looked[name])
+        found[name] = [*shown, *training_sections(panel, palette, out)]
+        sections, rows = [*sections, Section(name, []), *found[name]], rows + more
     sections.append(Section("Reproduction", reproduction(runs)))
-    (out / "table.md").write_text(markdown(title, sections, out))
-    with (out / "results.csv").open("w", newline="") as file:
+    replace_text(out / "table.md", markdown(title, sections, out))
+    with beside(out / "results.csv") as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    (out / "report.html").write_text(page(title, LEAD, sections, out))
+    return found, sections
+
+
+def write_report(runs: list[RunFolder], out: Path, title: str = "Report", aside: Sequence[Aside] = ()) -> str:
+    """Write tables, figures and report.html, and return what goes to the terminal."""
+    panels, sections = write_tables(runs, out, title, aside)
+    replace_text(out / "report.html", page(title, LEAD, sections, out))
+    printed = [for_terminal(Section(name, []), found) for name, found in panels.items()]
+    missing = [run.name for run in runs if not run.episodes]
     printed += [f"Not evaluated: {', '.join(missing)}."] if missing else []
     size = (out / "report.html").stat().st_size / 1e6
     wrote = f"wrote {out}/report.html ({size:.1f} MB), table.md, results.csv and figures"
     return "\n".join([*printed, *map(str, aside), wrote])
 
 
+def publish(data: Path, out: Path) -> str:
+    """Write a study's page: of each part what its tables say, and what was learned, in words of its own."""
+    sections = []
+    parts = sorted(path for path in data.iterdir() if path.is_dir()) if data.is_dir() else []
+    if not parts:
+        raise Refusal(f"--publish: {data} has no folders, which would be a study's parts")
+    for part in parts:
+        folder, (runs, aside) = out / part.name, load_runs((part,))
+        for title, found in write_tables(runs, folder, part.name, aside)[0].items():
+            by_title = {section.title: section for section in found}
+            blocks = [(name, by_title[name].blocks) for name in PUBLISHED if name in by_title]
+            sections.append(Section(f"{plain(part.name)}: {title}", [Text(part_says(part, runs, aside))]))
+            sections += [
+                Section(name, [moved(block, part.name) for block in some], 3) for name, some in blocks
+            ]
+        for picture in folder.glob("*.png"):  # the page shows the SVG beside it
+            picture.unlink()
+    learned = out / "learned.md"
+    sections += [Section("What we learned", [Text(learned.read_text().strip())])] if learned.is_file() else []
+    replace_text(out / "README.md", markdown("Results", sections, out).replace(".png)", ".svg)"))
+    return f"wrote {out}/README.md, and a folder a part with table.md, results.csv and figures"
+
+
+def part_says(part: Path, runs: list[RunFolder], aside: Sequence[Aside]) -> str:
+    seeds = ", ".join(f"{arm} {len(some)}" for arm, some in by_arm(runs).items())
+    left = f" Set aside: {'; '.join(a.name for a in aside)}." if aside else ""
+    name = quote(part.name)
+    return f"Seeds: {seeds}.{left} All of it: [table.md]({name}/table.md), [results.csv]({name}/results.csv)."
+
+
+def moved(block: object, folder: str) -> object:
+    """Return a block as a page one folder up shows it."""
+    return block._replace(name=f"{quote(folder)}/{block.name}") if isinstance(block, Plot) else block
+
+
 def main() -> None:
     if sys.argv[1:2] and sys.argv[1] in SUBCOMMANDS:
         importlib.import_module(f"report.{sys.argv[1]}").main(sys.argv[2:])
         return
-    config = tyro.cli(Config, prog="python -m report", description=__doc__)
+    config = type_in(Config, __doc__, ("runs", "out", "publish"), "python -m report")
     try:
+        if config.publish:
+            print(publish(config.runs[0], config.publish))
+            return
         runs, aside = load_runs(config.runs)
         title = " and ".join(plain(path.resolve().name) for path in config.runs)
         print(write_report(runs, config.out or config.runs[0] / "report", title, aside))
     except Refusal as error:
+        sys.exit(f"error: {error}")
+    except Unwritable as error:
         sys.exit(f"error: {error}")
 
 

@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from files import beside
 from report.reading import RunFolder, checkpoints_of
 from report.stats import Tally, arm_modes, by_arm, in_mode, tally, wilson
 
@@ -122,8 +123,9 @@ def save(figure: plt.Figure, path: Path) -> bool:
     """Write a figure as PNG and SVG, the same bytes each time."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out now: each file would do it anew, and it is most of the time
-    figure.savefig(path.with_name(path.name + ".png"), dpi=150)
-    figure.savefig(path.with_name(path.name + ".svg"), metadata={"Date": None})
+    with beside(path.with_name(path.name + ".png")) as png, beside(path.with_name(path.name + ".svg")) as svg:
+        figure.savefig(png, dpi=150)
+        figure.savefig(svg, metadata={"Date": None})
     plt.close(figure)
     return True
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from files import Refused, read_json, replace_text
 from report.figures import logged_keys, series
 from report.reading import RunFolder
 from report.stats import (
@@ -255,14 +256,13 @@ def looks(panels: dict[str, list[RunFolder]], path: Path) -> dict[str, int]:
     A look is a report on episodes that no earlier report had in this number, or a checkpoint on the way.
     """
     try:
-        kept = json.loads(path.read_text())
-        kept = {title: [str(x) for x in seen] for title, seen in kept.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
+        kept = read_json(path, {str: [str]})
+    except Refused:
         kept = {}
     for title, panel in panels.items():
         rows = sorted((run.name, run.checkpoint, len(run.episodes)) for run in panel)
         state = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
         kept[title] = [*(seen for seen in kept.get(title, []) if seen != state), state]
-    path.write_text(json.dumps(kept))
+    replace_text(path, json.dumps(kept))
     earlier = {title: max(len(run.earlier) for run in panel) for title, panel in panels.items()}
     return {title: len(kept[title]) + earlier[title] for title in panels}

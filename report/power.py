@@ -26,12 +26,16 @@ import numpy as np
 import tyro
 from scipy.stats import chi2, norm, t
 
+from commands import type_in
 from report.reading import Refusal, load_runs
 from report.stats import ALPHA, LEAST_SEEDS, Contrast, Run, all_contrasts
 
 MOST_EPISODES, MOST_SEEDS = 1_000_000, 1_000  # a search ends here
 PLAN = {"episodes": 500, "seeds": 3, "base": 0.8, "tasks": 10}  # where flags say nothing else
 SEED_SD = 0.03
+
+
+OFTEN = ("runs", "episodes", "seeds", "tasks", "base", "effect")
 
 
 @dataclass(frozen=True)
@@ -325,7 +329,7 @@ def spread_say(config: Config, found: list[Contrast]) -> str:
 
 def main(args: list[str] | None = None) -> None:
     """Print the plan, or what the named runs can detect, a section a sample budget."""
-    config = tyro.cli(Config, args=args, prog="python -m report power", description=__doc__)
+    config = type_in(Config, __doc__, OFTEN, "python -m report power", args)
     if not config.runs:
         print(plan_text(config))
         return

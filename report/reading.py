@@ -21,15 +21,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from files import NUMBER, Refused, json_lines, misfit, read_json
 from report.stats import Run, pair_key
 
-NUMBER = int | float
-NONE = type(None)
-CONFIG = {"arm": str, "seed": int, "total_samples": int | NONE}
-CONFIG_MAY = {
-    **{"fusion": list | str | NONE, "memory": str | NONE, "compared_with": list | NONE, "blind": bool | NONE},
-    **dict.fromkeys(("memory_dropout", "lambda_world", "flops_per_sample"), NUMBER | NONE),
-    **dict.fromkeys(("params_total", "params_trainable", "num_hypotheses"), int | NONE),
+Refusal = Refused
+CONFIG = {
+    **{"arm": str, "seed": int, "total_samples": int | None},
+    **{"fusion?": list | str | None, "memory?": str | None, "compared_with?": list | None},
+    **dict.fromkeys(("memory_dropout?", "lambda_world?", "flops_per_sample?"), NUMBER | None),
+    **dict.fromkeys(("params_total?", "params_trainable?", "num_hypotheses?"), int | None),
+    "blind?": bool | None,
 }
 EPISODE = {
     "suite": str,
@@ -39,11 +40,8 @@ EPISODE = {
     "checkpoint": str,
     "protocol": dict,
 }
+STEPS = "n_action_steps"  # of each chunk: one checkpoint may be seen under several
 OFFLINE = {"checkpoint": str, "data": str, "fingerprint": str, "episodes": list, "modes": dict}
-
-
-class Refusal(ValueError):
-    """What a person can put right, in one line."""
 
 
 class Aside(NamedTuple):
@@ -122,33 +120,12 @@ def ranges(numbers: Iterable[int]) -> str:
     return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
 
 
-def parse(text: str) -> dict:
-    """Return the object that JSON text holds, its strings made plain. Raises ValueError for anything else."""
-    try:
-        value = json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
-    if not isinstance(value, dict):
-        raise ValueError("not an object")
-    return value if text.isprintable() and "\\" not in text else made_plain(value)
-
-
 def made_plain(value: object) -> object:
     if isinstance(value, dict):
         return {plain(key): made_plain(x) for key, x in value.items()}
     if isinstance(value, list):
         return [made_plain(x) for x in value]
     return plain(value) if isinstance(value, str) else value
-
-
-def wrong(row: dict, needed: dict, may: dict | None = None) -> str:
-    """Say what an object lacks, or what in it has another type; "" where it is as it should be."""
-    if missing := [key for key in needed if key not in row]:
-        return f"it has no {', '.join(missing)}"
-    for key, kind in (needed | (may or {})).items():
-        if key in row and not isinstance(row[key], kind):
-            return f"{key} is {row[key]!r:.40}"
-    return ""
 
 
 def find_runs(paths: tuple[Path, ...]) -> list[tuple[str, Path]]:
@@ -183,35 +160,21 @@ def may_be_run(path: Path) -> bool:
 
 
 def read_config(path: Path) -> dict:
-    """Return the object that a JSON file holds."""
-    try:
-        return parse(path.read_text())
-    except ValueError as error:
-        raise Refusal(f"{path}: not a JSON object ({error}); train this run again") from None
+    """Return the object that a JSON file holds, its strings made plain."""
+    return made_plain(read_json(path, again="train this run again"))
 
 
 def read_lines(
-    path: Path, needed: dict, aside: list[Aside], check: Callable[[dict], str] = wrong
+    path: Path, shape: dict, aside: list[Aside], check: Callable[[dict], str] = lambda _: ""
 ) -> list[dict]:
     """Return the objects of a JSONL file, each with its number as `_line`; what is none is set aside."""
     rows, bad = [], {}
-    text = path.read_text(errors="replace") if path.is_file() else ""
-    lines = text.split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = parse(line) | {"_line": number}
-            why = check(row, needed)
-        except ValueError as error:
-            if number == len(lines):
-                continue  # its writer is not done with it
-            why = f"not a JSON object ({error})"
-        if why:
+    for number, row, why in json_lines(path, shape):
+        if why := why or check(row):
             bad.setdefault(why, []).append(number)
         else:
-            rows.append(row)
-    aside += [Aside(path, why, tuple(numbers)) for why, numbers in bad.items()]
+            rows.append(made_plain(row) | {"_line": number})
+    aside += [Aside(path, plain(why), tuple(numbers)) for why, numbers in bad.items()]
     return rows
 
 
@@ -219,10 +182,8 @@ def read_lines(
 # episodes
 
 
-def episode_wrong(row: dict, needed: dict) -> str:
+def episode_wrong(row: dict) -> str:
     """Say what keeps a line from being an episode that either ran or crashed; "" for one that is."""
-    if why := wrong(row, needed):
-        return why
     if "/" in row["checkpoint"] or row["checkpoint"].startswith("."):
         return f"checkpoint {row['checkpoint']!r:.40} is no name"
     ran = isinstance(row.get("success"), bool) and isinstance(row.get("steps"), NUMBER)
@@ -257,10 +218,13 @@ def age(checkpoint: str) -> list[int]:
     return [int(digits) for digits in re.findall(r"\d+", checkpoint)]
 
 
-def read_episodes(path: Path, has_memory: bool, aside: list[Aside]) -> dict[str, list[dict]]:
-    """Return checkpoint -> its episodes as they stand in the file, the newest checkpoint last."""
+def read_episodes(folder: Path, has_memory: bool, aside: list[Aside]) -> dict[str, list[dict]]:
+    """Return checkpoint -> its episodes, of all files, a protocol each; the newest checkpoint last."""
     found: dict[str, list[dict]] = {}
-    for row in read_lines(path, EPISODE, aside, episode_wrong):
+    files = sorted(folder.glob("episodes*.jsonl"), key=lambda path: (len(path.name), path.name))
+    lines = [(file, row) for file in files for row in read_lines(file, EPISODE, aside, episode_wrong)]
+    for file, row in lines:
+        row["_file"] = file.name
         if not has_memory:
             row["memory"] = "off"  # an arm without fusion has nothing to intervene on
         found.setdefault(row["checkpoint"], []).append(row)
@@ -290,12 +254,12 @@ def load_run(name: str, folder: Path, aside: list[Aside]) -> RunFolder:
     config = read_config(folder / "config.json")
     sites = config.get("fusion") or []
     sites = [sites] if isinstance(sites, str) else sites
-    why = wrong(config, CONFIG, CONFIG_MAY)
+    why = misfit(config, CONFIG)
     names = [config.get("compared_with") or [], sites] if not why else []
     if why or not all(isinstance(x, str) for some in names for x in some):
         raise Refusal(why or "fusion and compared_with must be lists of names")
     fusion = tuple(s for s in sites if s != "none")
-    found = read_episodes(folder / "episodes.jsonl", bool(fusion), aside)
+    found = read_episodes(folder, bool(fusion), aside)
     newest, rows = found.popitem() if found else ("", [])
     episodes = first_of_each(rows)
     notes = [f"{twice} recorded twice, the first counts"] if (twice := len(rows) - len(episodes)) else []
@@ -382,7 +346,8 @@ def alike(
 
 
 def of_one_protocol(runs: list[RunFolder], aside: list[Aside]) -> list[RunFolder]:
-    """Return the runs with the episodes alone whose suite's protocol is that of most."""
+    """Return the runs with the episodes alone whose suite's protocol is that of most; those that executed
+    another part of each chunk, and differ in nothing else, are a run beside, compared with its own."""
     counts: dict[str, Counter] = {}
     records: dict[str, dict] = {}
     hashes = {id(e): protocol_hash(e) for run in runs for e in all_episodes(run)}
@@ -393,23 +358,35 @@ def of_one_protocol(runs: list[RunFolder], aside: list[Aside]) -> list[RunFolder
     usual = {suite: count.most_common(1)[0][0] for suite, count in counts.items()}
     found = []
     for run in runs:
-        other: dict[str, list[dict]] = {}
+        other: dict[tuple, list[dict]] = {}
+        beside: dict[object, set[int]] = {}  # actions a chunk -> episodes
         for e in all_episodes(run):
             if hashes[id(e)] != usual.get(e["suite"], hashes[id(e)]):
-                other.setdefault(hashes[id(e)], []).append(e)
+                other.setdefault((hashes[id(e)], e["_file"]), []).append(e)
         for episodes in other.values():
             here, there = protocol_of(episodes[0]), records[usual[episodes[0]["suite"]]]
             keys = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)]
+            if keys == [STEPS]:
+                beside.setdefault(here[STEPS], set()).update(map(id, episodes))
+                continue
             said = ", ".join(f"{key} {here.get(key)!r:.40}, not {there.get(key)!r:.40}" for key in keys[:3])
             lines = tuple(e["_line"] for e in episodes)
             why = f"another protocol of {episodes[0]['suite']}: {said}"
-            aside.append(Aside(run.folder / "episodes.jsonl", why, lines))
+            aside.append(Aside(run.folder / episodes[0]["_file"], why, lines))
         out = {id(e) for episodes in other.values() for e in episodes}
-        fit = lambda some, out=out: tuple(e for e in some if id(e) not in out)  # noqa: E731
-        earlier = [Checkpoint(c.samples, fit(c.episodes)) for c in run.earlier]
-        earlier = tuple(c for c in earlier if c.episodes)
-        found.append(replace(run, episodes=fit(run.episodes), earlier=earlier) if out else run)
+        found.append(of_episodes(run, {id(e) for e in all_episodes(run)} - out) if out else run)
+        for steps, here in beside.items():
+            arm, name = (f"{of}, {steps} actions a chunk" for of in (run.arm, run.name))
+            config = run.config | {"compared_with": [run.arm]}
+            found.append(replace(of_episodes(run, here), arm=arm, name=name, config=config))
     return found
+
+
+def of_episodes(run: RunFolder, kept: set[int]) -> RunFolder:
+    """Return a run with some of its episodes alone, by their ids."""
+    fit = lambda some: tuple(e for e in some if id(e) in kept)  # noqa: E731
+    earlier = [Checkpoint(c.samples, fit(c.episodes)) for c in run.earlier]
+    return replace(run, episodes=fit(run.episodes), earlier=tuple(c for c in earlier if c.episodes))
 
 
 def all_episodes(run: RunFolder) -> list[dict]:

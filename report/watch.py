@@ -15,36 +15,37 @@ whose process was killed looks the same; after 100 times and 10 minutes the view
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import shutil
 import statistics
 import sys
-import textwrap
 import time
 from array import array
 from collections import defaultdict, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import tyro
+from rich.columns import Columns
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
-from report.reading import Refusal, find_runs, plain, read_config
+from commands import type_in
+from files import parse_json
+from report.reading import Refusal, find_runs, made_plain, read_config
 from report.stats import wilson
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-LABEL = 13  # columns
-VALUE = rb'("(?:[^"\\]|\\.)*"|[^",}\s]+)'
-METRIC = re.compile(rb'"(samples|loss|action_loss|samples_per_second)": ?' + VALUE)
-EPISODE = re.compile(rb'"(suite|task_id|init_state|memory|checkpoint|success|crash|seed)": ?' + VALUE)
-EPISODE_NEEDS = {b"suite", b"task_id", b"init_state", b"memory", b"checkpoint", b"success"}
 RECENT = 20  # log lines that say how fast it goes now
 STALLED, KILLED = 10, 100  # usual intervals without a new line
 AT_LEAST, KILLED_AT_LEAST = 10.0, 600.0  # seconds: intervals of tiny runs are too short to judge by
-CLEAR, HOME, REST_OF_LINE, REST = "\x1b[2J", "\x1b[H", "\x1b[K", "\x1b[J"
+LEAST = {"done": 45, "loss": 52, "left": 60, "samples/s": 70, "checkpoint": 80}  # columns of the terminal
 
 
 @dataclass(frozen=True)
@@ -105,22 +106,13 @@ class Tail:
         return age_of(self.path)
 
 
-def fields(pattern: re.Pattern, line: bytes) -> dict[bytes, bytes]:
-    """Return the values of a flat JSON line that `pattern` finds, as they stand; empty for a broken line.
-
-    A log may have 100,000 lines, and a few values of each are wanted: parsing all would take seconds.
-    """
-    if not (line.startswith(b"{") and line.endswith(b"}")):
-        return {}
-    return dict(reversed(pattern.findall(line)))  # the first of a name counts: others are nested deeper
-
-
-def parsed(line: bytes) -> dict:
-    """Return a line's object; an empty one where it looked whole and is not, as where two writers met."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return {}
+def objects(lines: list[bytes]) -> Iterator[dict | None]:
+    """Yield each line's object; None where it is none, as where two writers met."""
+    for line in lines:
+        try:
+            yield made_plain(parse_json(line))
+        except ValueError:
+            yield None
 
 
 def age_of(path: Path) -> float:
@@ -138,19 +130,17 @@ class Log:
     seconds: float = 0.0
     curves: dict[str, array] = field(default_factory=lambda: {"loss": array("d"), "action_loss": array("d")})
     recent: deque = field(default_factory=lambda: deque(maxlen=RECENT))  # (samples, seconds) of a line
-    trained: bytes = b"{}"
-    held_out: bytes = b"{}"
+    newest: dict[str, float] = field(default_factory=dict)  # the last number under each name
     broken: int = 0
 
-    def add(self, line: bytes) -> None:
+    def add(self, row: dict | None) -> None:
         """Take in a line: of training, or of a measurement on held-out episodes, which has no loss."""
-        row = {name.decode(): number(value) for name, value in fields(METRIC, line).items()}
+        row = {name: x for name, x in (row or {}).items() if isinstance(x, int | float)}
         if not math.isfinite(row.get("samples", math.nan)):
             self.broken += 1
-        elif "loss" not in row:
-            self.held_out = line
-        else:
-            self.trained = line
+            return
+        self.newest |= row
+        if "loss" in row:
             for name, curve in self.curves.items():
                 curve.append(row.get(name, math.nan))
             if row.get("samples_per_second", 0) > 0:
@@ -158,12 +148,6 @@ class Log:
                 self.recent.append((taken, taken / row["samples_per_second"]))
                 self.seconds += self.recent[-1][1]
             self.samples = row["samples"]
-
-    @property
-    def newest(self) -> dict[str, float]:
-        """All numbers of the last line of training and of the last measurement on held-out episodes."""
-        values = parsed(self.held_out) | parsed(self.trained)
-        return {name: value for name, value in values.items() if isinstance(value, int | float)}
 
     @property
     def rate(self) -> float | None:
@@ -189,23 +173,24 @@ class Rollouts:
         self.counts: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0, 0]))
         self.broken = 0
 
-    def add(self, line: bytes, has_memory: bool) -> None:
+    def add(self, row: dict | None, has_memory: bool) -> None:
         """Take in an episode; an arm without fusion has nothing to intervene on."""
-        row = fields(EPISODE, line)
-        if not row.keys() >= EPISODE_NEEDS:
+        try:
+            checkpoint, mode, success = str(row["checkpoint"]), str(row["memory"]), row["success"]
+            where = row["suite"], row["task_id"], row["init_state"]
+        except (KeyError, TypeError):
             self.broken += 1
             return
-        checkpoint = plain(row[b"checkpoint"].decode(errors="replace").strip('"'))
-        mode = plain(row[b"memory"].decode(errors="replace").strip('"')) if has_memory else "off"
-        key = (checkpoint, mode, row[b"suite"], row[b"task_id"], row[b"init_state"], row.get(b"seed"))
+        mode = mode if has_memory else "off"
+        key = str((checkpoint, mode, where, row.get("seed")))
         if key in self.seen:
             return
         self.seen.add(key)
         count = self.counts[checkpoint][mode]
-        if row.get(b"crash", b"null") != b"null":
+        if row.get("crash") is not None:
             count[2] += 1
         else:
-            count[0] += row[b"success"] == b"true"
+            count[0] += success is True
             count[1] += 1
 
     @property
@@ -230,8 +215,8 @@ class Watched:
         lines, anew = self.metrics.read()
         if anew:
             self.log = Log()
-        for line in lines:
-            self.log.add(line)
+        for row in objects(lines):
+            self.log.add(row)
         for path in sorted(self.folder.glob("episodes*.jsonl")):
             self.episodes.setdefault(path, Tail(path))
         read = [tail.read() for tail in self.episodes.values()]
@@ -241,8 +226,8 @@ class Watched:
                 tail.forget()
             read = [tail.read() for tail in self.episodes.values()]
         for lines, _ in read:
-            for line in lines:
-                self.rollouts.add(line, bool(self.sites))
+            for row in objects(lines):
+                self.rollouts.add(row, bool(self.sites))
 
     @property
     def sites(self) -> list[str]:
@@ -281,15 +266,7 @@ class Watched:
 
 
 # --------------------------------------------------------------------------------------------------
-# text
-
-
-def number(value: bytes) -> float:
-    """Return a JSON number, NaN and Infinity among them; NaN for anything else."""
-    try:
-        return float(value)
-    except ValueError:
-        return math.nan
+# what is drawn
 
 
 def duration(seconds: float | None) -> str:
@@ -300,11 +277,6 @@ def duration(seconds: float | None) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.{1 if seconds < 10 * size and size > 60 else 0}f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def bar(share: float, width: int) -> str:
-    full = int(share * width)
-    return "█" * full + "░" * (width - full)
 
 
 def spark(values: array, width: int) -> str:
@@ -327,40 +299,43 @@ def last_tenth(values: array) -> float:
     return float(np.mean(values[-max(1, len(values) // 10) :]))
 
 
-def listed(label: str, items: list[str], width: int) -> list[str]:
-    """Return a label and its items, broken over as many lines as it takes; nothing without items."""
-    if not items:
-        return []
-    text = "   ".join(item.replace(" ", "\xa0") for item in items)  # an item is not broken
-    indent = " " * LABEL
-    lines = textwrap.wrap(text, width, initial_indent=label.ljust(LABEL), subsequent_indent=indent)
-    return [line.replace("\xa0", " ") for line in lines]
+class Curve:
+    """A loss over the run, as wide as there is room."""
+
+    def __init__(self, values: array) -> None:
+        self.values = values
+
+    def __rich_console__(self, console: Console, options: object) -> Iterator[Text]:
+        first, last = f"{self.values[0]:.3g} ", f" {self.values[-1]:.3g}"
+        yield Text(first + spark(self.values, options.max_width - len(first + last)) + last)
 
 
-def curve(run: Watched, name: str, width: int) -> list[str]:
-    """Return a loss in numbers, and under them its course over the run."""
-    values = run.log.curves[name]
-    if not len(values):
-        return []
-    label = name.replace("_", " ")
-    numbers = listed(label, [f"{values[-1]:.4f}", f"last tenth {last_tenth(values):.4f}"], width)
-    ends = f"{values[0]:.3g} ", f" {values[-1]:.3g}"
-    return [*numbers, ends[0].rjust(LABEL) + spark(values, width - LABEL - len(ends[1])) + ends[1]]
+def listed(items: list[str]) -> RenderableType:
+    """Return items side by side, over as many lines as it takes."""
+    return Columns(map(Text, items), padding=(0, 3, 0, 0))
 
 
-def progress(run: Watched, width: int) -> list[str]:
+def progress(run: Watched) -> Iterator[tuple[str, RenderableType]]:
     log, since = run.log, duration(run.metrics.age)
     told = {
         "starting": f"no log line yet, for {duration(age_of(run.folder / 'config.json'))}",
         "running": f"last line {since} ago",
         "finished": f"{since} ago",
     }.get(run.state, f"no new line for {since}, usual: {duration(log.interval)}")
-    lines = [bar(run.share, width - 7) + f" {run.share:5.1%}" if width > 12 else f"{run.share:.1%}"]
     speed = [f"{log.samples:,.0f} of {run.budget:,}"]
     if log.rate:
         speed += [f"{log.rate:,.1f} a second now, {log.average:,.1f} on average"]
         speed += [f"{duration(run.seconds_left)} left"] * (run.state != "finished")
-    return lines + listed("samples", speed, width) + listed("state", [f"{run.state}: {told}"], width)
+    yield f"{run.share:.1%}", ProgressBar(1.0, run.share)
+    yield "samples", listed(speed)
+    yield "state", Text(f"{run.state}: {told}")
+    for name, values in log.curves.items():
+        if len(values):
+            yield (
+                name.replace("_", " "),
+                listed([f"{values[-1]:.4f}", f"last tenth {last_tenth(values):.4f}"]),
+            )
+            yield "", Curve(values)
 
 
 def held_out(newest: dict[str, float]) -> list[str]:
@@ -399,42 +374,43 @@ def checkpoint(run: Watched) -> list[str]:
     return [last.resolve().name, f"{samples:,} samples", f"{duration(age_of(last / 'state.json'))} ago"]
 
 
-def rolled_out(run: Watched) -> list[str]:
-    """Return a line a memory mode, the run's own first: successes, and Wilson's interval."""
+def rolled_out(run: Watched) -> list[RenderableType]:
+    """Return a table of memory modes, the run's own first: successes, and Wilson's interval."""
     name, modes = run.rollouts.newest
     if not modes:
         return []
     order = {run.own: 0, "off": 1, "zero": 2}
     newest = min(tail.age for tail in run.episodes.values())
-    lines = ["", f"rollouts of {name}, with Wilson's 95 %; the last one {duration(newest)} ago"]
+    table = Table.grid(padding=(0, 3, 0, 0))
     for mode in sorted(modes, key=lambda m: (order.get(m, 3), m)):
         k, n, crashes = modes[mode]
         low, high = wilson(k, n)
-        share = f"{k / n:4.0%}" if n else "   -"
-        lost = f"   {crashes} crashed" if crashes else ""
-        interval = f"{100 * low:.0f} to {100 * high:.0f} %"
-        lines.append(f"{mode[: LABEL - 1]:<{LABEL}}{k:>4}/{n:<4} {share}   {interval}{lost}")
-    return lines
+        share, interval = f"{k / n:.0%}" if n else "-", f"{100 * low:.0f} to {100 * high:.0f} %"
+        table.add_row(*map(Text, (mode, f"{k}/{n}", share, interval, f"{crashes} crashed" * bool(crashes))))
+    title = f"rollouts of {name}, with Wilson's 95 %; the last one {duration(newest)} ago"
+    return [Text(""), Text(title), table]
 
 
-def detail(run: Watched, width: int) -> list[str]:
-    """Return one run in full, a line each, none longer than `width`."""
+def detail(run: Watched) -> RenderableType:
+    """Return one run in full."""
     bank = run.config.get("num_hypotheses", 1)
     what = [" + ".join(run.sites) or "no memory", *([run.own] if run.sites else [])]
     what += [f"{bank} hypotheses"] * (bool(run.sites) and bank > 1)
     what += ["blind"] * bool(run.config.get("blind")) + [f"seed {run.config.get('seed', '-')}"]
-    lines = [f"{run.name}   arm {run.config['arm']}: {', '.join(what)}", *progress(run, width), ""]
-    lines += curve(run, "loss", width) + curve(run, "action_loss", width)
-    for label, items in [*values_of(run.log.newest), ("checkpoint", checkpoint(run))]:
-        lines += listed(label, items, width)
-    broken = run.log.broken + run.rollouts.broken
-    lines += listed("note", [f"{broken} broken lines are left out"] if broken else [], width)
-    return [line[:width].rstrip() for line in lines + rolled_out(run)]
+    grid, broken = Table.grid(padding=(0, 3, 0, 0)), run.log.broken + run.rollouts.broken
+    for label, shown in progress(run):
+        grid.add_row(Text(label), shown)
+    note = [f"{broken} broken lines are left out"] if broken else []
+    for label, items in [*values_of(run.log.newest), ("checkpoint", checkpoint(run)), ("note", note)]:
+        if items:
+            grid.add_row(Text(label), listed(items))
+    title = Text(f"{run.name}   arm {run.config['arm']}: {', '.join(what)}")
+    return Group(title, grid, *rolled_out(run))
 
 
-def overview(runs: list[Watched], width: int) -> list[str]:
+def overview(runs: list[Watched], width: int) -> RenderableType:
     """Return a table, a run a line; columns that have no room are left out."""
-    rows = []
+    table, rows = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False), []
     for run in runs:
         k, n, _ = run.rollouts.newest[1].get(run.own, (0, 0, 0))
         loss = run.log.curves["loss"]
@@ -450,27 +426,20 @@ def overview(runs: list[Watched], width: int) -> list[str]:
                 "solved": f"{k}/{n}" if n else "-",
             }
         )
-    columns = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
-    for name in ("checkpoint", "samples/s", "left", "loss", "done"):  # the first to go, first
-        if sum(columns.values()) + 2 * (len(columns) - 1) > width:
-            del columns[name]
-    rest = sum(columns.values()) + 2 * (len(columns) - 1) - columns["run"]
-    columns["run"] = max(1, min(columns["run"], width - rest))
-
-    def line(cells: dict[str, str]) -> str:
-        fits = len(cells["run"]) <= columns["run"]
-        shown = cells if fits else cells | {"run": cells["run"][: columns["run"] - 1] + "…"}
-        return "  ".join(f"{shown[c]:{'<' if c in ('run', 'state') else '>'}{w}}" for c, w in columns.items())
-
+    shown = [name for name in rows[0] if width >= LEAST.get(name, 0)]
+    for name in shown:
+        how = {"overflow": "ellipsis"} if name == "run" else {"min_width": min(width // 3, len(name))}
+        table.add_column(name, no_wrap=True, justify="left" if name in ("run", "state") else "right", **how)
+    for row in rows:
+        table.add_row(*(Text(row[name]) for name in shown))
     done = sum(run.state == "finished" for run in runs)
     foot = f"{done} of {len(runs)} finished; loss: mean of the last tenth; solved: under the run's own mode"
-    lines = [line({name: name for name in columns}), *map(line, rows), "", *textwrap.wrap(foot, width)]
-    return [text[:width].rstrip() for text in lines]
+    return Group(table, Text(""), Text(foot))
 
 
-def view(runs: list[Watched], width: int) -> list[str]:
+def view(runs: list[Watched], width: int) -> RenderableType:
     """Return what is drawn: one run in full, or a line each."""
-    return detail(runs[0], width) if len(runs) == 1 else overview(runs, width)
+    return detail(runs[0]) if len(runs) == 1 else overview(runs, width)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -490,32 +459,25 @@ def look(paths: tuple[Path, ...], known: dict[Path, Watched]) -> list[Watched]:
     return runs
 
 
-def draw(lines: list[str], rows: int) -> None:
-    """Draw over what was drawn before, as much as the terminal has rows for."""
-    text = "".join(f"{line}{REST_OF_LINE}\n" for line in lines[: rows - 1])
-    print(HOME + text + REST, end="", flush=True)
-
-
 def main(args: list[str] | None = None) -> None:
     """Show the runs once, or again and again until Ctrl-C where the output is a terminal."""
-    config = tyro.cli(Config, args=args, prog="python -m report watch", description=__doc__)
+    config = type_in(Config, __doc__, ("runs", "every", "once"), "python -m report watch", args)
     known: dict[Path, Watched] = {}
+    console = Console(highlight=False)
     try:
-        runs = look(config.runs, known)
-        if config.once or not sys.stdout.isatty():
-            print("\n".join(view(runs, shutil.get_terminal_size().columns)))
+        shown = view(look(config.runs, known), console.width)
+        if config.once or not console.is_terminal:
+            console.print(shown)
             return
-        print(CLEAR, end="")
-        note: list[str] = []
-        while True:
-            size = shutil.get_terminal_size()
-            draw([*note, *view(runs, size.columns)], size.lines)
-            time.sleep(config.every)
-            try:
-                runs, note = look(config.runs, known), []
-            except Refusal as error:  # a config.json that is being written, say: the next look may do
-                note = textwrap.wrap(f"error: {error}", size.columns)
+        with Live(shown, console=console, screen=True, auto_refresh=False) as live:
+            while True:
+                time.sleep(config.every)
+                try:
+                    shown = view(look(config.runs, known), console.width)
+                    live.update(shown, refresh=True)
+                except Refusal as error:  # a config.json that is being written, say: the next look may do
+                    live.update(Group(Text(f"error: {error}"), shown), refresh=True)
     except Refusal as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print()
+        console.print(shown)

@@ -28,6 +28,7 @@ import numpy as np
 from files import Refused
 from readers.selection import plain_text
 from rollouts.facts import STATE_DIM, Facts, describe_checkpoint, describe_data, describe_environment, unpack
+from simulator.env import SETTLE_STEPS
 from smolvla.config import SmolVLAConfig
 from smolvla.processor import Processor
 
@@ -38,8 +39,8 @@ __all__ = [  # all that a rollout needs
 
 Verdict = Literal["agrees", "differs", "not stated"]
 ITEMS = (
-    "cameras", "sizes", "rotation", "state", "action", "statistics", "rate", "n_action_steps", "instruction",
-    "drawing",
+    "cameras", "sizes", "rotation", "state", "action", "statistics", "rate", "no-ops", "n_action_steps",
+    "instruction", "drawing",
 )  # fmt: skip
 
 # Pictures as they are correlate at 0.87 and more with their own scene's. Where they do not, in another scene,
@@ -55,6 +56,7 @@ ROLL = 3  # the hand points down, half a turn about x: unwrapped, as LIBERO's is
 ACTION_LIMIT = 1.05  # of values in [-1, 1] neither mean nor deviation can be more than 1
 STD_FLOOR = 0.02  # metres or radians: demonstrations hardly use some dimensions
 FAR = 8.0  # deviations off the mean at which no first state lies; demonstrations' own reached 4.5
+NOOPS = 0.01  # share of no-ops that is not there by chance
 OFF = WIDER = 5.0  # data against a checkpoint's statistics: means apart, in deviations; deviations' ratio
 
 
@@ -175,6 +177,7 @@ def compare(
         compare_action(checkpoint, known, environment),
         compare_statistics(checkpoint, known, environment),
         compare_rate(known, environment),
+        compare_noops(checkpoint, known),
         compare_steps(checkpoint, environment),
         compare_instructions(known, environment, prompt),
         compare_drawing(checkpoint, known, environment, fit),
@@ -350,6 +353,21 @@ def compare_rate(data: Facts | None, environment: Facts) -> Line:
     note = "fps is a label, LIBERO's demonstrations run at 20 Hz" if label and not hz else ""
     cells = ("-", cell, f"{environment.control_hz:g} Hz")
     return Line("rate", *cells, verdict_of(why, bool(hz)), "".join(why) or note)
+
+
+def compare_noops(checkpoint: Facts, data: Facts | None) -> Line:
+    """Compare the data that a checkpoint was trained on with those that are named: without frames in which
+    nothing is done, or with them."""
+    shares = [side.noops if side else None for side in (checkpoint, data)]
+    cells = ["-" if share is None else f"{100 * share:.1f} % of frames" for share in shares]
+    both = None not in shares
+    why = [f"no-ops are {cells[0]} in training, {cells[1]} in the data"] * (both and few_or_none(*shares))
+    return Line("no-ops", *cells, f"{SETTLE_STEPS} before the first", verdict_of(why, both), "".join(why))
+
+
+def few_or_none(a: float, b: float) -> bool:
+    """Say whether one side's no-ops were left out and the other's were not."""
+    return min(a, b) == 0 and max(a, b) > NOOPS
 
 
 def compare_steps(checkpoint: Facts, environment: Facts) -> Line:

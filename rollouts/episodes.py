@@ -2,7 +2,8 @@
 
 The first rank appends to episodes.jsonl, each other to a file of its own beside it, so that no two write to
 one file on whatever disk nodes share. When an evaluation begins and ends, the first rank takes the others'
-lines in: what a kill left behind is never lost, and never run again.
+lines in: what a kill left behind is never lost, and never run again. An evaluation under another protocol
+than a suite's first has a file of its own, episodes.HASH.jsonl: a stray one stands in nobody's way.
 
     tail -n 1 runs/demo/E2-n64000-s0/episodes.jsonl
     pytest tests/test_episodes.py
@@ -10,16 +11,38 @@ lines in: what a kill left behind is never lost, and never run again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from files import Refused, replace_text
+from files import Refused, json_lines, replace_text
 from report.stats import wilson
 from rollouts.plan import Plan
 from rollouts.rollout import Episode
 from simulator.pool import Observation
+
+EPISODE = {
+    **dict.fromkeys(("checkpoint", "memory", "suite"), str),
+    **{"task_id": int, "init_state": int, "protocol": dict, "success": bool | None, "crash": str | None},
+    "weights?": str,
+}
+
+
+def file_of(out: Path, plans: Sequence[Plan]) -> Path:
+    """Name an evaluation's file: episodes.jsonl, or one that its protocol names, where that holds another."""
+    first, protocols = out / "episodes.jsonl", {}
+    for line in read_all(first).values():
+        protocols.setdefault(line["suite"], set()).add(as_text(line["protocol"], line.get("seed")))
+    wanted = {plan.sim.suite: as_text(plan.record(), plan.sim.seed) for plan in plans}
+    if all(protocol in protocols.get(suite, {protocol}) for suite, protocol in wanted.items()):
+        return first
+    return out / f"episodes.{hashlib.sha256(as_text(wanted).encode()).hexdigest()[:8]}.jsonl"
+
+
+def as_text(*what: object) -> str:
+    return json.dumps(what, sort_keys=True)
 
 
 def own_file(path: Path, rank: int) -> Path:
@@ -37,16 +60,11 @@ def read_lines(path: Path) -> list[dict]:
 
     Raises Refused, naming file and line, for anything else that is no episode.
     """
-    if not path.is_file():
-        return []
-    *whole, _ = path.read_text().split("\n")  # after the last line's end there is nothing, or half a line
     lines = []
-    for number, text in enumerate(whole, start=1):
-        try:
-            lines.append(json.loads(text))
-            key_of(lines[-1])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise Refused(f"{path}:{number} is no episode ({error!r}): mend or remove the line") from error
+    for number, line, why in json_lines(path, EPISODE):
+        if why:
+            raise Refused(f"{path}:{number} is no episode ({why}): mend or remove the line")
+        lines.append(line)
     return lines
 
 
@@ -75,9 +93,10 @@ def read_all(path: Path) -> dict[str, dict]:
 
 
 def key_of(line: dict) -> str:
-    """What tells one episode of a run from another."""
+    """What tells one episode from another: the weights by their fingerprint, else by their name."""
+    whose = line.get("weights") or line["checkpoint"]
     return json.dumps(
-        [line[k] for k in ("checkpoint", "memory", "task_id", "init_state", "protocol")], sort_keys=True
+        [whose, *(line[k] for k in ("memory", "task_id", "init_state", "protocol"))], sort_keys=True
     )
 
 

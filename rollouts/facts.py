@@ -60,6 +60,8 @@ class Facts:
     control_hz: float | None = None
     fps: float | None = None
     """A data set's label for its rate."""
+    noops: float | None = None
+    """Share of the frames whose action does nothing."""
     n_action_steps: int | None = None
     chunk: int | None = None
     absent: int = 0
@@ -102,6 +104,7 @@ def describe_data(demos: Demos, pictures: bool = True) -> dict[str, Any]:
         tasks=[demos.tasks[i] for i in tasks] if len(tasks) <= INSTRUCTIONS else None,
         control_hz=single(record.get("control_hz") for record in records),
         fps=single(record.get("fps") for record in records),
+        noops=round(float(demos.noops.mean()), 4) if demos.action.shape[1] == ACTION_DIM else None,
         about={
             "episodes": len(demos.first),
             "frames": len(demos),
@@ -148,8 +151,9 @@ def sketch_scenes(demos: Demos) -> dict[str, list[str]]:
 
     One mean over all tasks would do for suites that share one scene, and fits nothing where they do not.
     """
-    tasks = evenly(np.unique(demos.task), SCENES)
-    episodes = [evenly(np.flatnonzero(demos.task == task), FRAMES // len(tasks)) for task in tasks]
+    begins = demos.task[demos.first]
+    tasks = evenly(np.unique(begins), SCENES)
+    episodes = [evenly(np.flatnonzero(begins == task), FRAMES // len(tasks)) for task in tasks]
     rows = [demos.first[chosen] for chosen in episodes]
     return {
         name: [pack(np.mean([sketch(picture) for picture in images[row]], axis=0)) for row in rows]
@@ -192,6 +196,7 @@ def describe_checkpoint(config: SmolVLAConfig, processor: Processor, run: dict[s
         cameras={n: [size] * 2 if size else shape and list(shape[-2:]) for n, shape in shapes.items()},
         state={"width": config.state_dim} | normalisation(processor, STATE, processor.stats),
         action={"width": config.action_dim} | normalisation(processor, ACTION, processor.stats_after),
+        noops=(run.get("data_facts") or {}).get("noops"),
         n_action_steps=config.n_action_steps,
         chunk=config.chunk_size,
         absent=max(0, config.empty_cameras - (len(config.cameras) - len(named))),

@@ -24,6 +24,7 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from files import beside
 from simulator.env import CAMERAS, CONTROL_HZ
 from simulator.pool import Observation
 
@@ -78,12 +79,10 @@ def save_film(path: Path, film: Film, instruction: str, title: str, success: boo
     verdicts = {steps[-1]: success}
     frames = [compose(film, step, instruction, title, verdicts.get(step)) for step in steps]
     rate = Fraction(CONTROL_HZ, film.every)
-    partial = path.with_name(f".{path.name}.partial.mp4")
-    write_video(partial, frames + frames[-1:] * round(rate), rate)
-    strip = path.with_name(f".{path.stem}.partial.png")
-    Image.fromarray(filmstrip(film, steps)).save(strip, optimize=True)
-    strip.replace(path.with_suffix(".png"))
-    partial.replace(path)  # last: where the film is, its strip is
+    with beside(path) as partial:  # last in its place: where the film is, its strip is
+        write_video(partial, frames + frames[-1:] * round(rate), rate)
+        with beside(path.with_suffix(".png")) as strip:
+            Image.fromarray(filmstrip(film, steps)).save(strip, optimize=True)
 
 
 def write_video(path: Path, frames: Iterable[np.ndarray], rate: Fraction) -> None:

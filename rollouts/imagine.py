@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from arm import Arm
+from files import beside
 from latents.encoders import PCA
 from prophet import NEEDS
 from simulator.env import CONTROL_HZ
@@ -66,7 +67,8 @@ def decisions_of(
         return []
     with torch.no_grad():
         memory = arm.memory(mode, arm.like(noise), world)
-    mass = memory_mass(arm, inputs, memory, noise).cpu()
+    mass = memory_mass(arm, inputs, memory, noise)
+    mass = [None] * len(memory.rows) if mass is None else mass.cpu()
     past = world["z_partner" if mode == "shuffle" else "z_hist"].cpu()
     imagined = memory.rows.cpu().unflatten(1, (-1, arm.config.future))  # (B, N*K, D) -> (B, N, K, D)
     return [Decision(*of) for of in zip(steps, past, imagined, mass, strict=True)]
@@ -244,7 +246,6 @@ def save_strips(folder: Path, name: str, strips: Sequence[np.ndarray]) -> list[P
     drawn = {f"{name}_d{number:03d}.png": picture for number, picture in enumerate(strips)}
     drawn[f"{name}.png"] = contact_sheet(strips)
     for file, picture in drawn.items():
-        partial = folder / f".{file}.partial"
-        Image.fromarray(picture).save(partial, format="PNG")
-        partial.replace(folder / file)
+        with beside(folder / file) as partial:
+            Image.fromarray(picture).save(partial)
     return [folder / file for file in drawn]

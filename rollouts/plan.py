@@ -11,24 +11,53 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
 from arm import Arm
-from files import Refused, number_from_environment, read_json, write_json
+from commands import parse_numbers
+from files import (
+    NUMBER,
+    Refused,
+    check_numbers,
+    naming,
+    number_from_environment,
+    read_json,
+    shape_of,
+    write_json,
+)
+from readers.selection import plain_text
+from rollouts.facts import Facts
 from simulator.env import (
     NUM_INIT_STATES,
     NUM_TASKS,
+    SCENES,
     STEP_LIMITS,
     SUITES,
     SimConfig,
     check_either,
     check_suite,
     check_task,
-    parse_ids,
+    scenes,
+    task_instructions,
 )
-from smolvla.checkpoint import find_folder, holds_weights
+from smolvla.folders import find_folder, holds_weights
+
+RECORDED = {
+    **dict.fromkeys(("suite?", "either?"), str | None),  # draw, reset and colours are SimConfig's
+    **dict.fromkeys(("task_id?", "size?"), int | None),
+    **{
+        "displace?": NUMBER | None,
+        "init_state_ids?": ([int | None], type(None)),
+        "versions?": ({str: str}, type(None)),
+    },
+}
+# What a run records of itself, as far as an evaluation reads it.
+RUN = {
+    **{"fusion?": [str], "held_out?": [int], "data_provenance?": ([RECORDED], type(None))},
+    **{"data?": str, "data_fingerprint?": str | None, "data_facts?": (shape_of(Facts), type(None))},
+}
 
 
 @dataclass(frozen=True)
@@ -95,11 +124,13 @@ class ProtocolConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that tower, trunk and expert are held and computed in."""
 
+    limits: ClassVar = {
+        **dict.fromkeys(("episodes_per_task", "n_action_steps", "policy_batch"), (1, 10_000)),
+        "seed": (0, 2**32 - 1),
+    }
+
     def __post_init__(self) -> None:
-        for flag in ("episodes_per_task", "n_action_steps", "policy_batch"):
-            value = getattr(self, flag)
-            if value is not None and value < 1:
-                raise Refused(f"--{flag.replace('_', '-')} {value} must be at least 1")
+        check_numbers(self)
         if self.max_steps not in STEP_LIMITS and not self.max_steps.isdecimal():
             raise Refused(
                 f"--max-steps {self.max_steps} is no limit: give a number, or {' or '.join(STEP_LIMITS)}"
@@ -123,19 +154,22 @@ class ProtocolConfig:
 
 def newest_run(root: Path, sited: bool = False) -> Path:
     """Find the run folder under `root` whose checkpoint was written last, of those with a site if `sited`."""
-    runs = [link.parent for link in sorted(root.glob("**/last"), key=lambda p: p.stat().st_mtime)]
+    steps = [path for path in root.glob("**/step_*") if holds_weights(path) and path.suffix != ".part"]
+    steps.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    runs = list(dict.fromkeys(step.parent for step in steps if (step.parent / "config.json").is_file()))
     if sited:
-        runs = [run for run in runs if read_json(run / "config.json").get("fusion", ["none"]) != ["none"]]
+        sites = {run: read_json(run / "config.json", RUN).get("fusion", ["none"]) for run in runs}
+        runs = [run for run in runs if sites[run] != ["none"]]
     if not runs:
         which = " with a memory site" if sited else ""
         raise Refused(
             f"no run{which} under {root}/: train one with `python train.py --fusion prefix_cross`, or name a "
             "checkpoint folder"
         )
-    return runs[-1]
+    return runs[0]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Target:
     """The checkpoint that is rolled out, and where its results go."""
 
@@ -143,6 +177,7 @@ class Target:
     out: Path  # the run folder, or one made for a checkpoint without
     name: str  # what results call the checkpoint
     run: dict  # what its training run recorded of itself; empty for a checkpoint without
+    weights: str = ""  # their fingerprint, once they are loaded
 
 
 def find_target(config: ProtocolConfig, sited: bool = False) -> Target:
@@ -155,7 +190,7 @@ def find_target(config: ProtocolConfig, sited: bool = False) -> Target:
     title = path.name if path.is_dir() else given.partition("@")[0].replace("/", "-")
     folder = find_folder(given, config.revision).resolve()
     if path.is_dir() and not holds_weights(folder):
-        inside = sorted(str(link.parent) for link in path.glob("*/last"))
+        inside = sorted({str(step.parent) for step in path.glob("*/step_*")})
         if inside:
             raise Refused(f"{given} holds {len(inside)} runs, name one: {' '.join(inside)}")
         raise Refused(
@@ -163,7 +198,7 @@ def find_target(config: ProtocolConfig, sited: bool = False) -> Target:
             "folder (with model.safetensors)"
         )
     record = folder.parent / "config.json"
-    if record.is_file() and "arm" in (run := read_json(record)):
+    if record.is_file() and "arm" in (run := read_json(record, RUN)):
         return Target(folder, config.out or folder.parent, folder.name, run)
     return Target(folder, config.out or Path("runs/eval", title), folder.name, {})
 
@@ -185,7 +220,8 @@ def open_out(target: Target, arm: Arm) -> None:
     there = read_json(path).get("results_of", "a training run") if path.is_file() else source
     if there != source:
         raise Refused(f"{target.out} holds results of {there}, not of {source}: choose another --out")
-    target.out.mkdir(parents=True, exist_ok=True)
+    with naming(target.out):
+        target.out.mkdir(parents=True, exist_ok=True)
     write_json(path, record | {"results_of": source})
 
 
@@ -203,6 +239,7 @@ class Plan:
     policy_batch: int
     dtype: str = "float32"
     cameras: tuple[str, ...] = ()  # --cameras, where it was needed
+    scenes: str = ""  # CRC of LIBERO's files, where they are not the pinned package's
 
     def __str__(self) -> str:
         """The protocol in a line."""
@@ -211,9 +248,15 @@ class Plan:
         moved = f", displaced by up to {100 * sim.displace:g} cm" if sim.displace else ""
         return f"{sim.suite}: {what}, {self.n_action_steps} actions a chunk, drawn {sim.draw}{moved}"
 
+    def instructions(self) -> list[str]:
+        """The instructions of its tasks, as LIBERO has them."""
+        every = task_instructions(self.sim.suite)
+        return [every[task] for task in sorted({task for task, _ in self.starts})]
+
     def record(self) -> dict:
         """The protocol, as it is stored with every result."""
         named = {"cameras": " ".join(sorted(self.cameras))} if self.cameras else {}
+        named |= {"scenes": self.scenes} if self.scenes else {}
         return self.sim.record() | named | {
             "n_action_steps": self.n_action_steps, "policy_batch": self.policy_batch, "dtype": self.dtype,
         }  # fmt: skip
@@ -227,14 +270,25 @@ def make_plans(config: ProtocolConfig, run: dict, arm: Arm) -> list[Plan]:
     data = [d for d in run.get("data_provenance") or [] if d.get("suite")]
     suites = config.suites or tuple(dict.fromkeys(d["suite"] for d in data))
     if not suites:
-        raise Refused(
-            "--suite is needed: the checkpoint does not say what it was trained on; choose from "
-            + ", ".join(s.removeprefix("libero_") for s in SUITES)
-        )
+        raise Refused(f"--suite is needed: {why_no_suite(run)}")
     return [
         make_plan(config, suite, {d["task_id"]: d for d in data if d["suite"] == suite}, arm)
         for suite in suites
     ]
+
+
+def why_no_suite(run: dict) -> str:
+    """Say why a run's data name no suite, and which ones have their instructions."""
+    said = (run.get("data_facts") or {}).get("tasks")
+    choose = "choose from " + ", ".join(s.removeprefix("libero_") for s in SUITES)
+    if said is None:
+        return f"the checkpoint does not say what it was trained on; {choose}"
+    known = set(map(plain_text, said))
+    fit = [suite for suite in SUITES if known & set(map(plain_text, task_instructions(suite)))]
+    if not fit:
+        return f'the run was trained on no LIBERO data, but on such as "{said[0]}"; {choose}'
+    short = " ".join(suite.removeprefix("libero_") for suite in fit)
+    return f"the data's instructions are those of --suite {short}"
 
 
 def make_plan(config: ProtocolConfig, suite: str, mine: dict[int, dict], arm: Arm) -> Plan:
@@ -248,7 +302,7 @@ def make_plan(config: ProtocolConfig, suite: str, mine: dict[int, dict], arm: Ar
             chosen[name] = value
     sim = SimConfig(suite=suite, seed=config.seed, max_steps=config.step_limit(suite), **chosen)
     starts, seen = [], set()
-    asked = parse_ids(config.task_ids, "--task-ids") if config.task_ids else ()
+    asked = parse_numbers(config.task_ids, "--task-ids")
     for task in asked or sorted(mine) or range(NUM_TASKS[suite]):
         check_task(suite, task)
         if sim.either:
@@ -261,13 +315,15 @@ def make_plan(config: ProtocolConfig, suite: str, mine: dict[int, dict], arm: Ar
         raise Refused(
             f"--n-action-steps {steps}: a chunk of this policy has {chunk} actions, ask for no more"
         )
-    return Plan(sim, starts, seen, steps, config.policy_batch, config.dtype, config.cameras)
+    crc = scenes(suite)
+    other = "" if crc == SCENES[suite] else crc
+    return Plan(sim, starts, seen, steps, config.policy_batch, config.dtype, config.cameras, other)
 
 
 def chosen_starts(config: ProtocolConfig, task: int, used: set[int]) -> list[int]:
     """The init states of a task, of which demonstrations `used` some; Refused where there are too few."""
     if config.init_states is not None:
-        ids = parse_ids(config.init_states, "--init-states", NUM_INIT_STATES)
+        ids = parse_numbers(config.init_states, "--init-states", NUM_INIT_STATES)
     else:
         ids = [i for i in range(NUM_INIT_STATES) if i not in used]
     if len(ids) < (config.episodes_per_task or 1):

@@ -142,8 +142,10 @@ class Rollout:
         mode: str,
         pool: EnvPool,
         device: torch.device,
+        checkpoint: object = "the policy",
     ) -> None:
-        self.arm, self.processor, self.mode = arm, processor, mode
+        """Args: checkpoint, as messages call it."""
+        self.arm, self.processor, self.mode, self.checkpoint = arm, processor, mode, checkpoint
         self.plan, self.pool, self.device = plan, pool, device
         self.needs = arm.needs(mode)
         self.keep_history = bool({"z_hist", "z_first"} & set(self.needs))
@@ -244,7 +246,9 @@ class Rollout:
             self.arm.policy.fusion.rescale(self.scale)
         best = most_attended(self.arm, inputs, world, noise) if self.mode == "best1" else None
         chunk = self.arm.act(inputs, noise, self.mode, world, best)
-        actions = self.processor.unnormalise(chunk).clamp(-1, 1).cpu().numpy()
+        actions = self.processor.unnormalise(chunk).cpu()
+        self.check(episodes, actions)
+        actions = actions.clamp(-1, 1).numpy()
         actions[..., 6] = np.where(actions[..., 6] > 0, 1.0, -1.0)  # of the gripper's only the sign counts
         seconds = (time.perf_counter() - started) / len(rows)
         self.note(episodes[: len(rows)], inputs, world, noise, best)
@@ -252,6 +256,17 @@ class Rollout:
             self.running[i].policy += seconds
             self.running[i].decisions += 1
             self.send(i, row)
+
+    def check(self, episodes: list[Episode], actions: Tensor) -> None:
+        """Refuse actions (B, C, A) that are not finite: a policy that is broken is not one that fails."""
+        for episode, chunk in zip(episodes, actions, strict=True):
+            if not chunk.isfinite().all():
+                where = f"{self.plan.sim.suite} task {episode.task}, init state {episode.init_state}"
+                raise Refused(
+                    f"{self.checkpoint}, memory {self.mode}: an action is not finite ({where}, decision "
+                    f"{episode.decisions}): the policy is broken, and no episode of it counts; take another "
+                    "checkpoint"
+                )
 
     def note(
         self, episodes: list[Episode], inputs: dict, world: dict, noise: Tensor, best: Tensor | None

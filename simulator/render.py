@@ -32,13 +32,17 @@ APT_LINE = "apt-get install libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libopeng
 def setup_gl() -> str:
     """Choose a headless GL backend before MuJoCo is imported and return its name.
 
-    MUJOCO_GL set by the user stays. Raises Refused with the line that installs a backend for want of
-    one.
+    MUJOCO_GL set by the user stays, and PYOPENGL_PLATFORM follows it. Raises Refused with the line that
+    installs a backend for want of one, and for an EGL device that is not there.
     """
     chosen = os.environ.get("MUJOCO_GL") or _available_gl()
     os.environ["MUJOCO_GL"] = chosen
     if chosen in ("egl", "osmesa"):
-        os.environ.setdefault("PYOPENGL_PLATFORM", chosen)
+        os.environ["PYOPENGL_PLATFORM"] = chosen
+    device = os.environ.get("MUJOCO_EGL_DEVICE_ID", "0")
+    count = _egl_devices() if chosen == "egl" else 0
+    if count and not (device.isdecimal() and int(device) < count):
+        raise Refused(f"MUJOCO_EGL_DEVICE_ID={device}: EGL has devices 0..{count - 1} here; leave it out")
     return chosen
 
 
@@ -54,7 +58,8 @@ def check_gl(backend: str) -> None:
 
 
 def free_egl_device() -> None:
-    """Let a drawing process forget CUDA_VISIBLE_DEVICES where EGL has no device of that number.
+    """Let a drawing process forget CUDA_VISIBLE_DEVICES where EGL has no device of that number, or where
+    MUJOCO_EGL_DEVICE_ID names one.
 
     robosuite takes those ids for EGL's, of which Mesa has just one. Not for a process that computes on a GPU.
     """
@@ -98,7 +103,7 @@ def _egl_devices() -> int:
 def _device_out_of_range() -> bool:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if not visible or "MUJOCO_EGL_DEVICE_ID" in os.environ:
-        return False
+        return bool(visible)
     ids = visible.split(",")
     return not all(i.strip().isdigit() for i in ids) or int(ids[0]) >= max(_egl_devices(), 1)
 

@@ -16,18 +16,18 @@ Shapes: S picture side, T actions.
 """
 
 import functools
-import json
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import tyro
 
-from files import Refused
+from commands import type_in
+from files import Refused, check_numbers, read_json
 from simulator.env import CAMERAS, MUJOCO_VERSION, LiberoEnv, SimConfig, versions
 from simulator.pool import in_fresh_process
 from simulator.render import APT_LINE, check_gl, setup_gl
@@ -56,6 +56,11 @@ class Command:
     """Largest mean absolute difference of a picture, of 255; a GPU's driver may need 4."""
     texture_colorspace: Literal["as_installed", "linear"] = "as_installed"
     """linear: draw textures as MuJoCo did up to 3.3.2, whatever is installed."""
+
+    limits: ClassVar = {"picture_tolerance": (0, 255)}
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 # ---------------------------------------------------------------- two pictures
@@ -151,10 +156,13 @@ class Replay:
         return self.physics_ok() and self.picture <= picture_tolerance
 
 
+META = {"suite": str, **dict.fromkeys(("px", "env_seed", "task_id", "init_state_id"), int)}
+
+
 def replay(folder: Path, texture_colorspace: str = "as_installed", tolerance: float = TOLERANCE) -> Replay:
     """Replay one recorded episode here. Raises OSError, KeyError or ValueError for a broken recording."""
     run = read_run(folder)
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = read_json(folder / "meta.json", META, "record it again")
     config = SimConfig(
         suite=meta["suite"],
         size=meta["px"],
@@ -213,7 +221,10 @@ def recorded_pictures(folder: Path, step: int) -> Iterator[tuple[str, np.ndarray
     for camera, name in zip(CAMERAS, ("image", "image2"), strict=True):
         path = folder / f"step{step:02d}_{name}.png"
         if path.exists():
-            yield camera, np.asarray(Image.open(path).convert("RGB"), dtype=np.float64)
+            try:
+                yield camera, np.asarray(Image.open(path).convert("RGB"), dtype=np.float64)
+            except (SyntaxError, Image.DecompressionBombError) as error:
+                raise OSError(f"{path.name} is no picture of that size: {error}") from error
 
 
 def largest(a: np.ndarray, b: np.ndarray) -> float:
@@ -397,7 +408,7 @@ def explain_picture(difference: str, found: Replay) -> str:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line."""
-    command = tyro.cli(Command, prog="python -m simulator verify", args=args, description=__doc__)
+    command = type_in(Command, __doc__, ("folders", "picture_tolerance"), "python -m simulator verify", args)
     try:
         agree = verify(command.folders, command.picture_tolerance, command.texture_colorspace)
     except Refused as error:

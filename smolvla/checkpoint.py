@@ -14,7 +14,6 @@ Source: lerobot 0.6.1 (policies/smolvla, policies/pretrained.py).
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -23,18 +22,29 @@ from pathlib import Path
 import safetensors
 import torch
 import torch.nn as nn
-from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from files import Refused, plain_name, read_json, read_tensors, save_tensors, to_json
+from files import (
+    NUMBER,
+    Refused,
+    check_finite,
+    parse_json,
+    plain_name,
+    read_json,
+    read_tensors,
+    save_tensors,
+    to_json,
+)
 from smolvla.config import EMPTY, SmolVLAConfig
-from smolvla.fit import Fit, adapt, own_fit
+from smolvla.fit import Fit, Shape, adapt, own_fit
+from smolvla.folders import ADAPTER, SHARDS, WEIGHTS, find_folder
 from smolvla.language import Language, fresh_language, language_config, language_sizes, read_language
 from smolvla.processor import (
     ACTION,
     POST,
     PRE,
     STATE,
+    STEPS,
     Processor,
     Statistics,
     choose_statistics,
@@ -43,9 +53,8 @@ from smolvla.processor import (
     sort_statistics,
 )
 
-WEIGHTS, SHARDS, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
-# Where a checkpoint lies in what a person names: itself, a run folder of ours, one of lerobot's.
-PLACES = ("", "last", "pretrained_model", "last/pretrained_model", "checkpoints/last/pretrained_model")
+WORLD_FILE = "world.safetensors"
+Shapes = Shape | dict[str, Shape]  # of every camera's pictures, or each camera's
 # Ours -> lerobot's, longest first; what is not listed sits directly under `model.`.
 KEY_NAMES = {
     "vision.layers.": "model.vlm_with_expert.vlm.model.vision_model.encoder.layers.",
@@ -84,47 +93,20 @@ LEROBOT_DEFAULTS = {
     "self_attn_every_n_layers": 2, "expert_width_multiplier": 0.75, "min_period": 0.004, "max_period": 4.0,
     "rtc_config": None, "compile_model": False, "compile_mode": "max-autotune",
 }  # fmt: skip
+FEATURES = {str: {"type": str, "shape": [int]}}
+CONFIG = {
+    **{f"{name}?": type(LEROBOT_DEFAULTS[name]) for name in SAME_NAME if name in LEROBOT_DEFAULTS},
+    **dict.fromkeys(("min_period?", "max_period?", "expert_width_multiplier?"), NUMBER),
+    **dict.fromkeys(("num_vlm_layers?", "num_expert_layers?"), int),
+    **dict.fromkeys(("type?", "vlm_model_name?", "pad_language_to?"), str),
+    **dict.fromkeys(("adapt_to_pi_aloha?", "use_delta_joint_actions_aloha?"), bool),
+    **dict.fromkeys(("add_image_special_tokens?", "train_state_proj?"), bool),
+    **{"input_features?": FEATURES, "output_features?": FEATURES, "normalization_mapping?": {str: str}},
+    "resize_imgs_with_padding?": ([int], type(None)),
+}
 
 
-# ---- names and places ---------------------------------------------------------------------------------
-
-
-def find_folder(
-    name: str,
-    revision: str | None = None,
-    relative_to: Path | None = None,
-    patterns: tuple[str, ...] = ("*.json", "*.safetensors"),
-) -> Path:
-    """Find a folder: beside `relative_to`, as a path, or else as a hub id, owner/name or owner/name@revision.
-
-    Raises Refused when it is neither a folder nor of a hub id's form, and when the hub gives nothing.
-    """
-    if not isinstance(name, str) or not name.isprintable():
-        raise Refused(f"{name!r} is no name: give a checkpoint folder, or a hub id of the form owner/name")
-    for path in ([relative_to / name] if relative_to else []) + [Path(name)]:
-        if path.is_dir():
-            return checkpoint_in(path)
-    repo, _, pinned = name.partition("@")
-    if repo.startswith((".", "/", "~")) or repo.count("/") != 1:
-        raise Refused(f"no folder {name!r}: give a checkpoint folder, or a hub id of the form owner/name")
-    try:
-        found = snapshot_download(repo, revision=pinned or revision, allow_patterns=list(patterns))
-    except (OSError, ValueError) as error:  # huggingface_hub's errors are one or the other
-        reason = str(error).strip().splitlines()[0]
-        raise Refused(
-            f"{name} is no folder here and cannot be fetched from the hub ({reason}): give a folder"
-        ) from error
-    return Path(found)
-
-
-def checkpoint_in(folder: Path) -> Path:
-    """Find the checkpoint in a run folder, ours or lerobot's (outputs/train/x); else the folder itself."""
-    return next((folder / place for place in PLACES if holds_weights(folder / place)), folder)
-
-
-def holds_weights(folder: Path) -> bool:
-    """Say whether a folder is a checkpoint, or an adapter that could be merged into one."""
-    return any((folder / name).is_file() for name in (WEIGHTS, SHARDS, ADAPTER))
+# ---- names ---------------------------------------------------------------------------------
 
 
 def lerobot_key(name: str) -> str:
@@ -187,9 +169,10 @@ def policy_config(raw: dict, language: Language) -> SmolVLAConfig:
     )
 
 
-def lerobot_config(config: SmolVLAConfig, vlm_name: str, image_shape: tuple[int, int, int]) -> dict:
-    """Write a fresh policy's config.json: lerobot's fields for this config, cameras of `image_shape`."""
-    features = {name: {"type": "VISUAL", "shape": list(image_shape)} for name in config.cameras}
+def lerobot_config(config: SmolVLAConfig, vlm_name: str, shapes: Shapes) -> dict:
+    """Write a fresh policy's config.json: lerobot's fields for this config, cameras of these shapes."""
+    shapes = shapes if isinstance(shapes, dict) else dict.fromkeys(config.cameras, shapes)
+    features = {name: {"type": "VISUAL", "shape": list(shapes[name])} for name in config.cameras}
     return LEROBOT_DEFAULTS | {name: getattr(config, name) for name in SAME_NAME} | {
         "input_features": features | {"observation.state": {"type": "STATE", "shape": [config.state_dim]}},
         "output_features": {"action": {"type": "ACTION", "shape": [config.action_dim]}},
@@ -221,9 +204,7 @@ def read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
         refuse_adapter(folder)
         yield from read_tensors(folder / WEIGHTS).items()
         return
-    table = read_json(folder / SHARDS).get("weight_map")
-    if not isinstance(table, dict):
-        raise Refused(f"{folder / SHARDS} has no weight_map of names and files: copy the checkpoint again")
+    table = read_json(folder / SHARDS, {"weight_map": {str: object}})["weight_map"]
     for name in sorted({plain_name(file, folder / SHARDS) for file in table.values()}):
         tensors = read_tensors(folder / name)
         if lost := [key for key, file in table.items() if file == name and key not in tensors]:
@@ -294,6 +275,7 @@ def place(
     state = {name: torch.zeros(p.shape) for name, p in wanted.values() if name in UNUSED}
     state |= {wanted[key][0]: tensors[key] for key in shapes}
     typed = {n: t.to(torch.float32 if n.startswith(PROJECTIONS) else dtype) for n, t in state.items()}
+    check_finite(typed, source)
     policy.load_state_dict(typed, assign=True, strict=False)
 
 
@@ -314,7 +296,7 @@ def open_checkpoint(
     """Find a checkpoint, a run folder's last one too, and read what it is: config, language model, sizes."""
     folder = find_folder(name, revision)
     refuse_adapter(folder)
-    raw = LEROBOT_DEFAULTS | read_json(folder / "config.json")
+    raw = LEROBOT_DEFAULTS | read_json(folder / "config.json", CONFIG)
     language = find_language(raw["vlm_model_name"], folder, vlm)
     return folder, raw, language, policy_config(raw, language)
 
@@ -323,13 +305,13 @@ def read_cameras(name: str, revision: str | None) -> tuple[list[str], dict[str, 
     """Give the cameras that a checkpoint's config.json names, and its rename map, without its weights."""
     folder = find_folder(name, revision)
     refuse_adapter(folder)
-    raw = LEROBOT_DEFAULTS | read_json(folder / "config.json")
+    raw = LEROBOT_DEFAULTS | read_json(folder / "config.json", CONFIG)
     check_type(raw)
     cameras = [
         n for n, f in raw["input_features"].items() if f["type"] == "VISUAL" and not n.startswith(EMPTY)
     ]
     path = folder / f"{PRE}.json"
-    return cameras, rename_map(read_json(path)) if path.is_file() else {}
+    return cameras, rename_map(read_json(path, STEPS)) if path.is_file() else {}
 
 
 def find_language(name: str, folder: Path, vlm: str | None) -> Language:
@@ -357,7 +339,7 @@ def load_processor(
     features = [*raw["input_features"], *raw["output_features"]]
     before, after, found, found_after = {}, {}, sort_statistics(among_weights, features), {}
     if (folder / f"{PRE}.json").is_file():
-        before, after = read_json(folder / f"{PRE}.json"), read_json(folder / f"{POST}.json")
+        before, after = (read_json(folder / f"{name}.json", STEPS) for name in (PRE, POST))
         found = read_statistics(folder, before, features) or found
         found_after = read_statistics(folder, after, features)
     try:
@@ -381,10 +363,10 @@ def fresh_processor(
     config: SmolVLAConfig,
     stats: Statistics,
     instructions: list[str],
-    image_shape: tuple[int, int, int],
+    shapes: Shapes,
 ) -> Processor:
     """Make the processor of a policy from scratch; its tokenizer is built from the instructions."""
-    raw = lerobot_config(config, "vlm", image_shape)
+    raw = lerobot_config(config, "vlm", shapes)
     return Processor(config, raw, fresh_language(language_config(config), instructions), stats)
 
 
@@ -394,11 +376,13 @@ def fresh_processor(
 def save_policy(folder: Path, policy: nn.Module, processor: Processor) -> None:
     """Write what lerobot loads: config, weights under its names, processors; beside them the language folder.
 
-    Memory modules (`fusion.`) are not lerobot's and are left out; arm.py writes them.
+    Memory modules (`fusion.`) are not lerobot's and are left out; arm.py writes them. Raises Refused for
+    weights that are not finite.
     """
+    weights = {lerobot_key(n): p for n, p in policy.state_dict().items() if not n.startswith("fusion.")}
+    check_finite(weights, folder / WEIGHTS)
     folder.mkdir(parents=True, exist_ok=True)
     raw = processor.raw | {name: getattr(policy.config, name) for name in SAME_NAME}
-    weights = {lerobot_key(n): p for n, p in policy.state_dict().items() if not n.startswith("fusion.")}
     save_tensors(weights, folder / WEIGHTS)
     (folder / "config.json").write_text(to_json(raw, indent=4))
     processor.save(folder)
@@ -430,12 +414,27 @@ def describe_checkpoint(folder: Path, policy: nn.Module, processor: Processor) -
         ("tokenizer", f"{language.tokenizer.get_vocab_size():,} of {c.vocab_size:,} ids, {language.source}"),
         *(("note", note) for note in processor.notes),
     ]  # fmt: skip
-    if (folder / "world.safetensors").is_file():
-        with safetensors.safe_open(folder / "world.safetensors", "pt") as file:
-            arm = json.loads(file.metadata()["config"])
+    arm = stored_arm(folder)
+    if arm is not None:
         memory = "" if arm["fusion"] == ["none"] else f" --memory {arm['memory']}"
         rows.append(("memory", f"--fusion {' '.join(arm['fusion'])}{memory}"))
     return "\n".join(f"{name:12s} {text}" for name, text in rows)
+
+
+def stored_arm(folder: Path) -> dict | None:
+    """Read the configuration that an arm's file holds beside its tensors; None where there is no such file.
+
+    Raises Refused where the file is damaged.
+    """
+    path = folder / WORLD_FILE
+    if not path.is_file():
+        return None
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("config", "")
+        return parse_json(text, {"fusion": [str], "memory": str})
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise Refused(f"{path} cannot be read ({error}): take the checkpoint before it") from error
 
 
 def count_trained(policy: nn.Module, raw: dict) -> str:

@@ -8,10 +8,12 @@ Sources: lerobot 0.6.1 (policies/smolvla/configuration_smolvla.py), SmolVLM2's c
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from files import Refused, number_from_environment
 
+LARGEST = 1_000_000  # of any size
 EMPTY = "observation.images.empty_camera_"  # begins the names that lerobot gives to cameras that nobody has
 
 
@@ -64,6 +66,11 @@ class SmolVLAConfig:
 
     def __post_init__(self) -> None:
         """Raise Refused for what no policy can have; each names the sizes and what would do."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            most = {"layers": 1000, "cameras": 1000}.get(field.name.split("_")[-1], LARGEST)
+            if isinstance(value, int | float) and not -1 <= value <= most:
+                raise Refused(f"{field.name} {value} cannot be: it must be at most {most}")
         for part, whole, share in (
             ("layers", self.layers, "expert_layers"),
             ("width", self.vision_width, "vision_heads"),
@@ -86,8 +93,8 @@ class SmolVLAConfig:
                 )
         if not 0 < self.n_action_steps <= self.chunk_size:
             raise Refused(f"n_action_steps {self.n_action_steps} must lie in 1..{self.chunk_size}, the chunk")
-        if self.num_steps < 1:
-            raise Refused(f"num_steps {self.num_steps} must be at least 1 Euler step")
+        if not 1 <= self.num_steps <= 1000:
+            raise Refused(f"num_steps {self.num_steps} must be 1 to 1000 Euler steps")
         if not self.cameras:
             raise Refused("a policy needs a camera: config.json's input_features name none of type VISUAL")
         experts = range(self.expert_layers)

@@ -7,6 +7,7 @@
 - SigLIP's MLP applies its GELU inside the first product, while the numbers are in cache.
 - Attention in bfloat16 runs as plain products: SDPA's blocks are small, and miss the processor's bfloat16
   instructions. Scores are then rounded to bfloat16, as eager attention rounds them.
+- Patches that train are embedded by a product, whose gradient is three times faster than a convolution's.
 
 `keep_memory` stops the allocator from giving large tensors back to the system and asking for them again.
 
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from smolvla.layers import Attention, VisionAttention, VisionMLP
+from smolvla.layers import Attention, VisionAttention, VisionMLP, VisionTower
 
 LARGE = 2**18  # weights from which packing saves more than the longer way to the product costs
 LONG = 2**18  # scores a head from which one head at a time keeps them in cache
@@ -47,6 +48,13 @@ def has_kernel(dtype: torch.dtype) -> bool:
     return True
 
 
+@lru_cache
+def native_bfloat16() -> bool:
+    """Whether this processor has instructions for bfloat16: where it has none, float32 is faster."""
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16")) and has_kernel(torch.bfloat16)
+
+
 def speed_up(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Replace the kernels of the large layers inside `module`, which computes in `dtype`; gives it back.
 
@@ -62,6 +70,8 @@ def speed_up(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module
             part.forward = MethodType(fused_mlp, part)
         if isinstance(part, (Attention, VisionAttention)) and dtype == torch.bfloat16 and has_kernel(dtype):
             part.core = attend_in_products
+        if isinstance(part, VisionTower):
+            part.patch_embedding.forward = MethodType(embed_patches, part.patch_embedding)
     return module
 
 
@@ -111,6 +121,17 @@ class ThroughPacked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.layer.product(grad.contiguous(), None, "none", [], "", transposed=True), None
+
+
+def embed_patches(self: nn.Conv2d, images: Tensor) -> Tensor:
+    """Stand in for a convolution that strides by its own size: (B, 3, S, S) -> (B, W, n, n)."""
+    if not self.weight.requires_grad:
+        return self._conv_forward(images, self.weight, self.bias)
+    (p, q), n = self.kernel_size, images.shape[-1] // self.kernel_size[1]
+    x = images.unflatten(3, (-1, q)).unflatten(2, (-1, p))  # (B, 3, S, S) -> (B, 3, n, p, n, q)
+    x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # -> (B, n*n, 3*p*q)
+    x = F.linear(x, self.weight.flatten(1), self.bias)
+    return x.transpose(1, 2).unflatten(2, (-1, n))  # (B, n*n, W) -> (B, W, n, n), a view
 
 
 def fused_mlp(self: VisionMLP, x: Tensor) -> Tensor:

@@ -12,13 +12,12 @@ SmolVLMVisionConfig and LlamaConfig).
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from files import Refused, read_json, to_json
+from files import Refused, parse_json, read_json, to_json
 from smolvla.config import SmolVLAConfig
 
 SPECIAL_TOKENS = {
@@ -42,6 +41,17 @@ TEXT_DEFAULTS = {
     "num_key_value_heads": None, "head_dim": None, "vocab_size": 32000, "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
 }  # fmt: skip
+# Of a language model's config.json: each size of the type that it has by default.
+CONFIG = {
+    "scale_factor?": int,
+    **{
+        part: {f"{name}?": (type(value), type(None)) for name, value in defaults.items()}
+        for part, defaults in (
+            ("text_config", TEXT_DEFAULTS | {"num_key_value_heads": 1, "head_dim": 1, "pad_token_id": 1}),
+            ("vision_config", VISION_DEFAULTS),
+        )
+    },
+}
 
 
 # ---- folder -------------------------------------------------------------------------------------------
@@ -58,10 +68,11 @@ class Language:
 
     def token(self, name: str) -> str | None:
         """Give the text of a special token as tokenizer_config.json has it, in any of its three ways."""
-        settings = json.loads(self.files.get("tokenizer_config.json", b"{}"))
+        settings = parse_json(self.files.get("tokenizer_config.json", b"{}"))
         extra = settings.get("extra_special_tokens")
         found = settings.get(name) or (extra.get(name) if isinstance(extra, dict) else None)
-        return found["content"] if isinstance(found, dict) else found
+        found = found.get("content") if isinstance(found, dict) else found
+        return found if isinstance(found, str) else None
 
     @property
     def pad_id(self) -> int:
@@ -97,12 +108,10 @@ def read_language(folder: Path) -> Language:
         raise Refused(f"{folder / 'tokenizer.json'} cannot be read ({error}): copy it again") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    config = read_json(folder / "config.json")
-    if not {"text_config", "vision_config"} <= config.keys():
-        raise Refused(
-            f"{folder / 'config.json'} has no text_config and vision_config: it is not a language model's "
-            "with vision, such as SmolVLM2's"
-        )
+    again = "it is not a language model's with vision, such as SmolVLM2's; copy it again"
+    config = read_json(folder / "config.json", CONFIG, again)
+    if "tokenizer_config.json" in files:
+        read_json(folder / "tokenizer_config.json")
     return Language(config, files, tokenizer, str(folder))
 
 

@@ -15,6 +15,7 @@ Shapes: B batch, C actions in a chunk, A action width, S state width, n language
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +34,19 @@ PRE, POST = "policy_preprocessor", "policy_postprocessor"
 NEEDED = {
     "IDENTITY": (), "MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"),
     "QUANTILE10": ("q10", "q90"),
+}  # fmt: skip
+# What the two descriptions hold of what is read here.
+STEPS = {
+    "steps": [
+        {
+            "registry_name?": str,
+            "class?": str,
+            "config?": {
+                "rename_map?": {str: str}, "max_length?": int, "padding?": str, "norm_map?": {str: str},
+                "eps?": int | float, "normalize_observation_keys?": ([str], type(None)),
+            },
+        }
+    ]
 }  # fmt: skip
 # Steps of the two descriptions that this file does, or that are no more than moving tensors about.
 KNOWN_STEPS = (
@@ -180,6 +194,9 @@ class Processor:
         self.stats_after = self.stats_after or self.stats
         for description in (self.before, self.after):
             check_steps(description)
+        longest = find_step(self.before, "tokenizer_processor").get("config", {}).get("max_length", 1)
+        if not 1 <= longest <= 100_000:
+            raise Refused(f"{PRE}.json: max_length {longest} of an instruction must lie in 1..100000 tokens")
         if self.norm_map.get("VISUAL", "IDENTITY") != "IDENTITY":
             raise Refused(
                 f"normalization_mapping {self.norm_map['VISUAL']} of pictures: only IDENTITY is done here"
@@ -260,19 +277,48 @@ class Processor:
         """The number of tokens of the longest of these instructions."""
         return int(self.tokenize(tasks)[1].sum(1).max())
 
+    @property
+    def token_settings(self) -> dict:
+        return find_step(self.before, "tokenizer_processor").get("config", {})
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens after which an instruction is cut."""
+        return self.token_settings.get("max_length", self.config.tokenizer_max_length)
+
+    def encode(self, task: str) -> list[int]:
+        """Turn an instruction into its token ids, all of them; an empty instruction is an error."""
+        if not task or not task.strip():
+            raise Refused(f"an instruction is empty ({task!r}): a policy without one cannot know its task")
+        if task not in self._ids:
+            text = task if task.endswith("\n") else task + "\n"
+            self._ids[task] = self.language.tokenizer.encode(text, add_special_tokens=False).ids
+        return self._ids[task]
+
+    def cut(self, tasks: Iterable[str]) -> list[str]:
+        """Say of each instruction that has too many tokens how many, and what is lost.
+
+        Raises Refused where two of them become the same.
+        """
+        longest, lines, known = self.most_tokens, [], {}
+        for task in sorted(set(tasks), key=lambda task: len(self.encode(task))):
+            ids = self.encode(task)
+            other = known.setdefault(tuple(ids[:longest]), task)
+            if len(ids) <= longest:
+                continue
+            if other != task:
+                raise Refused(
+                    f'"{other}" and "{task}" are one and the same in their first {longest} tokens, the '
+                    "tokenizer's max_length: shorten them, or leave one out with --task-ids"
+                )
+            lost = self.language.tokenizer.decode(ids[longest:]).strip()
+            lines.append(f'"{task}" has {len(ids)} tokens and is cut to {longest}: "{lost}" is lost')
+        return lines
+
     def tokenize(self, tasks: list[str]) -> tuple[Tensor, Tensor]:
         """Turn instructions into token ids and mask, (B, n) each; an empty instruction is an error."""
-        settings = find_step(self.before, "tokenizer_processor").get("config", {})
-        longest = settings.get("max_length", self.config.tokenizer_max_length)
-        for task in tasks:
-            if not task or not task.strip():
-                raise Refused(
-                    f"an instruction is empty ({task!r}): a policy without one cannot know its task"
-                )
-            if task not in self._ids:
-                text = task if task.endswith("\n") else task + "\n"
-                self._ids[task] = self.language.tokenizer.encode(text, add_special_tokens=False).ids[:longest]
-        rows = [self._ids[task] for task in tasks]
+        settings, longest = self.token_settings, self.most_tokens
+        rows = [self.encode(task)[:longest] for task in tasks]
         fixed = settings.get("padding", self.raw["pad_language_to"]) == "max_length"
         length = longest if fixed else max(min(self.pad_to, longest), max(map(len, rows)))
         tokens = torch.full((len(rows), length), self.language.pad_id)

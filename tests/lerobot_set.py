@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -35,16 +36,28 @@ def png(pixels: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def write_video(path: Path, frames: Sequence[np.ndarray], fps: int, gop: int = 12, bframes: int = 2) -> None:
-    """Write an mp4 in h264: frames out of order in the file, and key frames far apart."""
+def write_video(
+    path: Path,
+    frames: Sequence[np.ndarray],
+    fps: int | Fraction,
+    gop: int = 12,
+    bframes: int = 2,
+    late: int = 0,
+    lost: int | None = None,
+) -> None:
+    """Write an mp4 in h264: frames out of order in the file, key frames far apart, the first `late` frames
+    after 0 s; where that of number `lost` would be, the next one follows a frame's time later."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libx264", rate=fps)
         stream.width, stream.height, stream.pix_fmt = frames[0].shape[1], frames[0].shape[0], "yuv420p"
         stream.options = {"g": str(gop), "bf": str(bframes), "preset": "ultrafast", "crf": "10"}
         stream.codec_context.thread_count = 1
-        for frame in frames:
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        for number, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            after = lost is not None and number >= lost
+            frame.pts, frame.time_base = number + late + after, 1 / Fraction(fps)
+            out.mux(stream.encode(frame))
         out.mux(stream.encode())
 
 
@@ -61,8 +74,11 @@ def write_set(
     tasks: Sequence[str] = ("push the block", "open the drawer"),
     meta_files: int = 1,
     seed: int = 0,
+    late: int = 0,
+    video_fps: int | Fraction = 0,
 ) -> Path:
-    """Write a data set; episode e has task e % len(tasks). Places: each episode's chunk and file."""
+    """Write a data set; episode e has task e % len(tasks). Places: each episode's chunk and file. Videos may
+    begin `late` and have another rate than the label."""
     rng = np.random.default_rng(seed)
     cameras = {"observation.images.image": "image"} if cameras is None else cameras
     data_files = list(data_files or [(0, 0)] * len(lengths))
@@ -98,7 +114,8 @@ def write_set(
             ]
             for place in dict.fromkeys(video_files[name]):
                 frames = [picture(*row, number) for row in rows if video_files[name][row[0]] == place]
-                write_video(root / "videos" / name / name_of(place, "mp4"), frames, fps)
+                path = root / "videos" / name / name_of(place, "mp4")
+                write_video(path, frames, video_fps or fps, late=late)
             episodes |= {
                 f"videos/{name}/chunk_index": [c for c, _ in video_files[name]],
                 f"videos/{name}/file_index": [f for _, f in video_files[name]],

@@ -9,6 +9,8 @@ Shapes: B batch, P prefix tokens, m world tokens, C actions, S all of them, H qu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,28 +35,31 @@ def velocity(
     sites = policy.fusion.sites if policy.fusion is not None and memory is not None else {}
     caches = {name: site.prepare(memory) for name, site in sites.items()}
     actions = policy.embed_suffix(x_t, time)
-    if "prefix_cross" in sites:
-        embs = sites["prefix_cross"](embs, caches["prefix_cross"])
-    if "suffix_in" in sites:
-        actions = sites["suffix_in"](actions, caches["suffix_in"])
+
+    def fused(point: str, h: Tensor, layer: int = 0) -> Tensor:
+        for name, site in sites.items():
+            h = site(h, caches[name], layer) if site.at == point else h
+        return h
+
+    embs, actions = fused("prefix", embs), fused("actions_in", actions)
 
     position = mask.cumsum(1) - 1
     block = (torch.arange(embs.shape[1]) >= early).expand_as(mask) * 2  # images and language 0, the rest 2
     world = torch.zeros_like(mask)
-    if "prefix_tokens" in sites:
-        x, finite, _, bias = caches["prefix_tokens"]
-        own = 1 if policy.fusion.prefix_block == "state" else 0
+    strength = bias = None
+    for site, tokens in ((sites[name], caches[name]) for name in sites if sites[name].at == "tokens"):
+        x, finite, bias = tokens.x, tokens.finite, tokens.bias
+        strength = torch.tanh(site.gate) if gated else None
+        own = 1 if site.block == "state" else 0
         count = mask[:, :early].sum(1, keepdim=True)
         insert = lambda a, b: torch.cat([a[:, :early], b, a[:, early:]], dim=1)  # noqa: E731
         embs = insert(embs, x)
-        each = x.shape[1] // policy.fusion.hypotheses
+        each = len(site.rows) // len({row // len(site.tokens.step_code) for row in site.rows})
         position = insert(position, count + torch.arange(x.shape[1]) % each)
         block = insert(block, torch.full(finite.shape, own))
         world, mask = insert(world, torch.ones_like(finite)), insert(mask, finite)
-    strength = torch.tanh(sites["prefix_tokens"].gate) if "prefix_tokens" in sites and gated else None
-
     odds = torch.zeros(mask.shape)
-    if "prefix_tokens" in sites and bias is not None:
+    if bias is not None:
         odds[world] = bias.flatten()
     chunk = x_t.shape[1]
     unpadded = (mask & ~world).sum(1, keepdim=True)
@@ -64,11 +69,8 @@ def velocity(
     world = F.pad(world & gated, (0, chunk))
     allowed = (block[:, None, :] <= block[:, :, None]) & mask[:, None, :]  # (B, S, S)
     odds = F.pad(odds, (0, chunk))
-    actions = layers(policy, embs, actions, position, allowed, world, strength, odds)
-    actions = policy.expert.norm(actions)
-    if "late" in sites:
-        actions = sites["late"](actions, caches["late"])
-    return policy.action_out_proj(actions)
+    actions = layers(policy, embs, actions, position, allowed, world, strength, odds, fused)
+    return policy.action_out_proj(fused("actions_out", policy.expert.norm(actions)))
 
 
 def layers(
@@ -80,6 +82,7 @@ def layers(
     world: Tensor,
     strength: Tensor | None,
     odds: Tensor,
+    fused: Callable,
 ) -> Tensor:
     """Run all layers over prefix (B, P, W) and actions (B, C, We); gives the actions' hidden states."""
     config, length = policy.config, prefix.shape[1]
@@ -103,6 +106,8 @@ def layers(
             )
             out = attention(qa, k, v, allowed[:, length:, :length], hides, strength, odds[:, :length])
             actions = block_out(expert, actions, out)
+        if expert is not None:
+            actions = fused("layer", actions, i // config.stride)
         prefix = new
     return actions
 

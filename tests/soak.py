@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from test_data import write_task  # noqa: E402
 
-from training.run_folder import MANIFEST, checkpoints, damage, number  # noqa: E402
+from smolvla.folders import MANIFEST, checkpoints, damage, number  # noqa: E402
 
 BATCH = 8
 FLAGS = f"""

@@ -10,7 +10,9 @@ from tiny import STATS
 
 from arm import WORLD_FILE, ArmConfig, Summary, load_arm, save_arm
 from files import Refused
-from smolvla.checkpoint import WEIGHTS, fresh_processor
+from fusion import SITES
+from smolvla.checkpoint import fresh_processor
+from smolvla.folders import WEIGHTS
 
 
 def processor():
@@ -84,7 +86,7 @@ def test_arms_whose_memory_needs_no_prophet_build_none():
     assert set(out) == {"action", "bad_memory_rows"}
 
 
-@pytest.mark.parametrize("site", ["late", "suffix_in", "prefix_tokens", "prefix_cross"])
+@pytest.mark.parametrize("site", SITES)
 def test_a_sample_whose_memory_is_dropped_trains_as_without_memory(site):
     arm = tiny.arm("pred", fusion=(site,), memory_dropout=0.5, prefix_tokens=4)
     tiny.open_gates(arm.policy.fusion)
@@ -124,7 +126,7 @@ def test_an_arm_without_a_site_refuses_every_memory(mode):
         tiny.arm("off", fusion=("none",)).needs(mode)
 
 
-@pytest.mark.parametrize("site", ["late", "suffix_in", "prefix_tokens", "prefix_cross"])
+@pytest.mark.parametrize("site", SITES)
 def test_a_rescaled_gate_is_a_dose(site):
     arm = tiny.arm("pred", fusion=(site,), prefix_tokens=4)
     tiny.open_gates(arm.policy.fusion)

@@ -14,33 +14,40 @@ from hypothesis import strategies as st
 from test_source import demos, source  # noqa: F401, a fixture
 
 from arm import ArmConfig, load_arm, save_arm
-from fusion import Memory
+from fusion import SITES, Memory
 from model import prefix_inputs
-from prophet import CHANCE, CODED, Prophet, bank_loss, draw_chance, prophet_width
+from prophet import METHODS, Imagined, Prophet, ProphetConfig, Repeat, bank_loss, prophet_width
 from smolvla.checkpoint import fresh_processor
 from training.diagnostics import CollapseWatch, Usage
 
 N, K = 3, tiny.FUTURE
 WIDTH = prophet_width(tiny.LATENT)
-METHODS = ("dropout", "noise", "ensemble", "mixture")
-each_method = pytest.mark.parametrize("method", METHODS)
+BANKS = [name for name, method in METHODS.items() if not method.single and method is not Repeat]
+CHANCE = [name for name in BANKS if METHODS[name].chance]
+each_method = pytest.mark.parametrize("method", BANKS)
 
 
 def prophet(method: str, count: int = N, seed: int = 0) -> Prophet:
     torch.manual_seed(seed)
-    return Prophet(tiny.LATENT, tiny.HISTORY, K, hypotheses=count, method=method)
+    return METHODS[method](settings_of(method, count), tiny.LATENT)
+
+
+def settings_of(method: str, count: int = N) -> ProphetConfig:
+    return ProphetConfig(tiny.HISTORY, K, count, method, **METHODS[method].settings)
 
 
 def chance(method: str, batch: int = 2, count: int = N) -> torch.Tensor | None:
     rows = [
-        draw_chance(method, [np.random.default_rng([b, n]) for n in range(count)], K, WIDTH, 0.3)
+        METHODS[method].draw(
+            [np.random.default_rng([b, n]) for n in range(count)], settings_of(method), WIDTH
+        )
         for b in range(batch)
     ]
     return None if rows[0] is None else torch.from_numpy(np.stack(rows))
 
 
 def bank_arm(method: str, fusion: tuple[str, ...] = ("late",), **fields):
-    fields |= {"prophet_dropout": 0.3} if method == "dropout" else {}
+    fields |= METHODS[method].settings
     return tiny.arm("pred", fusion, num_hypotheses=N, hypothesis_method=method, prefix_tokens=2 * N, **fields)
 
 
@@ -94,21 +101,49 @@ def test_a_dropout_mask_is_shared_over_time_and_keeps_the_mean():
 @pytest.mark.parametrize("method", CHANCE)
 def test_chance_is_keyed_by_sample_and_hypothesis(demos, method):  # noqa: F811
     made = source(demos, memory="pred")
-    fields = {
-        "num_hypotheses": N,
-        "hypothesis_method": method,
-        "prophet_dropout": 0.3 * (method == "dropout"),
-    }
     made.arm = bank_arm(method)
-    assert all(getattr(made.arm.config, name) == value for name, value in fields.items())
     index, keys = np.array([0, 9]), np.array([5, 6])
     both = made.world(index, keys, ("chance",))["chance"]
     assert torch.equal(both[1:], made.world(index[1:], keys[1:], ("chance",))["chance"])
     assert not torch.equal(both[0], both[1]) and not torch.equal(both[0, 0], both[0, 1])
-    made.arm = tiny.arm(
-        "pred", num_hypotheses=N - 1, hypothesis_method=method, prophet_dropout=fields["prophet_dropout"]
-    )
+    fields = METHODS[method].settings
+    made.arm = tiny.arm("pred", num_hypotheses=N - 1, hypothesis_method=method, **fields)
     assert torch.equal(both[:, :-1], made.world(index, keys, ("chance",))["chance"])
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.single])
+def test_no_method_lets_the_future_reach_the_policy(method):
+    """Neither in value nor through a gradient; what the loss sees is another matter."""
+    arm, made = bank_arm(method), world(method)
+    tiny.open_gates(arm)
+    other = made | {"z_future": made["z_future"] + 1.0, "valid": ~made["valid"]}
+    a, b = (arm(tiny.inputs(), x, *tiny.flow()) for x in (made, other))
+    assert torch.equal(a["action"], b["action"]) and torch.equal(a["predicted"], b["predicted"])
+    assert not torch.equal(a["world"], b["world"])
+
+
+def test_a_posterior_teaches_the_prophet_and_the_policy_never_sees_it(monkeypatch):
+    class Posterior(METHODS["noise"]):
+        def __init__(self, config, latent):
+            super().__init__(config, latent)
+            self.encode = torch.nn.Linear(latent, latent)
+
+        def learned(self, imagined, world):
+            truth = self.encode(world["z_future"] - world["z_hist"][:, -1:])
+            return Imagined(imagined.y + truth[:, None], cost=truth.square().mean((1, 2)))
+
+    monkeypatch.setitem(METHODS, "noise", Posterior)
+    test_no_method_lets_the_future_reach_the_policy("noise")
+    arm, made = bank_arm("noise"), world("noise")
+    tiny.open_gates(arm)
+    out = arm(tiny.inputs(), made, *tiny.flow())
+    assert torch.equal(out["predicted"], arm.imagine(made["z_hist"], made).y)  # as is its logged cosine
+    out["action"].mean().backward(retain_graph=True)
+    assert arm.prophet.encode.weight.grad is None and arm.prophet.query.grad is not None
+    out["world"].mean().backward()
+    assert arm.prophet.encode.weight.grad.abs().sum() > 0
+    nothing = made | {"valid": torch.zeros_like(made["valid"])}
+    assert arm.world_losses(arm.imagine(made["z_hist"], made), nothing)["world"].abs().max() == 0
 
 
 # ---- losses -------------------------------------------------------------------------------------------
@@ -161,7 +196,7 @@ def test_every_parameter_gets_a_gradient_the_losing_heads_too(method, kind):
 # ---- in the policy ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("site", ["late", "suffix_in", "prefix_tokens", "prefix_cross"])
+@pytest.mark.parametrize("site", SITES)
 @each_method
 def test_a_bank_reaches_every_site_and_cached_equals_joint(site, method):
     arm = bank_arm(method, (site,))
@@ -180,7 +215,7 @@ def test_a_bank_reaches_every_site_and_cached_equals_joint(site, method):
     ).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("site", ["late", "suffix_in", "prefix_tokens", "prefix_cross"])
+@pytest.mark.parametrize("site", SITES)
 def test_odds_weigh_hypotheses_and_certainty_is_one_of_them_alone(site):
     arm = bank_arm("mixture", (site,))
     tiny.open_gates(arm)
@@ -196,13 +231,13 @@ def test_odds_weigh_hypotheses_and_certainty_is_one_of_them_alone(site):
     assert (act(rows, torch.tensor([[0.0, -3.0, -3.0]]).expand(2, -1)) - act(rows, even)).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("site", ["late", "suffix_in", "prefix_tokens", "prefix_cross"])
+@pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("method", ["dropout", "ensemble"])
 def test_exchangeable_hypotheses_may_change_places_coded_ones_not(site, method):
     arm = bank_arm(method, (site,))
     tiny.open_gates(arm)
     code = arm.policy.fusion.sites[site].tokens.hypothesis_code
-    assert (code is not None) == (method in CODED)
+    assert (code is not None) == METHODS[method].coded
     if code is not None:
         assert code.abs().max() == 0  # at the start nothing tells them apart
         torch.nn.init.normal_(code)
@@ -235,7 +270,7 @@ def test_a_bank_is_saved_loaded_and_compiles_whole(method, tmp_path):
         ({"hypothesis_method": "noise"}, "--num-hypotheses 1 with --hypothesis-method noise"),
         ({"num_hypotheses": 2, "hypothesis_method": "dropout"}, "--prophet-dropout 0.0 with"),
         ({"prophet_dropout": 0.1}, "--prophet-dropout 0.1 with --hypothesis-method none"),
-        ({"tau": 0.0}, "--tau 0.0 must be positive"),
+        ({"tau": 0.0}, "--tau 0.0 must be at least 1e-06"),
         (
             {"num_hypotheses": 2, "hypothesis_method": "mixture", "detach_memory": True, "world_loss": "min"},
             "nothing would teach the odds",
@@ -250,7 +285,7 @@ def test_banks_that_contradict_themselves_are_refused(fields, message):
 # ---- interventions ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("site", ["late", "prefix_tokens"])
+@pytest.mark.parametrize("site", SITES)
 @each_method
 def test_interventions_leave_the_policy_with_what_they_say(site, method):
     arm = bank_arm(method, (site,)).eval()

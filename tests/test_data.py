@@ -27,7 +27,8 @@ def write_task(path: Path, lengths: tuple[int, ...] = (5, 3), size: int = 8, see
         group = file.create_group("data")
         group.attrs["problem_info"] = json.dumps({"language_instruction": f"pick up the {path.stem}"})
         recorded = {"suite": "libero_spatial", "task_id": 3, "displace": 0.0, "noise": 0.1, "size": size}
-        recorded |= {"draw": 1, "reset": "hard", "env_seed": 7, "versions": json.dumps({"mujoco": "3.3.2"})}
+        recorded |= {"draw": "exact", "reset": "hard", "env_seed": 7}
+        recorded |= {"versions": json.dumps({"mujoco": "3.3.2"})}
         recorded |= {"pairing": "observation_before_action", "num_demos": len(lengths), "total": sum(lengths)}
         for name, value in recorded.items():
             group.attrs[name] = value
@@ -52,7 +53,7 @@ def toy_demos(lengths: list[int], size: int = 4, seed: int = 0) -> Demos:
     state, action = rng.normal(size=(frames, 8)), rng.normal(size=(frames, 7))
     state[:, 0] = action[:, 0] = np.arange(frames)
     images = {camera: rng.integers(0, 256, (frames, size, size, 3), dtype=np.uint8) for camera in CAMERAS}
-    task = np.zeros(len(lengths), np.int64)
+    task = np.zeros(frames, np.int64)
     arrays = (images, state.astype(np.float32), action.astype(np.float32), episode, first, last, task)
     return Demos(*arrays, tasks=["go"], provenance=[{}])
 
@@ -62,7 +63,7 @@ def test_loading_keeps_order_boundaries_and_instructions(tmp_path):
     write_task(tmp_path / "a_demo.hdf5", lengths=(2,) * 10 + (3,))  # demo_10 comes after demo_2, not before
     demos = load(tmp_path)
     assert (demos.last - demos.first + 1).tolist() == [2] * 10 + [3, 4]
-    assert demos.task.tolist() == [0] * 11 + [1]
+    assert demos.task.tolist() == [0] * 23 + [1] * 4
     assert demos.instruction([0, 26]) == ["pick up the a_demo", "pick up the b_demo"]
     assert demos.provenance[0]["init_state_ids"] == list(range(10, 21))
     assert (

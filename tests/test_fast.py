@@ -10,9 +10,8 @@ from test_arm import processor
 from test_sites import CLOSE, PROPERTY, VARIANTS, each_variant, make_arm, situations
 
 from arm import load_arm, save_arm
+from fusion import PrefixTokens
 from model import prefix_inputs
-
-STATIC = ("late", "suffix_in", "prefix_tokens/state")  # memory never meets images or language there
 
 
 def frozen_arm(variant: str, config=tiny.CONFIG, freeze: str = "expert"):
@@ -54,7 +53,9 @@ def test_a_split_prefix_gives_the_whole_ones_losses_and_gradients(variant, situa
 def test_what_is_live_follows_from_the_site_and_from_what_trains(variant, freeze):
     arm = frozen_arm(variant, freeze=freeze)
     cache = arm.policy.fusion.prepare(torch.randn(2, tiny.FUTURE, tiny.LATENT))
-    assert arm.policy.is_static(cache) == (freeze == "expert" and variant in STATIC)
+    [site] = arm.policy.fusion.sites.values()
+    meets = site.at == "prefix" or variant == f"{PrefixTokens.name}/prefix"  # memory, images and language
+    assert arm.policy.is_static(cache) == (freeze == "expert" and not meets)
     assert arm.policy.is_static(None) == (freeze == "expert")
     with torch.no_grad():
         assert not arm.policy.is_static(cache)  # one pass is cheaper where no gradient is recorded

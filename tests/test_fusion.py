@@ -6,12 +6,14 @@ import pytest
 import tiny
 import torch
 
-from fusion import Fusion, GatedCrossAttention
+from fusion import Fusion, FusionConfig, GatedCrossAttention, Late, Sizes
+
+SIZES = Sizes(expert=48, trunk=64, layers=2, memory=tiny.LATENT, steps=tiny.FUTURE)
 
 
-def branch(width: int = 48, steps: int = tiny.FUTURE) -> GatedCrossAttention:
+def branch() -> GatedCrossAttention:
     torch.manual_seed(0)
-    return GatedCrossAttention(width, tiny.LATENT, steps)
+    return Late(FusionConfig(), SIZES)
 
 
 def hidden(batch: int = 2) -> torch.Tensor:
@@ -130,9 +132,9 @@ def test_a_sample_without_any_finite_row_is_left_alone():
 
 def test_bad_choices_are_refused_in_one_line():
     with pytest.raises(ValueError, match="--fusion nowhere is unknown: choose from late"):
-        Fusion(("nowhere",), {"nowhere": 48}, tiny.LATENT, 4)
+        Fusion(("nowhere",), FusionConfig(), SIZES)
     with pytest.raises(ValueError, match="--heads 7 does not divide the fused width 48"):
-        GatedCrossAttention(48, tiny.LATENT, 4, heads=7)
+        Late(FusionConfig(heads=7), SIZES)
     arm = tiny.arm()
     with pytest.raises(ValueError, match="memory has width 5"):
         arm.policy.fusion.prepare(torch.zeros(1, tiny.FUTURE, 5))

@@ -6,9 +6,13 @@ The floors are those of docs/architecture.md. An import inside a function or und
 from __future__ import annotations
 
 import ast
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from fusion import SITES
 
 ROOT = Path(__file__).resolve().parent.parent
 # From the top floor down; what shares a line may not import one another.
@@ -22,11 +26,14 @@ FLOORS = (
     ("latents",),
     ("model", "readers", "matrix"),
     ("smolvla", "simulator"),
-    ("fusion", "prophet", "files", "ranks", "report"),
+    ("fusion", "prophet", "ranks", "report"),
+    ("commands",),
+    ("files",),
 )
 ROOMS = {room: -floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 AT_THE_ROOT = {
     "train.py", "eval.py", "model.py", "fusion.py", "prophet.py", "data.py", "arm.py", "files.py", "ranks.py",
+    "commands.py",
     "matrix.py", "run_matrix.sh", "setup.sh", "pyproject.toml", "README.md", "LICENSE", "docs", "tests",
     "smolvla", "readers", "latents", "simulator", "training", "rollouts", "report", "bench",
     ".ci", ".git", ".gitignore",
@@ -140,3 +147,18 @@ def test_only_what_a_person_gave_is_told_in_one_line():
     apart = ("fusion.py", "prophet.py", "report/")
     found = [path for path in code() if not str(path.relative_to(ROOT)).startswith(apart)]
     assert [module(path) for path in found if "raise ValueError(" in path.read_text()] == []
+
+
+def words_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield what a file says: its strings, docstrings and parts of f-strings among them, without commands."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, re.sub(r"--fusion \w+", "", node.value)
+
+
+@pytest.mark.parametrize("path", [path for path in code() if path.name != "fusion.py"], ids=module)
+def test_no_file_but_its_own_names_a_site(path):
+    """Commands to type may: they need one as an example. `late` alone is an English word."""
+    names = {name for site in SITES.values() for name in (site.name, site.gate_name)} - {"late", "world_gate"}
+    named = re.compile(rf"\b({'|'.join(names)})\b|^late$|^late/|`late`|world_gate_\w")
+    assert [(line, word) for line, word in words_of(path) if named.search(word)] == []

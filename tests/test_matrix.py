@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +19,18 @@ import tyro
 
 import matrix as program
 from files import Refused
-from report import stats
+from report import reading, stats
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PYTHON = Path(sys.executable).parent  # where `python` is this one
+
+
+EPISODE = {
+    **{"suite": "libero_object", "task_id": 1, "memory": "pred", "checkpoint": "step_000006", "crash": None},
+    **{"steps": 100, "samples": 96, "protocol": {"draw": "fast", "control_hz": 20}},
+}
 
 
 class Done(NamedTuple):
@@ -140,13 +147,14 @@ def test_times_come_from_earlier_runs_and_none_is_made_up(matrix, tmp_path):
 @pytest.mark.parametrize(
     ("preset", "arms"),
     [
-        ("fusion", "E0 E0b E1 E1s E2 E2n F2 F2n F3a F3an F3b F3bn"),
-        ("bank", "E0 E2 B4dup B4dropout B4noise B4ensemble B4mixture B4single B4mean B4min B4rwta"),
+        ("site", "E0 E0b E1s E2 E2n E2c E2h E2m F2 F2n F3a F3an F3as F3asn F3b F3bn"),
+        ("bank", "E0 E2 E2n B4dropout B4noise B4ensemble B4mixture B4single B4dup"),
+        ("transfer", "E0 E2 E2n"),
         ("either", "E0 E2 E2n B4ensemble B4mixture B4dup"),
     ],
 )
 def test_presets_train_their_arms_and_roll_out_controls(matrix, preset, arms):
-    done = matrix(preset, "--dry-run")
+    done = matrix(preset, "--dry-run", SEEDS="0", EVAL_AT="")
     trained = trainings(done)
     assert [line.split("--arm ")[1].split()[0] for line in trained] == arms.split()
     banks = [line for line in trained if "--arm B4" in line]
@@ -158,10 +166,54 @@ def test_presets_train_their_arms_and_roll_out_controls(matrix, preset, arms):
             "off",
             "zero",
             "shuffle off",
-            f"pred{bank} off zero shuffle stale random signflip",
+            "current off zero",
+            "history off zero",
+            f"pred{bank} off zero shuffle stale gate:0.5 gate:1.5",
         ), line
     recorded = commands(done, "simulator record")
-    assert all(("--either cream_cheese,milk" in line) == (preset == "either") for line in recorded)
+    assert all(("--either cream_cheese,milk" in line) == (preset in ("bank", "either")) for line in recorded)
+
+
+def test_secondary_arms_are_trained_with_the_first_seeds_alone(matrix):
+    names = commands(matrix("site", "--list"), "-n")
+    seeds = {arm: [n.split("-s")[1] for n in names if n.startswith(f"{arm}-n")] for arm in ("E2", "F3asn")}
+    assert seeds == {"E2": list("01234567"), "F3asn": list("0123")}
+    done = matrix("site", "--list", ARMS="E2 F2:all")
+    assert done.returncode == 2 and "ARMS 'F2:all' cannot be: give a number of seeds" in done.stderr
+
+
+def test_a_kept_cell_counts_as_done_and_is_small(matrix, tmp_path):
+    where = {"OUT": str(tmp_path / "runs"), "KEEP": str(tmp_path / "kept"), "DATA": str(tmp_path / "data")}
+    where |= {"ARMS": "E2 E0", "EVAL_AT": "32"}
+    name, run, kept = "E2-n96-s0", tmp_path / "runs" / "E2-n96-s0", tmp_path / "kept" / "E2-n96-s0"
+    job = program.Job(settings(tmp_path, "smoke", **where))
+    [cell] = [cell for cell in job.cells if cell.name == name]
+    run.mkdir(parents=True)
+    logs = [{"samples": 16 * i, "loss": 1 / (1 + i)} for i in range(1, 4001)]
+    logs[1999:1999] = [{"samples": 32000, "val_loss_off": 0.5}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logs))
+    lines = [EPISODE | {"init_state": i, "success": i % 2 == 0} for i in range(280)]
+    (run / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "config.json").write_text(json.dumps({"arm": "E2", "seed": 0, "total_samples": 96}))
+    (run / "env.json").write_text("{}")
+    ran = [program.shlex.join(command) for command, _ in program.steps(job, cell, dry=True)]
+    (run / "finished.txt").write_text("\n".join(ran[:1]))
+    program.keep(run, kept)
+    assert not program.is_kept(job, cell)  # a command is missing
+    (run / "finished.txt").write_text("\n".join(ran))
+    program.keep(run, kept)
+    before = {path.name: path.read_bytes() for path in kept.iterdir()}
+    program.keep(run, kept)
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+    assert sum(map(len, before.values())) < 150_000
+    shutil.rmtree(run)
+    done = matrix("smoke", "--dry-run", **where)
+    assert f"done before: {name}, in {where['KEEP']}" in done.stdout and "1 of 2 cells left" in done.stdout
+    assert f"done before: {name}" in matrix("smoke", "--cell", name, **where).stdout and not run.exists()
+    [found], aside = reading.load_runs((tmp_path / "kept",))
+    assert not aside and len(found.episodes) == 280 and found.episodes[1]["success"] is False
+    assert len(found.metrics) <= 302 and found.metrics[-1]["samples"] == 64000
+    assert [row["samples"] for row in found.metrics if "val_loss_off" in row] == [32000]
 
 
 def test_every_arm_is_one_that_train_takes(matrix, tmp_path):
@@ -188,11 +240,20 @@ def test_one_variable_chooses_the_world_encoder_for_caches_and_training_alike(ma
 
 
 def test_data_that_are_given_are_not_recorded_and_need_suites(matrix):
-    done = matrix("fusion", "--dry-run", DATA="some/where", SUITES="goal 10", TASKS="1,3-4", ARMS="E0")
+    done = matrix(
+        "site",
+        "--dry-run",
+        DATA="some/where",
+        SUITES="goal 10",
+        TASKS="1,3-4",
+        ARMS="E0",
+        SEEDS="0",
+        EVAL_AT="",
+    )
     assert not commands(done, "simulator record")
     [line] = commands(done, "eval.py")
     assert "--suite libero_goal libero_10 --task-ids 1,3,4" in line
-    done = matrix("fusion", "--dry-run", DATA="some/where")
+    done = matrix("site", "--dry-run", DATA="some/where")
     assert done.returncode == 2 and "say what to roll out" in done.stderr
 
 
@@ -452,8 +513,11 @@ def test_the_smoke_run_ends_with_a_table_and_a_second_call_only_looks(tmp_path):
         assert f"{arm} " in report
         lines = [json.loads(x) for x in (out / f"{arm}-n96-s0/episodes.jsonl").read_text().splitlines()]
         found = [(line["checkpoint"], line["memory"]) for line in lines]
-        assert found == [(step, mode) for step in ("step_000006", "step_000002") for mode in modes]
+        early = [("step_000002", modes[0])]  # under its own mode alone
+        assert found == [("step_000006", mode) for mode in modes] + early
         assert all(line["crash"] is None and not line["seen_in_training"] for line in lines)
+    stray = [PYTHON / "python", "eval.py", out / "E1-n96-s0", "--max-steps", "5", "--episodes-per-task", "1"]
+    assert "another protocol" in subprocess.run(stray, cwd=ROOT, capture_output=True, text=True).stdout
     episodes = {p: p.read_bytes() for p in out.glob("*/episodes.jsonl")}
     started = time.perf_counter()
     again = script("smoke", **places)

@@ -16,7 +16,8 @@ from prophet import (
     NEEDS,
     ROLLOUT_MODES,
     MemoryMode,
-    Prophet,
+    One,
+    ProphetConfig,
     absolute,
     change_target,
     counted_steps,
@@ -28,9 +29,9 @@ from prophet import (
 )
 
 
-def prophet() -> Prophet:
+def prophet() -> One:
     torch.manual_seed(0)
-    return Prophet(tiny.LATENT, tiny.HISTORY, tiny.FUTURE)
+    return One(ProphetConfig(tiny.HISTORY, tiny.FUTURE), tiny.LATENT)
 
 
 def test_permuting_the_history_changes_the_future():

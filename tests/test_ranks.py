@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import eval as evaluation
 import train
+from commands import read_command_line
 from eval import EvalConfig
-from ranks import read_command_line
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +51,7 @@ def test_a_config_without_flags_is_the_plain_one_and_flags_win():
         (("--batch-size", "0"), "--batch-size 0 must be at least 1"),
         (("--init", "tinny"), "--init tinny is no preset (tiny, base, libero), no folder and no hub id"),
         (("--data", "README.md"), "README.md is no HDF5 file"),
-        (("--fusion", "late", "--num-hypotheses", "4"), "dropout, noise, ensemble or mixture"),
+        (("--fusion", "late", "--num-hypotheses", "4"), "repeat, dropout, noise, ensemble, mixture"),
         (("--memory", "pred"), "--memory pred with --fusion none: there is no site for it"),
         (("--fusion", "late", "--memory", "off"), "--memory off with --fusion late: the site would never"),
         (("--freeze", "expert"), "--init tiny --freeze expert: all but the expert stays random"),
@@ -60,7 +65,47 @@ def test_a_mistake_is_one_line_that_says_what_to_type(line, said, tmp_path):
 
 def test_a_folder_of_runs_names_them_and_a_chunk_has_an_end(tmp_path):
     for name in ("a", "b"):
-        (tmp_path / name / "last").mkdir(parents=True)
+        (tmp_path / name / "step_000001").mkdir(parents=True)
     done = run("eval.py", str(tmp_path))
     assert done.returncode == 1
     assert done.stderr == f"error: {tmp_path} holds 2 runs, name one: {tmp_path / 'a'} {tmp_path / 'b'}\n"
+
+
+TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """The processes that a launcher started, by their rank."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            parent = int((path.parent / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            rank = re.search(rb"\0RANK=(\d+)", path.read_bytes())
+            if parent == launcher and rank:
+                found[int(rank[1])] = int(path.parent.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGKILL, r"rank 1 \(process {} on \S+\) (is gone|does not answer), after step \d+"),
+        (signal.SIGSTOP, r"rank 0 has waited for \d+ s: rank 1 \(process {} on \S+\) does not answer"),
+    ],
+)
+def test_where_one_of_two_ranks_is_lost_the_other_ends_and_says_which(tmp_path, number, said):
+    flags = ("--data", "tests/lerobot_v3/L_image/dataset", "--total-samples", "100000", "--batch-size", "8")
+    flags += ("--patience", "0.1", "--threads", "1", "--log-every", "1", "--out", str(tmp_path / "run"))
+    with (tmp_path / "said").open("w+") as file:
+        command = [sys.executable, *TWO_RANKS, "train.py", *flags]
+        launcher = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert time.monotonic() < deadline and launcher.poll() is None
+            time.sleep(0.2)
+        _, victim = ranks_of(launcher.pid)
+        os.kill(victim, number)
+        launcher.wait(timeout=60)
+        text = (tmp_path / "said").read_text()
+    assert launcher.returncode and re.search(said.format(victim), text), text[-3000:]

@@ -11,20 +11,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arm import ArmConfig
-from fusion import SITES, repeat_memory, token_rows
+import fusion
+from fusion import SITES, GatedCrossAttention, PrefixTokens, token_rows
 from model import SmolVLA, prefix_inputs
 
-VARIANTS = ("late", "suffix_in", "prefix_tokens/prefix", "prefix_tokens/state", "prefix_cross")
+VARIANTS = {
+    "/".join([name, *fields.values()]): {"fusion": (name,)} | fields
+    for name, site in SITES.items()
+    for fields in site.variants
+}
+ALL = {"fusion": tuple(SITES)}  # at once
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 def make_arm(variant: str, config=tiny.CONFIG, memory: str = "pred", **fields):
-    """An arm with one site and freshly initialised, or several joined by +."""
-    sites, blocks = zip(*((s.split("/") + ["prefix"])[:2] for s in variant.split("+")))
-    block = next((b for s, b in zip(sites, blocks) if s == "prefix_tokens"), "prefix")
-    fields = {"prefix_tokens": tiny.FUTURE, "heads": 2} | fields
-    return tiny.arm(memory, fusion=tuple(sites), policy_config=config, prefix_block=block, **fields)
+    """An arm with one site, or all, freshly initialised."""
+    fields = {"prefix_tokens": tiny.FUTURE, "heads": 2} | (VARIANTS | {"all": ALL})[variant] | fields
+    return tiny.arm(memory, policy_config=config, **fields)
+
+
+class EachLayer(GatedCrossAttention):
+    """A site that no arm has yet: behind each of the expert's layers."""
+
+    name, gate_name, at = "each_layer", "world_gate_each_layer", "layer"
 
 
 @st.composite
@@ -84,7 +93,7 @@ def test_a_closed_gate_leaves_training_as_it_is_and_has_a_gradient(variant, situ
     config, inputs, noise, time, memory = situation
     plain, arm = tiny.policy(config), make_arm(variant, config)
     want, got = plain(inputs, noise, time), arm.policy(inputs, noise, time, memory)
-    if variant.startswith("prefix_tokens"):  # its rows change the shapes of matrices, hence last bits
+    if variant.startswith(PrefixTokens.name):  # its rows change the shapes of matrices, hence last bits
         torch.testing.assert_close(got, want, **CLOSE)
     else:
         assert torch.equal(got, want)
@@ -115,7 +124,7 @@ def test_every_parameter_that_trains_gets_a_gradient_whatever_is_frozen(variant,
 # ---- what an open gate does ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, "late+suffix_in+prefix_tokens/state+prefix_cross"])
+@pytest.mark.parametrize("variant", [*VARIANTS, "all"])
 @PROPERTY
 @given(situations())
 def test_the_cached_policy_equals_one_joint_pass_over_all_tokens(variant, situation):
@@ -129,7 +138,9 @@ def test_the_cached_policy_equals_one_joint_pass_over_all_tokens(variant, situat
     got = policy.velocity(noise[:, 0], time[:, 0], prefix, cache)
     want = reference.velocity(policy, embs, mask, early, noise[:, 0], time[:, 0], memory)
     torch.testing.assert_close(got, want, **CLOSE)
-    both = policy.velocity(noise.flatten(0, 1), time.flatten(), prefix.repeat(2), repeat_memory(cache, 2))
+    both = policy.velocity(
+        noise.flatten(0, 1), time.flatten(), prefix.repeat(2), policy.fusion.repeat(cache, 2)
+    )
     torch.testing.assert_close(both[::2], want, **CLOSE)
 
 
@@ -138,7 +149,7 @@ def test_the_cached_policy_equals_one_joint_pass_over_all_tokens(variant, situat
 @given(situations())
 def test_a_gate_of_one_is_plain_insertion_of_the_tokens(block, situation):
     config, inputs, noise, time, memory = situation
-    arm = make_arm(f"prefix_tokens/{block}", config)
+    arm = make_arm(f"{PrefixTokens.name}/{block}", config)
     tiny.open_gates(arm, 20.0)  # tanh is 1
     embs, mask, early = arm.policy.embed_prefix(*prefix_inputs(inputs))
     want = reference.velocity(arm.policy, embs, mask, early, noise[:, 0], time[:, 0], memory, gated=False)
@@ -189,7 +200,7 @@ def trunk_with_world(policy: SmolVLA, inputs: dict, memory: torch.Tensor):
     embs, mask, early = policy.embed_prefix(*prefix_inputs(inputs))
     seen = []
     hook = policy.text.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args))
-    world = policy.fusion.prepare(memory)["prefix_tokens"]
+    world = policy.fusion.world_tokens(policy.fusion.prepare(memory))
     plain, _ = policy.trunk(embs, mask, early, policy.config.layers)
     fused, _ = policy.trunk(embs, mask, early, policy.config.layers, world)
     hook.remove()
@@ -198,7 +209,7 @@ def trunk_with_world(policy: SmolVLA, inputs: dict, memory: torch.Tensor):
 
 @pytest.mark.parametrize("block", ["prefix", "state"])
 def test_world_tokens_move_nothing_of_the_prefix(block):
-    arm = make_arm(f"prefix_tokens/{block}")
+    arm = make_arm(f"{PrefixTokens.name}/{block}")
     tiny.open_gates(arm)
     inputs = tiny.inputs()
     embs, mask, plain, fused, seen = trunk_with_world(
@@ -219,7 +230,7 @@ def test_world_tokens_move_nothing_of_the_prefix(block):
 
 @pytest.mark.parametrize("block", ["prefix", "state"])
 def test_a_sample_does_not_depend_on_how_long_the_others_prompts_are(block):
-    arm = make_arm(f"prefix_tokens/{block}")
+    arm = make_arm(f"{PrefixTokens.name}/{block}")
     tiny.open_gates(arm)
     arm.eval()
     inputs, noise = tiny.inputs(), tiny.flow()[0][:, 0]
@@ -250,7 +261,7 @@ def test_fewer_tokens_than_rows_are_taken_evenly_with_the_last_step():
 
 
 def test_only_the_chosen_rows_of_memory_matter_to_world_tokens():
-    arm = make_arm("prefix_tokens/prefix", prefix_tokens=2)
+    arm = make_arm(f"{PrefixTokens.name}/prefix", prefix_tokens=2)
     tiny.open_gates(arm)
     inputs, noise = tiny.inputs(), tiny.flow()[0][:, 0]
     memory = torch.randn(2, tiny.FUTURE, tiny.LATENT)
@@ -323,6 +334,47 @@ def test_training_and_inference_compile_whole(variant):
     torch._dynamo.reset()
 
 
-def test_every_site_is_tested_here_and_offered_on_the_command_line():
-    assert {variant.split("/")[0] for variant in VARIANTS} == set(SITES)
-    assert all(ArmConfig(fusion=(site,)).sites == (site,) for site in SITES)
+# ---- a site that is new -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def each_layer(monkeypatch):
+    monkeypatch.setitem(SITES, EachLayer.name, EachLayer)
+    monkeypatch.setitem(VARIANTS, EachLayer.name, {"fusion": (EachLayer.name,)})
+    return EachLayer.name
+
+
+def test_a_site_may_act_behind_each_layer_of_the_expert(each_layer):
+    for test in (
+        test_without_memory_or_with_a_closed_gate_a_rollout_is_plain_smolvla_to_the_bit,
+        test_a_closed_gate_leaves_training_as_it_is_and_has_a_gradient,
+        test_the_cached_policy_equals_one_joint_pass_over_all_tokens,
+    ):
+        test(each_layer)
+    test_a_bad_row_of_memory_changes_no_other_sample_in_value_or_gradient(each_layer, float("nan"))
+    test_training_and_inference_compile_whole(each_layer)
+    arm, calls = make_arm(each_layer), []
+    arm.policy.fusion.sites[each_layer].register_forward_hook(lambda _, args, out: calls.append(args[2]))
+    arm(tiny.inputs(), tiny.world(), *tiny.flow())
+    assert calls == list(range(tiny.CONFIG.expert_layers)) and len(calls) > 1
+
+
+def test_under_bfloat16_a_site_between_layers_computes_in_float32_and_closed_changes_no_bit(each_layer):
+    plain, arm, seen = tiny.arm(fusion=("none",)), make_arm(each_layer), []
+    arm.policy.fusion.sites[each_layer].register_forward_hook(lambda _, args, h: seen.append(h.dtype))
+    for x in (plain, arm):
+        x.policy.set_dtype(torch.bfloat16)  # held in float32, cast as it is used
+    want, got = (x(tiny.inputs(), tiny.world(), *tiny.flow())["action"] for x in (plain, arm))
+    assert torch.equal(got, want) and set(seen) == {torch.float32}
+
+
+def test_two_sites_of_tokens_are_refused(monkeypatch):
+    monkeypatch.setitem(SITES, "more", type("More", (PrefixTokens,), {"name": "more"}))
+    with pytest.raises(ValueError, match="--fusion prefix_tokens more: one site alone may add tokens"):
+        tiny.arm(fusion=(PrefixTokens.name, "more"), prefix_tokens=tiny.FUTURE)
+
+
+def test_sites_have_names_gates_and_places_of_their_own():
+    assert all(site.at in fusion.POINTS and site.width in fusion.Sizes._fields for site in SITES.values())
+    gates = [site.gate_name for site in SITES.values()]
+    assert len(set(gates)) == len(gates) and all(name.startswith("world_gate") for name in gates)

@@ -136,7 +136,7 @@ def test_a_rollouts_partner_stays_one_episode_at_the_rollouts_step_and_may_be_of
     assert len(episodes) > 1
     for text in two_tasks.tasks:
         other = partner_rows(at, (0, 1, 7), 7, 3, instruction=text.upper())
-        assert two_tasks.tasks[two_tasks.task[at[other, 0]]] != text
+        assert two_tasks.tasks[two_tasks.task[two_tasks.first[at[other, 0]]]] != text
     one = at[at[:, 2] == at[0, 2]]
     with pytest.raises(Refused, match="--memory wrong_task: this arm was trained on one task alone"):
-        partner_rows(one, (0,), 7, 0, two_tasks.tasks[two_tasks.task[one[0, 0]]])
+        partner_rows(one, (0,), 7, 0, two_tasks.tasks[two_tasks.task[two_tasks.first[one[0, 0]]]])

@@ -25,6 +25,7 @@ from test_data import write_task
 
 from arm import Summary
 from data import held_out, sample_order
+from fusion import SITES
 from readers.load import load
 from smolvla.config import PRESETS
 from train import TrainConfig, parallel, shares
@@ -35,6 +36,8 @@ from training.start import build_arm, keyed_seed, open_data
 
 ROOT = Path(__file__).parent.parent
 FLAGS = [
+    "--dtype",
+    "float32",
     "--freeze",
     "none",
     "--batch-size",
@@ -424,7 +427,7 @@ def test_a_run_goes_on_from_an_arms_checkpoint_and_refuses_another_site(data, st
         assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("fusion", ["suffix_in", "prefix_tokens", "prefix_cross"])
+@pytest.mark.parametrize("fusion", SITES)
 def test_every_site_trains_saves_and_resumes(data, fusion, tmp_path):
     flags = ("--fusion", fusion, "--memory", "shuffle", "--prefix-tokens", "2", "--future", "2")
     train(data, tmp_path / "run", *MEMORY, *flags, "--total-samples", "16", "--save-every", "8")

@@ -19,18 +19,15 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from arm import Arm
-from fusion import GatedCrossAttention, Memory, MemoryCache, SiteMemory, with_bias
+from fusion import Calls, Memory, MemoryCache, Site
 from model import SmolVLA, flow_target, prefix_inputs
 from prophet import change_target, counted_steps, signs, world_loss
-from smolvla.layers import Block, WorldMask
 
 CONTROL_SEED = 0xC0  # of the matched control's noise: the same in every run
-Calls = list[tuple[nn.Module, tuple]]  # modules and what they were called with
 
 
 def sample_mean(values: Tensor, kept: Tensor) -> float | None:
@@ -172,20 +169,22 @@ def attention_diagnostics(
         nearest = nearest_hypothesis(memory.rows.unflatten(1, (-1, steps)), world["z_future"], world["valid"])
     out = {}
     for name, site in fusion.sites.items():
-        if name == "prefix_tokens":
-            p, mass = token_attention(calls[name], len(site.rows))
-            rows, each = site.rows, {"world_mass": mass.mean(1)}  # (B, H, C) -> (B, C)
-        else:
-            [(_, (h, prepared))] = calls[name]
-            p, added = site_attention(site, h, prepared)
-            rows = range(memory.rows.shape[1])
-            each = {"ctx_norm": added.float().norm(dim=-1), "act_norm": h.float().norm(dim=-1)}  # (B, L)
-        finite = cache[name].finite.any(1, keepdim=True)
-        kept = finite & mask if name == "prefix_cross" else finite.expand(-1, p.shape[2])  # (B, L)
-        values = attention_statistics(p, rows, steps, kept, nearest)
+        found, each = site.attention(calls[name], cache[name]), site.logged(calls[name], cache[name])
+        kept = queries(site, calls[name], mask)  # (B, L)
+        if found is not None:
+            kept = kept & found.finite.any(1, keepdim=True)
+        values = {} if found is None else attention_statistics(found.p, found.rows, steps, kept, nearest)
         values |= {key: sample_mean(value, kept) for key, value in each.items()}
         out |= {f"{name}/{key}": value for key, value in values.items()}
     return {name: value for name, value in out.items() if value is not None}
+
+
+def queries(site: Site, calls: Calls, mask: Tensor) -> Tensor:
+    """Which of a site's queries (B, L) count: those of the prefix's tokens without padding, `mask` (B, P)."""
+    if site.at == "prefix":
+        return mask
+    _, (h, *_) = calls[0]
+    return mask.new_ones(h.shape[:2])
 
 
 def record(
@@ -193,13 +192,9 @@ def record(
 ) -> tuple[dict[str, Calls], Tensor]:
     """Run the policy once, with one flow draw; keep, by site, what read the memory was called with.
 
-    World tokens are read by the expert's cross-attending layers, or by its others where it has none. The
-    second answer says which prefix tokens (B, P) are not padding.
+    A site may be called several times. The second answer says which prefix tokens (B, P) are not padding.
     """
-    readers = {name: [site] for name, site in policy.fusion.sites.items()}
-    if "prefix_tokens" in readers:
-        layers = list(policy.expert.layers)
-        readers["prefix_tokens"] = [layer for layer in layers if layer.cross] or layers
+    readers = {name: site.readers(policy) for name, site in policy.fusion.sites.items()}
     calls: dict[str, Calls] = {name: [] for name in readers}
     pairs = [(module, calls[name]) for name, modules in readers.items() for module in modules]
     hooks = [m.register_forward_pre_hook(lambda m, args, to=to: to.append((m, args))) for m, to in pairs]
@@ -213,52 +208,6 @@ def record(
         for hook in hooks:
             hook.remove()
     return calls, mask
-
-
-def attention_probabilities(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """Attend in float32: q (B, H, L, d), k (B, G, S, d) -> (B, H, L, S); NaN where nothing may be seen.
-
-    The mask says what may be seen, or is added to the logits.
-    """
-    k = k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # G -> H heads
-    logits = q.float() @ k.transpose(2, 3) * q.shape[-1] ** -0.5
-    if mask.dtype == torch.bool:
-        return logits.masked_fill(~mask, -torch.inf).softmax(-1)
-    return (logits + mask).softmax(-1)
-
-
-def site_attention(site: GatedCrossAttention, h: Tensor, memory: SiteMemory) -> tuple[Tensor, Tensor]:
-    """Recompute a cross-attending site on h (B, L, W): probabilities (B, H, L, M), what it adds (B, L, W)."""
-    mask = memory.finite[:, None, None]
-    if memory.bias is not None:
-        mask = with_bias(mask, memory.bias)
-    p = attention_probabilities(site.split(site.q_proj(site.norm(h))), memory.k, mask)
-    context = p.to(memory.v.dtype) @ memory.v
-    branch = site.out_proj(context.transpose(1, 2).flatten(2))  # (B, H, L, W/H) -> (B, L, W)
-    return p, torch.tanh(site.gate) * branch
-
-
-def layer_attention(
-    block: Block, x: Tensor, rope: tuple[Tensor, Tensor], mask: WorldMask, past: tuple[Tensor, Tensor]
-) -> Tensor:
-    """Recompute an expert layer's attention (B, H, C, S), with world tokens shown."""
-    h = block.input_layernorm(x)
-    keys = past[0]
-    if not block.cross:  # its own keys come after the prefix's
-        keys = torch.cat([keys, block.self_attn.keys_values(h, rope)[0]], dim=2)
-    return attention_probabilities(block.self_attn.queries(h, rope), keys, mask.shown)
-
-
-def token_attention(calls: Calls, count: int) -> tuple[Tensor, Tensor]:
-    """Average layers' attention to `count` world tokens, the prefix's last: among them (B, H, C, m), and
-    the share (B, H, C) of all attention that is theirs."""
-    shares = []
-    for block, (x, rope, mask, past) in calls:
-        end = past[0].shape[2]
-        shares.append(layer_attention(block, x, rope, mask, past)[..., end - count : end])
-    p = torch.stack(shares).mean(0)
-    mass = p.sum(-1)
-    return p / mass[..., None].clamp(min=torch.finfo(p.dtype).tiny), mass
 
 
 def nearest_hypothesis(memory: Tensor, future: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -324,7 +273,7 @@ def attention_mass(
 
     Args: inputs as a rollout has them, without actions; world with what `arm.needs(mode)` names; noise
     (B, C, A_max), or the noisy actions at another flow time (B,); mode, by default the arm's own.
-    Returns None where there is no memory: for an arm without sites, and in mode `off`.
+    Returns None where there is no memory (an arm without sites, mode `off`), and where no site attends.
     """
     shares = rows_attended(arm, inputs, world, noise, mode, time=time)
     return None if shares is None else shares.sum(-1)  # (B, N, K) -> (B, N)
@@ -350,17 +299,22 @@ def rows_attended(
     return None if memory is None else row_mass(arm, inputs, memory, noise, time)
 
 
-def memory_mass(arm: Arm, inputs: dict, memory: Memory, noise: Tensor, time: Tensor | None = None) -> Tensor:
+def memory_mass(
+    arm: Arm, inputs: dict, memory: Memory, noise: Tensor, time: Tensor | None = None
+) -> Tensor | None:
     """Measure what `attention_mass` does for a memory that is there already."""
-    return row_mass(arm, inputs, memory, noise, time).sum(-1)  # (B, N, K) -> (B, N)
+    shares = row_mass(arm, inputs, memory, noise, time)
+    return None if shares is None else shares.sum(-1)  # (B, N, K) -> (B, N)
 
 
 @torch.no_grad()
-def row_mass(arm: Arm, inputs: dict, memory: Memory, noise: Tensor, time: Tensor | None = None) -> Tensor:
+def row_mass(
+    arm: Arm, inputs: dict, memory: Memory, noise: Tensor, time: Tensor | None = None
+) -> Tensor | None:
     """Measure the share of attention that each row of a memory gets, (B, N, K), at the first denoising step.
 
     Averages over queries without padding, heads and sites, closed ones too; a row that no prefix token holds
-    gets none. A sample without a finite memory row has no shares: NaN.
+    gets none. A sample without a finite memory row has no shares: NaN. None where no site attends.
     """
     sites, count = arm.policy.fusion.sites, memory.rows.shape[1]
     # Not `fusion.prepare`, which leaves closed sites out where no gradient is wanted.
@@ -370,16 +324,14 @@ def row_mass(arm: Arm, inputs: dict, memory: Memory, noise: Tensor, time: Tensor
     calls, mask = record(arm.policy, cache, {**inputs, "action": noise}, noise[:, None], time[:, None])
     found = []
     for name, site in sites.items():
-        if name == "prefix_tokens":
-            (p, _), rows = token_attention(calls[name], len(site.rows)), site.rows
-        else:
-            [(_, (h, prepared))] = calls[name]
-            (p, _), rows = site_attention(site, h, prepared), range(count)
-        p = p.mean(1)  # (B, H, L, M) -> (B, L, M)
-        kept = mask if name == "prefix_cross" else mask.new_ones(p.shape[:2])
+        if (seen := site.attention(calls[name], cache[name])) is None:
+            continue
+        p, kept = seen.p.mean(1), queries(site, calls[name], mask)  # (B, H, L, M) -> (B, L, M)
         p = torch.where(kept[..., None], p, 0.0).sum(1) / kept.sum(1, keepdim=True)  # -> (B, M)
-        shares = p.new_zeros(len(p), count).index_add(1, torch.tensor([*rows], device=p.device), p)
-        found.append(torch.where(cache[name].finite.any(1, keepdim=True), shares, torch.nan))
+        shares = p.new_zeros(len(p), count).index_add(1, torch.tensor([*seen.rows], device=p.device), p)
+        found.append(torch.where(seen.finite.any(1, keepdim=True), shares, torch.nan))
+    if not found:
+        return None
     return torch.stack(found).mean(0).unflatten(1, (-1, arm.config.future))  # (B, N*K) -> (B, N, K)
 
 

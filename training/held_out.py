@@ -24,7 +24,7 @@ from arm import Arm
 from data import HELD_OUT, Source, spread_over
 from files import Refused
 from model import sample_means
-from prophet import CHANCE, MODES
+from prophet import MODES
 from readers.demos import Demos
 from training.diagnostics import most_attended
 
@@ -39,6 +39,15 @@ class Offline:
 
     episodes: np.ndarray  # (E,) their numbers in the data
     losses: dict[str, np.ndarray]  # mode -> (E,)
+
+    def check(self, checkpoint: object) -> None:
+        """Refuse losses that are not finite: of a policy that is broken, not of one that predicts badly."""
+        for mode, losses in self.losses.items():
+            if len(broken := self.episodes[~np.isfinite(losses)]):
+                raise Refused(
+                    f"{checkpoint}, memory {mode}: the action loss of episode {broken[0]} is not finite "
+                    f"({len(broken)} of {len(losses)} episodes): the policy is broken; take another one"
+                )
 
     def mean(self, mode: str) -> float:
         return float(self.losses[mode].mean())
@@ -97,7 +106,7 @@ def world_cosine(source: Source, episodes: np.ndarray, frames: int = 16) -> tupl
     total, count = 0.0, 0
     for episode in episodes:
         index = spread(demos, int(episode), frames)
-        needed = ("z_hist", "z_future", *(("chance",) if arm.config.hypothesis_method in CHANCE else ()))
+        needed = ("z_hist", "z_future", *(("chance",) if arm.prophet.chance else ()))
         world = dataclasses.replace(source, seed=SEED, stream=HELD_OUT).world(index, index, needed)
         losses = arm.world_losses(arm.imagine(world["z_hist"], world), world)
         total += losses["world_cos"].mean(1).sum().item()

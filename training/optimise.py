@@ -10,12 +10,14 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from arm import Arm
+from files import LARGEST
 
 DECAY_SAMPLES = 64  # a step of the default batch size
 
@@ -56,6 +58,17 @@ class OptimiseConfig:
     ema: float = 0.0
     """Decay, over 64 samples, of a moving average of what trains; 0: none. Checkpoints then hold the average
     as their weights, and beside it what to train on; held-out losses are the average's too."""
+
+    limits: ClassVar = {
+        **dict.fromkeys(("total_samples", "batch_size", "accumulate"), (1, LARGEST)),
+        **dict.fromkeys(("lr", "lr_world", "lr_end"), (0, 100)),
+        **{
+            "ema": (0, 0.9999),
+            "warmup_samples": (0, LARGEST),
+            "weight_decay": (0, 100),
+            "grad_clip": (1e-9, LARGEST),
+        },
+    }
 
 
 def make_optimizer(config: OptimiseConfig, arm: Arm) -> torch.optim.AdamW:

@@ -13,13 +13,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,14 +28,33 @@ import torch
 from safetensors import SafetensorError
 
 from arm import Arm, save_arm
-from files import Refused, append_json, read_json, replace_text, save_tensors, to_disk, to_json, write_json
+from files import (
+    NUMBER,
+    Refused,
+    append_json,
+    json_lines,
+    read_json,
+    replace_text,
+    save_tensors,
+    to_disk,
+    to_json,
+    write_json,
+)
 from model import SmolVLA
+from smolvla.folders import (
+    MANIFEST,
+    OPTIMIZER,
+    RAW,
+    STATE,
+    WHOLE,
+    checkpoints,
+    number,
+    point,
+    remove,
+    seal,
+)
 from smolvla.processor import Processor
 from training.optimise import Average
-
-MANIFEST, STATE, OPTIMIZER, RAW = "manifest.json", "state.json", "optimizer.pt", "raw.safetensors"
-WHOLE = 2  # newest checkpoints that a run can go on from
-CHUNK = 2**22  # bytes read at a time
 
 
 @dataclass
@@ -58,7 +76,7 @@ def writing(out: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides it
-        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
+        reason = getattr(cause, "strerror", None) or (str(cause).splitlines() or [type(cause).__name__])[0]
         raise Refused(
             f"--out {out} cannot be written ({reason}): make room or choose another folder; in the same one, "
             "the same command goes on from the last checkpoint"
@@ -200,38 +218,6 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def seal(path: Path) -> dict[str, int]:
-    """Bring a file to the disk; give its size and CRC."""
-    to_disk(path)
-    return {"bytes": path.stat().st_size, "crc32": checksum(path)}
-
-
-def checksum(path: Path) -> int:
-    """The CRC-32 of a file."""
-    crc, part = 0, memoryview(bytearray(CHUNK))
-    with path.open("rb", buffering=0) as file:
-        while read := file.readinto(part):
-            crc = zlib.crc32(part[:read], crc)
-    return crc
-
-
-def point(out: Path, folder: Path) -> None:
-    """Point `last` at a checkpoint, in one stroke."""
-    link = out / "last.part"
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder.name)
-    link.rename(out / "last")
-    to_disk(out)
-
-
-def remove(folder: Path) -> None:
-    """Remove a checkpoint; a kill on the way leaves nothing that looks like one."""
-    if folder.is_dir():
-        going = folder.with_name(folder.name + ".gone.part")
-        folder.rename(going)
-        shutil.rmtree(going)
-
-
 def prune(out: Path, progress: Progress, stays: Callable[[int], bool]) -> None:
     """Of the checkpoints before the newest ones, remove the optimiser's state, or all (--keep-every)."""
     made = [folder for folder in checkpoints(out) if number(folder) <= progress.step]
@@ -255,59 +241,6 @@ def check_space(out: Path, arm: Arm, averaged: bool = False) -> None:
         )
 
 
-# ---- finding one to go on from ------------------------------------------------------------------------
-
-
-def number(folder: Path) -> int:
-    """The optimiser step of a checkpoint's folder."""
-    return int(folder.name.removeprefix("step_"))
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """List a run's checkpoints, the newest first."""
-    found = (p for p in out.glob("step_*") if p.name.removeprefix("step_").isdigit())
-    return sorted(found, key=number, reverse=True)
-
-
-def newest_whole(out: Path) -> tuple[Path | None, list[str]]:
-    """Find the checkpoint to go on from: the one that `last` points at, or the nearest before that is whole.
-
-    Returns it, None for a run without any, and a line about each one that was skipped.
-    Raises Refused where there are checkpoints and none is whole.
-    """
-    found, skipped, why = checkpoints(out), [], "`last` points nowhere"
-    pointed = (out / "last").is_symlink()
-    if pointed:
-        newest = number(Path(os.readlink(out / "last")))
-        found = [folder for folder in found if number(folder) <= newest]
-    for folder in found:
-        if (why := damage(folder)) is None:
-            return folder, skipped
-        skipped.append(f"warning: {folder} is damaged, the checkpoint before it is taken: {why}")
-    if pointed or found:
-        raise Refused(f"--out {out} has no whole checkpoint ({why}): choose another --out to start anew")
-    return None, []
-
-
-def damage(folder: Path) -> str | None:
-    """Say what of a checkpoint is not as it was written; None where it is whole."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        wanted = {name: (made["bytes"], made["crc32"]) for name, made in manifest.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    for name, (size, crc) in wanted.items():
-        path = folder / name
-        if not path.is_file():
-            hint = f", which only the newest {WHOLE} checkpoints keep" if name in (OPTIMIZER, RAW) else ""
-            return f"{name} is missing{hint}"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size:,} bytes, not {size:,}"
-        if checksum(path) != crc:
-            return f"{name} has other bytes than were written (CRC)"
-    return None
-
-
 # ---- log ----------------------------------------------------------------------------------------------
 
 
@@ -315,15 +248,9 @@ def cut_metrics(out: Path, done: int) -> None:
     """Drop logged lines beyond the checkpoint that a run resumes from: they will be logged again."""
     path = out / "metrics.jsonl"
     if path.is_file():
+        kept = [line for _, line, why in json_lines(path, {"samples": NUMBER}) if not why]
         with writing(out):
-            replace_text(path, "".join(kept(path.read_text().splitlines(), done)))
-
-
-def kept(lines: Iterable[str], done: int) -> Iterator[str]:
-    """Pick the lines up to `done` samples; a kill may have cut the last one off."""
-    for line in lines:
-        if line.endswith("}") and json.loads(line)["samples"] <= done:
-            yield line + "\n"
+            replace_text(path, "".join(json.dumps(x) + "\n" for x in kept if x["samples"] <= done))
 
 
 def log_validation(out: Path, line: dict[str, float]) -> None:

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from arm import Arm, ArmConfig, Summary, load_arm, stored_config
 from data import held_out, saved_partners
-from files import Refused
+from files import LARGEST, Refused, naming
 from latents import tower, world
 from latents.blocks import with_checks
 from latents.encoders import open_backbone, resolved
@@ -33,15 +34,16 @@ from model import SmolVLA, load_policy, start_from_vlm
 from prophet import MemoryMode
 from ranks import Together
 from readers.demos import Demos, chosen_statistics
-from readers.load import camera_names, load, remember_checks
+from readers.load import camera_names, find_data, load, remember_checks
 from readers.selection import (
     DataConfig,
     camera_key,
+    camera_name,
     choose_cameras,
-    find_data,
     match_cameras,
     split_camera,
 )
+from smolvla import kernels
 from smolvla.checkpoint import fresh_processor, read_cameras
 from smolvla.config import PRESETS, PRETRAINED, RECIPES
 from smolvla.fit import Fit
@@ -68,9 +70,9 @@ class StartConfig(ArmConfig, DataConfig):
     """Folder or hub id of the language model. With a checkpoint: its sizes and tokenizer, instead of what the
     checkpoint names. With a preset: its weights too, and a fresh expert beside them."""
 
-    statistics: Literal["data", "checkpoint"] = "data"
-    """Whose statistics normalise states and actions: the data's, as lerobot's fine-tuning has it, or those of
-    the checkpoint that --init names."""
+    statistics: Literal["data", "computed", "checkpoint"] = "data"
+    """Whose statistics normalise states and actions: the data's, as lerobot's fine-tuning has it, computed
+    where they come with none (`computed`: in any case), or those of the checkpoint that --init names."""
 
     stats_of: str | None = None
     """With --statistics checkpoint: data set whose statistics to use, where it holds those of several."""
@@ -87,6 +89,10 @@ class StartConfig(ArmConfig, DataConfig):
 
     world_stride: int | None = None
     """Control steps (1/20 s) between two world latents; default: the recipe's of --init."""
+
+    world_camera: tuple[str, ...] = ()
+    """Cameras that the world latents see, by the names that --cameras gives; several make one latent.
+    Default: the data's first."""
 
     state_std_floor: float | None = None
     """Smallest deviation that --statistics data divides states by, metres or radians. A dimension that the
@@ -109,9 +115,19 @@ class StartConfig(ArmConfig, DataConfig):
     """Folder of the frozen tower's tokens for this --data, --init and --seed, as --prepare writes them: they
     stand in for the pictures, and none is decoded. Not with --blind, whose mean picture needs them."""
 
+    cache: Path | None = None
+    """Folder for what is computed once from the data and kept: world latents, CRCs of pictures. Default:
+    beside the data or, where they are only to be read, data/cache/."""
+
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type that tower, trunk and expert compute in; auto: bfloat16 on a GPU, float32 on a CPU. What trains is
-    held in float32 in any case, what is frozen in this type."""
+    """Type that tower, trunk and expert compute in; auto: bfloat16 on a GPU, and with --freeze none on a CPU
+    that has instructions for it, else float32. What trains is held in float32 in any case, what is frozen in
+    this type."""
+
+    limits: ClassVar = {
+        **dict.fromkeys(("state_std_floor", "action_std_floor"), (0, 1e6)),
+        **{"seed": (0, 2**32 - 1), "val_every": (0, LARGEST), "val_share": (0, 1)},
+    }
 
     def __post_init__(self) -> None:
         self.settle(RECIPES.get(self.init, PRETRAINED))
@@ -130,7 +146,7 @@ class StartConfig(ArmConfig, DataConfig):
         DataConfig.__post_init__(self)
         if self.statistics == "checkpoint" and self.init in PRESETS:
             raise Refused(f"--statistics checkpoint with --init {self.init}: only a checkpoint has its own")
-        if self.stats_of is not None and self.statistics == "data":
+        if self.stats_of is not None and self.statistics != "checkpoint":
             raise Refused(
                 f"--stats-of {self.stats_of} chooses among a checkpoint's statistics, the data's are used: "
                 "add --statistics checkpoint, or leave it out"
@@ -159,10 +175,27 @@ class StartConfig(ArmConfig, DataConfig):
         out = held_out(demos, self.val_share).tolist() if self.val_every else ()
         return dataclasses.replace(self, held_out=tuple(out))
 
+    def cache_home(self, folder: Path) -> Path:
+        """The place beside which caches lie: the data's, unless --cache or a read-only disk says another."""
+        home = super().cache_home(folder)
+        place = home if home.is_dir() else home.parent
+        while not place.exists():
+            place = place.parent
+        there = any(home.parent.glob(f"{home.stem}_world_*")) or any(home.glob("world_*"))
+        if self.cache is None and (there or os.access(place, os.W_OK)):
+            return home
+        key = hashlib.sha256(f"{folder.resolve()} {self.part}".encode()).hexdigest()[:8]
+        elsewhere = (self.cache or Path("data", "cache")) / f"{folder.stem}_{key}"
+        with naming(elsewhere):
+            elsewhere.mkdir(parents=True, exist_ok=True)
+        return elsewhere
+
     def precision(self, device: torch.device) -> torch.dtype:
         """The type to compute in on a device."""
-        auto = "bfloat16" if device.type == "cuda" else "float32"
-        return getattr(torch, auto if self.dtype == "auto" else self.dtype)
+        if self.dtype != "auto":
+            return getattr(torch, self.dtype)
+        native = self.freeze == "none" and kernels.native_bfloat16()
+        return torch.bfloat16 if device.type == "cuda" or native else torch.float32
 
 
 # ---- data and what is kept beside them ----------------------------------------------------------------
@@ -182,7 +215,7 @@ def record_demo(rank: int, together: Together) -> None:
 
 def make_caches(config: StartConfig, rank: int, ranks: int, device: torch.device) -> list[str]:
     """Make what this training reads beside the data, or check it, all ranks together; a line for each."""
-    folder, lines = find_data(config.data, config.data_revision), []
+    folder, lines = find_data(config.data, config), []
     config = settle_cameras(config, folder, config.init)
     demos = load(folder, in_memory=False, options=config)
     config = config.without(demos)
@@ -191,6 +224,7 @@ def make_caches(config: StartConfig, rank: int, ranks: int, device: torch.device
         if backbone is not None:
             backbone.device = device
         home, resolved_config = config.cache_home(folder), resolved(config, backbone)
+        lines += filter(None, [world.scaled(demos, resolved_config)])
         lines.append(world.write(home, demos, resolved_config, backbone, rank, ranks))
     if config.features is not None:
         policy, processor = start_policy(config, demos)
@@ -207,7 +241,7 @@ def open_data(
     Returns the configuration with what the world encoder's model settles, and the demonstrations, their
     features and their latents.
     """
-    folder = find_data(config.data, config.data_revision)
+    folder = find_data(config.data, config)
     config = settle_cameras(config, folder, config.init if last is None else str(last))
     home = config.cache_home(folder)
     if config.val_every:
@@ -221,6 +255,8 @@ def open_data(
         start = {} if last is None else {"init": str(last), "revision": None, "stats_of": None}
         backbone = open_backbone(config, own_policy(dataclasses.replace(config, **start), demos))
         config = resolved(config, backbone)
+        if line := world.scaled(demos, config):
+            say(line)
     if features is None:
         demos = remember_checks(demos, home, lambda data: with_checks(data, rank, ranks), writes=rank == 0)
     latents = prepare(home, demos, config, backbone, rank, ranks) if config.sites else None
@@ -233,6 +269,9 @@ def settle_cameras(config: StartConfig, folder: Path, start: str) -> StartConfig
     Raises Refused, with the flag to type, where nobody says which is which.
     """
     there = camera_names(folder)
+    if config.init in PRESETS and not config.cameras and any(camera_name(name) != name for name in there):
+        full = tuple(f"{camera_name(name)}={name}" for name in there)  # as lerobot and LIBERO name them
+        config = dataclasses.replace(config, cameras=full)
     names = choose_cameras(config.cameras, None) or {}
     if config.init not in PRESETS:
         if "/" not in config.init and not Path(config.init).is_dir():
@@ -249,6 +288,8 @@ def settle_cameras(config: StartConfig, folder: Path, start: str) -> StartConfig
         raise Refused(
             f"--cameras {' '.join(config.cameras)} gives one camera two names: a rollout gives it only one"
         )
+    if not config.world_camera and there:
+        config = dataclasses.replace(config, world_camera=(next(iter(names), there[0]),))
     pairs = zip(config.world_camera, config.latent_cameras, strict=True)
     world = tuple(asked if name in names else new.get(name, asked) for asked, name in pairs)
     return dataclasses.replace(config, world_camera=world)
@@ -330,12 +371,12 @@ def build_policy(config: StartConfig, demos: Demos) -> tuple[SmolVLA, Processor]
         return load_policy(config.init, **how_to_load(config, demos))
     widths = {"state_dim": demos.state.shape[1], "action_dim": demos.action.shape[1]}
     preset = dataclasses.replace(PRESETS[config.init], cameras=tuple(demos.images), **widths)
-    size = next(iter(demos.images.values())).shape[1]
+    shapes = {name: (3, *pictures.shape[1:3]) for name, pictures in demos.images.items()}
     stats = data_statistics(config, demos)
     if config.vlm is not None:
-        policy, processor = start_from_vlm(preset, config.vlm, stats, (3, size, size))
+        policy, processor = start_from_vlm(preset, config.vlm, stats, shapes)
     else:
-        processor = fresh_processor(preset, stats, demos.tasks, (3, size, size))
+        processor = fresh_processor(preset, stats, demos.tasks, shapes)
         policy = SmolVLA(preset).initialise()
     processor.before = with_rename(processor.before, demos.renamed)
     return policy, processor
@@ -346,7 +387,7 @@ def how_to_load(config: StartConfig, demos: Demos) -> dict[str, Any]:
     by `settle_cameras`), widths and, but with --statistics checkpoint, statistics."""
     known, _ = read_cameras(config.init, config.revision)
     cameras = {name: (3, *demos.images[name].shape[1:3]) for name in known if name in demos.images}
-    stats = data_statistics(config, demos) if config.statistics == "data" else None
+    stats = data_statistics(config, demos) if config.statistics != "checkpoint" else None
     fit = Fit(cameras, demos.state.shape[1], demos.action.shape[1], demos.renamed, stats)
     names = ("revision", "vlm", "stats_of", "allow_missing")
     return {name: getattr(config, name) for name in names} | {"fit": fit}
@@ -361,7 +402,7 @@ def trained_on(config: StartConfig, demos: Demos) -> Demos:
 
 def data_statistics(config: StartConfig, demos: Demos) -> Statistics:
     """The data's statistics, with the floors that the configuration asks for."""
-    stats, _ = chosen_statistics(trained_on(config, demos))
+    stats, _ = chosen_statistics(trained_on(config, demos), config.statistics == "computed")
     floors = {"observation.state": config.state_std_floor, "action": config.action_std_floor}
     for feature, floor in floors.items():
         stats[feature]["std"] = stats[feature]["std"].clamp(min=floor)
@@ -370,8 +411,8 @@ def data_statistics(config: StartConfig, demos: Demos) -> Statistics:
 
 def whose_statistics(config: StartConfig, demos: Demos) -> str:
     """Say whose statistics a run uses, for its banner and its record."""
-    if config.statistics == "data":
-        found = chosen_statistics(trained_on(config, demos))[1]
+    if config.statistics != "checkpoint":
+        found = chosen_statistics(trained_on(config, demos), config.statistics == "computed")[1]
         floors = config.state_std_floor, config.action_std_floor
         least = f", deviations of at least {floors[0]:g} (state) and {floors[1]:g} (action)"
         return f"the data's, {found}" + least * any(floors)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bench import control
 from bench.control import BRANCHES, HELD_OUT, TRAIN, Check, ControlConfig, draw
-from prophet import Imagined
+from prophet import Imagined, Prophet
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,6 +30,8 @@ class Perfect(nn.Module):
         reached = control.APART * branches + found @ readout  # (B, R, D)
         ahead = torch.arange(1, control.FUTURE + 1) / control.FUTURE
         return Imagined(ahead[:, None] * reached[:, :, None])  # (B, R, K, D)
+
+    learned = Prophet.learned
 
 
 @pytest.fixture(scope="module")

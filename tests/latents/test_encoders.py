@@ -120,7 +120,8 @@ def flags_of(case: dict, models: dict[str, Path]) -> dict:
 
 def command_of(data: Path, case: dict, models: dict[str, Path]) -> TrainConfig:
     """A training that needs this case's latents."""
-    return TrainConfig(data=data, fusion=("late",), freeze="vision", **flags_of(case, models))
+    camera = {"world_camera": (FRONT,)}
+    return TrainConfig(data=data, fusion=("late",), freeze="vision", **camera | flags_of(case, models))
 
 
 def write(config: TrainConfig) -> str:
@@ -309,7 +310,7 @@ def test_learned_latents_are_standardised_one_by_one_but_not_below_a_floor():
 
 BAD = {
     "--world-clip 2 with --world-encoder pca: only vjepa2": {"world_clip": 2},
-    "--world-clip 0 with --world-encoder vjepa2": {"world_encoder": "vjepa2", "world_clip": 0},
+    "--world-clip 0 must be at least 1": {"world_encoder": "vjepa2", "world_clip": 0},
     "--world-model x with --world-encoder pca, which is fitted on the data": {"world_model": "x"},
     "--world-model x with --world-encoder siglip, which is the policy's": {
         "world_encoder": "siglip", "world_model": "x",
@@ -629,7 +630,7 @@ world.CLIPS = world.ENCODE_FRAMES = 4
 real, calls = os.fsync, []
 def fsync(number):
     calls.append(number)
-    if len(calls) == 3:
+    if len(calls) == 4:  # the first brings the sidecar
         os.kill(os.getpid(), signal.SIGKILL)  # rows of the third block are written, its mark is not
     real(number)
 os.fsync = fsync
@@ -720,3 +721,20 @@ def test_two_ranks_write_the_same_bytes_as_one(case, models, tmp_path, monkeypat
     assert done.stdout.count("checked") == 1
     one, two = (next((tmp_path / name).glob("world_*")) for name in ("one", "two"))
     assert one.name == two.name and content(one) == content(two)
+
+
+@pytest.mark.parametrize("shape", [(24, 36), (12, 40), (30, 8)])
+@pytest.mark.parametrize("kind", ["dinov2", "vjepa2"])
+def test_pictures_that_are_not_square_are_scaled_whole(kind, shape, tmp_path):
+    """Those of which one side is the model's already, too."""
+    folder = save_dinov2(tmp_path / "model") if kind == "dinov2" else save_vjepa2(tmp_path / "model")
+    clip = () if kind == "dinov2" else (2,)
+    backbone = open_backbone(WorldConfig(kind, world_model=str(folder), world_clip=max(1, *clip, 1)))
+    g = torch.Generator().manual_seed(0)
+    pictures = torch.randint(0, 256, (3, *clip, 3, *shape), generator=g, dtype=torch.uint8)
+    mode = "bicubic" if kind == "dinov2" else "bilinear"
+    flat = torch.nn.functional.interpolate(
+        pictures.flatten(0, -4).float(), size=backbone.side, mode=mode, antialias=True, align_corners=False
+    )
+    square = flat.unflatten(0, pictures.shape[:-3])  # of the model's own side: taken as it is
+    torch.testing.assert_close(backbone(pictures), backbone(square), atol=1e-4, rtol=1e-4)

@@ -26,7 +26,7 @@ from arm import Arm, ArmConfig, Summary
 from data import Source
 from latents import blocks, tower, world
 from latents.blocks import MARKS, part_of
-from latents.tower import ROWS, SIDECAR, Features
+from latents.tower import CHECKS, ROWS, SIDECAR, Features
 from readers.demos import Demos, StoredPictures
 from readers.libero_hdf5 import CAMERAS
 from readers.load import load
@@ -38,6 +38,7 @@ CPU = torch.device("cpu")
 FRAMES, TOKENS, WIDTH = 45, 16, 128  # of the data below, and of the preset `tiny`
 SHORT = {"total_samples": 20, "batch_size": 8, "log_every": 1, "lr": 1e-4, "freeze": "expert"}
 MEMORY = {"fusion": ("late",), "memory": "pred", "future": 3, "world_dim": 8, "world_resolution": 8}
+MEMORY |= {"world_camera": ("image",)}
 
 
 @pytest.fixture(autouse=True)
@@ -176,7 +177,7 @@ from training.start import make_caches
 tower.BLOCK, real, calls = 8, os.fsync, []
 def fsync(number):
     calls.append(number)
-    if len(calls) == 3:
+    if len(calls) == 4:  # the first brings the sidecar
         os.kill(os.getpid(), signal.SIGKILL)  # rows of the third block are written, its mark is not
     real(number)
 os.fsync = fsync
@@ -199,7 +200,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(folder, tmp_path, small_blocks, 
     monkeypatch.setattr(tower, "encode", lambda *given: encoded.append(1) or encode(*given))
     cache(folder, features=tmp_path / "f")
     assert len(encoded) == 4 and not part.exists()
-    assert content(tmp_path / "f") == content(whole) and set(content(whole)) == {ROWS, SIDECAR}
+    assert content(tmp_path / "f") == content(whole) and set(content(whole)) == {ROWS, SIDECAR, CHECKS}
 
 
 @pytest.mark.parametrize("lost", [SIDECAR, ROWS, MARKS])
@@ -223,6 +224,7 @@ def test_blocks_shared_out_over_ranks_make_the_same_bytes(folder, tmp_path, smal
     tower.open_part(tmp_path / "f.part", wanted)
     for rank in (2, 0, 1):
         tower.write_blocks(tmp_path / "f.part", policy, processor, demos, rank, 3)
+    tower.seal(tmp_path / "f.part")
     blocks.finish(tmp_path / "f.part", tmp_path / "f")
     assert content(tmp_path / "f") == content(whole)
 
@@ -270,7 +272,7 @@ def test_two_runs_may_write_one_cache_at_once(folder, tmp_path, small_blocks, mo
 # ---- refusals -----------------------------------------------------------------------------------------
 
 FIELDS = {
-    "format": 2, "pictures": 2, "tower": "0123456789abcdef", "image_size": 64, "vision_size": 32,
+    "format": 3, "pictures": 2, "tower": "0123456789abcdef", "image_size": 64, "vision_size": 32,
     "patch_size": 8, "scale_factor": 4, "vision_heads": 8, "vision_eps": 1e-5, "dtype": "bfloat16",
     "cameras": list(CAMERAS)[::-1], "tokens": 4, "width": 64, "rows": 44, "light_fingerprint": "0" * 16,
     "fingerprint": "0" * 16, "checks": {name: [1, 2, 3] for name in CAMERAS},
@@ -371,7 +373,22 @@ def test_the_light_fingerprint_sees_other_pictures_where_they_are_compressed_the
             cache(folder)  # `checked` means every pixel
 
 
-@pytest.mark.parametrize("name", [ROWS, SIDECAR])
+def test_a_row_that_is_not_as_it_was_written_is_named_when_it_is_read(folder, exact, tmp_path):
+    for at, value in ((5, b"\x01"), (30, np.float32("nan").tobytes())):
+        shutil.copytree(exact, tmp_path / f"{at}")
+        opened = Features.open(tmp_path / f"{at}")
+        with (tmp_path / f"{at}" / ROWS).open("r+b") as rows:
+            rows.seek(tower.row_bytes(opened.stored, at) + 1)
+            rows.write(value)
+        opened.batch(np.array([at - 1, at + 1]))
+        said = rf"damaged \(frame {at} of features.bin has other bytes"
+        with pytest.raises(ValueError, match=said):
+            opened.batch(np.array([3, at]))
+        with pytest.raises(ValueError, match=said):
+            cache(folder, features=tmp_path / f"{at}")  # `checked` means every row
+
+
+@pytest.mark.parametrize("name", [ROWS, SIDECAR, CHECKS])
 def test_a_cache_with_a_truncated_or_missing_file_is_refused(name, folder, exact, tmp_path):
     file = tmp_path / "f" / name
     shutil.copytree(exact, tmp_path / "f")

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from test_data import toy_demos, write_task
 
 import train
+from files import Refused
 from latents import world
 from latents.encoders import WorldConfig, encoder_from_state, shrink, views
-from latents.world import change_statistics, fit, latents_of, prepare
+from latents.world import change_statistics, fit, latents_of, prepare, scaled
 from readers.demos import Demos
 from readers.load import load
 from train import TrainConfig
@@ -211,8 +212,7 @@ def test_the_encoder_refuses_pictures_and_configs_that_it_was_not_made_for():
 
 BAD_CONFIGS = {
     "--world-camera needs different cameras": {"world_camera": ("image", CAMERA)},
-    "--world-camera needs": {"world_camera": ()},
-    "--world-resolution must be positive, got 0": {"world_resolution": 0},
+    "--world-resolution 0 must be at least 1": {"world_resolution": 0},
     "--world-dim is 13 with 12 pixels": {"world_dim": 13, "world_resolution": 2},
 }
 
@@ -281,12 +281,41 @@ def test_a_cache_lies_inside_a_data_folder_and_beside_a_data_file(tmp_path):
     assert world.cache_path(tmp_path, short).name == name
 
 
-def test_pictures_that_are_not_square_or_differ_in_size_are_refused():
-    config = WorldConfig(world_camera=("image", "image2"), world_dim=4, world_resolution=4)
-    for sides in ((4, 8), (8, 8)):
-        frames = [torch.zeros(1, 3, *sides, dtype=torch.uint8), torch.zeros(1, 3, 4, 4, dtype=torch.uint8)]
-        with pytest.raises(ValueError, match=r"needs square pictures of one size, got .* name others"):
-            views(dict(zip(config.latent_cameras, frames)), config)
+def uneven() -> Demos:
+    """Demonstrations of 4:3 pictures from one camera and tall ones from the other."""
+    demos, rng = toy_demos([30, 25]), np.random.default_rng(3)
+    shapes = dict(zip(demos.images, ((48, 64), (40, 24))))
+    images = {c: rng.integers(0, 256, (55, *hw, 3), dtype=np.uint8) for c, hw in shapes.items()}
+    return dataclasses.replace(demos, images=images)
+
+
+def test_pictures_that_are_not_square_or_differ_in_size_are_scaled_whole():
+    demos = uneven()
+    config = WorldConfig(world_camera=("image", "image2"), world_dim=6, world_resolution=8)
+    encoder = fit(demos, config)
+    assert encoder.size == ((48, 64), (40, 24))
+    frames = {camera: demos.frames(np.arange(4), camera) for camera in demos.images}
+    pixels = shrink(views(frames, config), 8).reshape(4, 3, 8, 16)
+    for number, (camera, (h, w)) in enumerate(zip(config.latent_cameras, encoder.size)):
+        blocks = demos.images[camera][:4].reshape(4, 8, h // 8, 8, w // 8, 3).mean((2, 4)) / 255
+        here = pixels[..., 8 * number : 8 * (number + 1)].permute(0, 2, 3, 1)
+        np.testing.assert_allclose(here, blocks, atol=1e-6)  # no margin is cut off, none is added
+    again = encoder_from_state({n: t.clone() for n, t in encoder.state().items()}, config)
+    assert again.size == encoder.size and torch.equal(again.encode(frames), encoder.encode(frames))
+    assert scaled(demos, config) == (
+        "world latents: pictures of 48 x 64 and 40 x 24 are scaled whole to 8 x 8"
+    )
+    assert scaled(toy_demos([3]), config) == ""
+    with pytest.raises(Refused, match=r"fitted on 48 x 64 and 40 x 24 pictures, got 4-pixel ones"):
+        encoder.encode({camera: torch.zeros(1, 3, 4, 4, dtype=torch.uint8) for camera in demos.images})
+    with pytest.raises(Refused, match="--world-resolution 25 is more than the pictures' 24 pixels"):
+        shrink(views(frames, config), 25)
+
+
+def test_uneven_pictures_have_a_cache_that_opens(tmp_path):
+    demos, config = uneven(), WorldConfig(world_camera=("image2",), world_dim=6, world_resolution=8)
+    made, again = (prepare(tmp_path, demos, config) for _ in range(2))
+    assert torch.equal(made.z, again.z) and made.encoder.size == again.encoder.size == ((40, 24),)
 
 
 def test_a_camera_that_the_data_have_not_is_one_line():

@@ -50,7 +50,8 @@ def test_inspect_prints_an_hdf5_set(tmp_path, monkeypatch, capsys):
 
 
 def test_inspect_prints_a_lerobot_set_and_a_part_of_it(tmp_path):
-    command = [sys.executable, ROOT / "data.py", "inspect", SETS / "L_video" / "dataset", "--tasks", "1"]
+    command = [sys.executable, ROOT / "data.py", "inspect", SETS / "L_video" / "dataset"]
+    command += ["--task-ids", "1"]
     command += ["--cameras", "front=image", "--out", tmp_path / "sheet.png"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     for text in ("2 episodes, 51 frames", "camera observation.images.front: 64x64", "fps: 10"):
@@ -109,13 +110,14 @@ def test_check_names_everything_that_is_wrong_with_a_lerobot_set(tmp_path, monke
         "index is 70 in row 7, not 7",
         "action has a non-finite value at step 1 of episode 0",
         "action has a non-finite value at step 1 of episode 2",
-        "timestamp is 0.5000 s in row 3, not 0.3000 s",
-        "episode 1 has no instruction, task_index [5]",
+        "episode 0 shows step 3 at 0.5000 s, but meta/episodes gives it 0.0000 to 0.4000 s",
+        "episode 1 has no instruction for task_index 5, tasks.parquet has [0, 1]",
         "chunk-000/file-001.parquet is truncated or damaged",
         f"{CAMERA} in row 5 is a damaged picture",
         "file-001.mp4 has no frame at 0.5000 s",
     ):
         assert [line for line in errors if message in line], message
+    assert "timestamp is 0.5000 s, not 0.3000 s at step 3 of episode 0, 1 rows in all" in out
     assert f"warning: {root}/meta/stats.json is missing or incomplete" in out
     assert "file-009.parquet belongs to no episode" in out
     assert code == 1 and f"{len(errors)} errors" in out
@@ -147,7 +149,7 @@ def test_a_set_whose_head_is_lost_is_one_error(tmp_path):
     root = write_set(tmp_path)
     (root / "meta" / "info.json").write_text("{")
     assert len(check(root).errors) == 1
-    assert "info.json is missing or damaged" in check(root).errors[0]
+    assert "info.json is damaged" in check(root).errors[0]
 
 
 def test_check_goes_through_all_files_of_an_hdf5_set(tmp_path, monkeypatch, capsys):

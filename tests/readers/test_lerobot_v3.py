@@ -195,22 +195,27 @@ def test_cameras_get_the_names_that_are_asked_for(tmp_path):
 
 def test_tasks_are_chosen_by_number_by_instruction_and_by_suite(tmp_path, monkeypatch):
     root = write_set(tmp_path, (2, 3, 1, 4), tasks=("push the block", "Open the  drawer", "lift it"))
-    for tasks, episodes in {
-        ("0",): [0, 3], ("open_the_drawer",): [1], ("lift it", "0"): [0, 2, 3],
-    }.items():  # fmt: skip
-        demos = load(root, options=DataConfig(tasks=tasks))
+    for numbers, tasks, episodes in (
+        ("0", (), [0, 3]),
+        ("", ("open_the_drawer",), [1]),
+        ("0,2", (), [0, 2, 3]),
+        ("0-1", ("Open the drawer",), [1]),
+    ):
+        demos = load(root, options=DataConfig(task_ids=numbers, tasks=tasks))
         seen = [read_picture(demos.images[CAMERA][first])[0] for first in demos.first]
         assert seen == episodes
         assert demos.instruction(demos.first)[0] == ["push the block", "Open the  drawer"][episodes[0]]
     monkeypatch.setattr(selection, "suite_instructions", lambda suite: {"lift it", "open the drawer"})
     demos = load(root, options=DataConfig(suite="libero_toy", episodes="0-1"))
     assert [read_picture(demos.images[CAMERA][first])[0] for first in demos.first] == [1]
-    with pytest.raises(ValueError, match="--tasks 'fly' is none of the 3 tasks"):
+    with pytest.raises(ValueError, match="--tasks 'fly' is none of the 3 instructions"):
         load(root, options=DataConfig(tasks=("fly",)))
     with pytest.raises(ValueError, match=r"--episodes names 4, .* has 4: choose from 0\.\.3"):
         load(root, options=DataConfig(episodes="2-4"))
-    with pytest.raises(ValueError, match=r"has no episode of --episodes 0, --tasks 1"):
-        load(root, options=DataConfig(tasks=("1",), episodes="0"))
+    with pytest.raises(ValueError, match=r"has no episode of --episodes 0, --task-ids 1"):
+        load(root, options=DataConfig(task_ids="1", episodes="0"))
+    with pytest.raises(ValueError, match=r"--task-ids 2-3 names 3, there are tasks 0\.\.2"):
+        load(root, options=DataConfig(task_ids="2-3"))
     with pytest.raises(ValueError, match="--episodes '3-1' is no list of numbers"):
         DataConfig(episodes="3-1")
 
@@ -316,25 +321,41 @@ def frames(count: int, size: tuple[int, int] = (H, W)) -> list[np.ndarray]:
 DAMAGES = {
     "v2.1": (lambda r: info(r, codebase_version="v2.1"), "version v2.1, .*convert_dataset_v21_to_v30"),
     "v4": (lambda r: info(r, codebase_version="v4.0"), "version v4.0, v3.0 is read here: use a copy"),
-    "no info": (lambda r: (r / "meta/info.json").unlink(), "info.json is missing or damaged"),
-    "half an info": (lambda r: cut(r / "meta/info.json"), "info.json is missing or damaged .*JSONDecode"),
-    "no fps": (lambda r: info(r, fps=None), "missing or damaged .*fps"),
-    "fps 0": (lambda r: info(r, fps=0), "fps is 0, it must be positive"),
+    "no info": (lambda r: (r / "meta/info.json").unlink(), "info.json is missing"),
+    "half an info": (lambda r: cut(r / "meta/info.json"), "info.json is damaged .*JSONDecode"),
+    "no fps": (lambda r: info(r, fps=None), "damaged .*fps"),
+    "fps 0": (lambda r: info(r, fps=0), "fps is 0, it must be a positive"),
+    "fps in words": (lambda r: info(r, fps="10"), "fps is '10', it must be a positive number"),
+    "total in words": (lambda r: info(r, total_frames="8"), "total_frames is '8', no whole number"),
+    "feature": (lambda r: info(r, features={"action": 7}), "feature 'action' is 7, no description"),
     "no tasks": (lambda r: (r / "meta/tasks.parquet").unlink(), "tasks.parquet is missing"),
     "blank task": (lambda r: change(r / "meta/tasks.parquet", task=["a", " "]), "no instruction, got ' '"),
     "null task": (lambda r: change(r / "meta/tasks.parquet", task=["a", None]), "task 1 has no instruction"),
-    "two texts": (lambda r: change(r / "meta/tasks.parquet", more=["a", "b"]), "one column of text"),
+    "two texts": (
+        lambda r: change(r / "meta/tasks.parquet", task=None, more=["a", "b"], most=["a", "b"]),
+        "one column of text",
+    ),
+    "task twice": (
+        lambda r: change(r / "meta/tasks.parquet", task_index=[0, 0]),
+        "task 0 is there twice, 'push the block' and 'open the drawer'",
+    ),
     "lost task": (
         lambda r: change(r / "meta/tasks.parquet", task_index=[0, 7]),
-        r"episode 1 has no instruction, task_index \[1\]",
+        r"episode 1 has no instruction for task_index 1, tasks.parquet has \[0, 7\]",
     ),
-    "task changes": (lambda r: column(r / DATA, "task_index", 2, 1), "episode 0 changes its instruction"),
+    "task changes": (
+        lambda r: column(r / DATA, "task_index", 2, 1),
+        r"episode 0 are \['open the drawer', 'push the block'\], meta/episodes says \['push the block'\]",
+    ),
     "no episodes": (lambda r: shutil.rmtree(r / "meta/episodes"), "no chunk-.* in .*episodes"),
     "half the episodes": (lambda r: cut(r / EPISODES), "truncated or damaged"),
-    "episode gap": (lambda r: column(r / EPISODES, "episode_index", 1, 5), r"\[1, 5\] are missing"),
+    "episode gap": (
+        lambda r: column(r / EPISODES, "episode_index", 1, 5),
+        "episode 5 begins at frame 4, not 8",
+    ),
     "episode twice": (
         lambda r: (info(r, total_episodes=None), column(r / EPISODES, "episode_index", 2, 1)),
-        r"should be 0\.\.2",
+        r"episodes \[1\] are there twice",
     ),
     "empty episode": (lambda r: column(r / EPISODES, "length", 1, 0), "the shortest of no frames"),
     "wrong start": (
@@ -380,9 +401,12 @@ VIDEO_DAMAGES = {
     "no mp4": (lambda r: (r / VIDEO).write_bytes(b"hello"), "file-000.mp4 is truncated or damaged"),
     "frames lost": (
         lambda r: write_video(r / VIDEO, frames(7), 10),
-        r"no frame at 0\.7000 s, the nearest of 7 is at 0\.6000 s",
+        r"no frame at 0\.7000 s, step 2 of episode 2, the nearest of 7 is at 0\.6000 s: --episodes leaves",
     ),
-    "other rate": (lambda r: write_video(r / VIDEO, frames(8), 12), r"no frame at 0\.1000 s, the"),
+    "other rate": (
+        lambda r: write_video(r / VIDEO, frames(8), 12),
+        r"no frame at 0\.1000 s, step 1 of episode 0.*--nearest-frame 0.4 takes",
+    ),
     "shifted": (
         lambda r: column(r / EPISODES, f"videos/{CAMERA}/from_timestamp", 1, 0.45),
         r"no frame at 0\.4500 s",

@@ -54,6 +54,10 @@ class Reader(HTMLParser):
         return [attrs for name, attrs in self.tags if name == tag]
 
 
+def table_of(table: Table) -> str:
+    return page.page("T", "", [Section("S", [table])], Path())
+
+
 def make(root: Path, out: Path | None = None) -> tuple[str, Reader]:
     runs, _ = reading.load_runs((root,))
     report.write_report(runs, out or root / "report", "study")
@@ -258,7 +262,7 @@ def test_columns_of_numbers_stand_flush_right():
     table = Table(
         ("arm", "rate", "p", "what"), [("E0", "3/4 (1 to 2)", "< 0.001", "3 of 4"), ("E1", "-", "", "x")]
     )
-    assert re.findall(r'<th scope="col"( class="n")?>', page.html_table(table)) == [
+    assert re.findall(r'<th scope="col"( class="n")?>', table_of(table)) == [
         "",
         ' class="n"',
         ' class="n"',
@@ -281,7 +285,7 @@ def test_columns_of_numbers_stand_flush_right():
 )
 def test_cells_of_numbers_are_told_from_names_in_no_time(cell, numeric):
     started = time.perf_counter()
-    html = page.html_table(Table(("a", "b"), [("x", cell)]))
+    html = table_of(Table(("a", "b"), [("x", cell)]))
     assert ('<td class="n">' in html) == numeric and time.perf_counter() - started < 1
 
 
@@ -291,6 +295,6 @@ def test_both_renderers_show_every_block(tmp_path):
     text = page.page("T", "lead", [Section("S", blocks)], tmp_path)
     Reader(text)
     assert "<code>code</code>" in text and "<b>b</b>" in text and text.count("<table>") == 2
-    assert "<summary>Kept</summary><pre>{&quot;k&quot;: 1}</pre>" in text
+    assert "<summary>Kept</summary><pre>{&#34;k&#34;: 1}</pre>" in text
     written = page.markdown("T", [Section("S", blocks)], tmp_path)
     assert written.count("| x | 1 |") == 2 and '```json\n{"k": 1}\n```' in written

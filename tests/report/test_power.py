@@ -171,11 +171,10 @@ def test_runs_show_their_pairs_discordance_and_spread(tmp_path, capsys):
         (["somewhere", "--seeds", "3"], "--seeds 3 is for a plan"),
     ],
 )
-def test_bad_values_are_named(flags, message, capsys):
+def test_bad_values_are_named(flags, message):
     with pytest.raises(SystemExit) as exit:
         main(flags)
-    assert exit.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert exit.value.code.startswith("error: ") and message in exit.value.code
 
 
 def test_runs_without_episodes_are_refused_in_a_line(tmp_path):

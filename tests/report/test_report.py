@@ -255,6 +255,54 @@ def test_episodes_of_another_protocol_are_set_aside_within_a_suite_only(tmp_path
     assert f"Set aside: {aside.name} ({aside.why})" in text and str(tmp_path) not in text
 
 
+def test_a_stray_evaluations_own_file_is_set_aside_whichever_came_first(tmp_path):
+    write_run(tmp_path, "E0", {"off": [1, 1, 1]})
+    folder = write_run(tmp_path, "E1", {})
+    stray = [
+        episode("off", i, 1, protocol=episode("off", i, 1)["protocol"] | {"max_steps": 9}) for i in (1, 2)
+    ]
+    for names in (
+        ("episodes.jsonl", "episodes.0a1b2c3d.jsonl"),
+        ("episodes.0a1b2c3d.jsonl", "episodes.jsonl"),
+    ):
+        for name, rows in zip(names, ([episode("off", 0, 0)], stray)):
+            (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        runs, (aside,) = reading.load_runs((tmp_path,))
+        assert [len(run.episodes) for run in runs] == [3, 1]
+        assert f"E1_s0/{names[1]}, line 1-2: another protocol of libero_goal: max_steps 9, not 300" in str(
+            aside
+        )
+
+
+def test_one_checkpoint_under_two_numbers_of_actions_is_paired_in_one_report(tmp_path):
+    wins = {10: (1, 1, 0, 1), 50: (0, 1, 0, 0)}
+    for seed in (0, 1, 2):
+        for arm, fusion in (("E0", ["none"]), ("E2", ["late"])):
+            folder = write_run(tmp_path, arm, {"off": []}, seed, fusion=fusion)
+            rows = []
+            for steps, won in wins.items():
+                protocol = episode("off", 0, 1)["protocol"] | {"n_action_steps": steps}
+                won = (*won[:3], won[3] and seed > 0)
+                rows += [
+                    episode("pred" if arm == "E2" else "off", i, w, protocol=protocol)
+                    for i, w in enumerate(won)
+                ]
+            write_episodes(folder, rows)
+    runs, aside = reading.load_runs((tmp_path,))
+    assert not aside
+    arms = {run.arm: run for run in runs if run.seed == 2}
+    assert set(arms) == {"E0", "E2", "E0, 50 actions a chunk", "E2, 50 actions a chunk"}
+    assert {len(run.episodes) for run in runs} == {4}
+    for name, run in arms.items():
+        assert {e["protocol"]["n_action_steps"] for e in run.episodes} == {50 if "50" in name else 10}
+    [contrast] = [c for c in stats.all_contrasts(runs) if (c.a, c.b) == ("E2, 50 actions a chunk", "E2")]
+    assert contrast.seeds == (0, 1, 2) and contrast.n == 4
+    assert contrast.differences.tolist() == [-0.25, -0.5, -0.5]
+    report.write_report(runs, tmp_path / "out")
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert row_of(text, "E2, 50 actions a chunk", "E2", "0 1 2", "4")
+
+
 # ---- the report
 
 
@@ -378,7 +426,7 @@ def test_all_crashed_and_no_metrics_still_make_a_report(tmp_path):
 
 
 def test_script_prints_the_table_and_refuses_in_one_line(tree, monkeypatch):
-    command = [sys.executable, "-m", "report", tree / "E0_s0", tree / "E0b_s0", "-o", tree / "out"]
+    command = [sys.executable, "-m", "report", tree / "E0_s0", tree / "E0b_s0", "--out", tree / "out"]
     good = subprocess.run(command, capture_output=True, text=True)
     assert good.returncode == 0, good.stderr
     assert "31 to 83" in good.stdout and (tree / "out" / "report.html").is_file()

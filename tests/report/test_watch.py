@@ -1,6 +1,7 @@
 """The live view on run folders that grow, stop, resume and break, and on terminals of any width."""
 
 import functools
+import io
 import json
 import os
 import pty
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from report import stats, watch
 
@@ -53,8 +55,16 @@ def seen(folder: Path) -> watch.Watched:
     return run
 
 
+def lines_of(shown, width: int = 100) -> list[str]:
+    """What a terminal of that width shows."""
+    console = Console(width=width, file=io.StringIO())
+    console.print(shown)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+
 def text_of(run: watch.Watched, width: int = 100) -> str:
-    return "\n".join(watch.detail(run, width))
+    """One run in full, as words: how wide columns are is rich's affair."""
+    return "\n".join(re.sub(" {2,}", "   ", line) for line in lines_of(watch.detail(run), width))
 
 
 def age(path: Path, seconds: float) -> None:
@@ -78,12 +88,10 @@ def test_view_has_the_numbers_of_the_log(tmp_path):
     assert "E2-s0   arm E2: late, pred, seed 0" in text and "40.0%" in text
     assert "400 of 1,000   20.0 a second now, 20.0 on average   30 s left" in text
     tail = sum(2 / i for i in range(37, 41)) / 4
-    assert f"loss         {2 / 40:.4f}   last tenth {tail:.4f}" in text
-    assert "held-out     off 0.5000   pred 0.4000 (-0.1000)   zero 0.6250 (+0.1250)" in text
-    assert "gates        +0.4000" in text and "world        loss 0.5000   cos 0.7000" in text
-    assert (
-        "gradients    0.25   gates 0.01" in text and "bad steps    3" in text and "mfu          41.0%" in text
-    )
+    assert f"loss   {2 / 40:.4f}   last tenth {tail:.4f}" in text
+    assert "held-out   off 0.5000   pred 0.4000 (-0.1000)   zero 0.6250 (+0.1250)" in text
+    assert "gates   +0.4000" in text and "world   loss 0.5000   cos 0.7000" in text
+    assert "gradients   0.25   gates 0.01" in text and "bad steps   3" in text and "mfu   41.0%" in text
     assert run.state == "running" and "rollouts" not in text
 
 
@@ -101,7 +109,7 @@ def test_only_what_is_new_is_parsed_and_a_half_written_line_waits(tmp_path, monk
     with path.open("a") as file:
         file.write(half[30:] + "\n")
     run.look()
-    assert run.log.samples == 510 and taken == [half.encode()] and len(run.log.curves["loss"]) == 51
+    assert run.log.samples == 510 and taken == [json.loads(half)] and len(run.log.curves["loss"]) == 51
 
 
 def test_view_follows_a_run_that_is_being_written(tmp_path):
@@ -147,7 +155,7 @@ def test_broken_lines_are_counted_not_hidden(tmp_path):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"samples": 20, "los{"samples": 20, "loss": 3}\n{"samples": "many", "loss": 1}\n')
     text = text_of(seen(folder))
-    assert "note         4 broken lines are left out" in text and "1/1    100%" in text
+    assert "note   5 broken lines are left out" in text and "1/1   100%" in text
 
 
 @pytest.mark.parametrize(
@@ -158,7 +166,7 @@ def test_run_that_went_quiet_is_stalled_then_maybe_killed(tmp_path, quiet, state
     append(folder / "metrics.jsonl", line(1), line(2))
     age(folder / "metrics.jsonl", quiet)
     run = seen(folder)
-    assert run.state == state and f"state        {state}: " in text_of(run)
+    assert run.state == state and f"state   {state}: " in text_of(run)
     append(folder / "metrics.jsonl", line(100))
     age(folder / "metrics.jsonl", quiet)
     run.look()
@@ -177,7 +185,7 @@ def test_run_without_a_line_is_starting(tmp_path):
     folder = make_run(tmp_path)
     age(folder / "config.json", 300)
     text = text_of(seen(folder))
-    assert "state        starting: no log line yet, for 5 min" in text and "0.0%" in text
+    assert "state   starting: no log line yet, for 5 min" in text and "0.0%" in text
 
 
 def test_checkpoint_is_named_with_its_age(tmp_path):
@@ -198,9 +206,9 @@ def test_rollouts_count_the_newest_checkpoint_once_and_crashes_apart(tmp_path):
     append(folder / "episodes_rank1.jsonl", *(episode(i, False, "off") for i in range(5)))
     run = seen(folder)
     low, high = (f"{100 * x:.0f}" for x in stats.wilson(7, 10))
-    lines = watch.rolled_out(run)
-    assert lines[1].startswith("rollouts of step_000100")
-    assert [x.split() for x in lines[2:]] == [
+    lines = lines_of(watch.detail(run))
+    start = next(i for i, x in enumerate(lines) if x.startswith("rollouts of step_000100"))
+    assert [x.split() for x in lines[start + 1 :]] == [
         ["pred", "7/10", "70%", low, "to", high, "%", "1", "crashed"],
         ["off", "0/5", "0%", "0", "to", "43", "%"],
     ]
@@ -241,7 +249,8 @@ def test_no_line_is_wider_than_the_terminal(tmp_path, width):
     )
     append(folders[0] / "episodes.jsonl", episode(1, True, "signflip"))
     runs = [seen(folder) for folder in folders]
-    for lines in (watch.overview(runs, width), *(watch.detail(run, width) for run in runs)):
+    for shown in (watch.overview(runs, width), *map(watch.detail, runs)):
+        lines = lines_of(shown, width)
         assert lines and max(map(len, lines)) <= width
 
 
@@ -250,12 +259,12 @@ def test_wide_overview_has_every_column_and_a_narrow_one_what_matters(tmp_path):
     append(runs[0].folder / "metrics.jsonl", *(line(i) for i in range(1, 41)))
     append(runs[0].folder / "episodes.jsonl", episode(1, True), episode(2, False))
     runs[0].look()
-    header, first, second = (re.split(r" {2,}", x) for x in watch.overview(runs, 100)[:3])
+    header, first, second = (re.split(r" {2,}", x) for x in lines_of(watch.overview(runs, 100), 100)[:3])
     assert header == ["run", "state", "done", "samples/s", "left", "loss", "checkpoint", "solved"]
     loss = f"{sum(2 / i for i in range(37, 41)) / 4:.4f}"
     assert first == ["E2-n64000-s0", "running", "40%", "20.0", "30 s", loss, "-", "1/2"]
     assert second == ["E2-n64000-s1", "starting", "0%", "-", "-", "-", "-", "-"]
-    assert watch.overview(runs, 40)[0].split() == ["run", "state", "done", "solved"]
+    assert lines_of(watch.overview(runs, 40), 40)[0].split() == ["run", "state", "solved"]
 
 
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=200), st.integers(1, 80))
@@ -276,7 +285,7 @@ def test_not_a_number_in_the_log_is_drawn(tmp_path):
     folder = make_run(tmp_path)
     append(folder / "metrics.jsonl", line(1), line(2, loss=float("nan"), grad_norm=float("nan")))
     text = text_of(seen(folder))
-    assert "×" in text and "last tenth nan" in text and "gradients    nan" in text
+    assert "×" in text and "last tenth nan" in text and "gradients   nan" in text
 
 
 @pytest.mark.parametrize(
@@ -332,7 +341,8 @@ def test_terminal_is_drawn_over_until_ctrl_c(tmp_path):
     errors = process.stderr.read()
     process.stderr.close(), os.close(slave), os.close(master)
     assert process.returncode == 0 and errors == b""
-    assert drawn.count(watch.CLEAR.encode()) == 1 and drawn.count(watch.HOME.encode()) >= 2
+    assert drawn.count(b"\x1b[?1049h") == drawn.count(b"\x1b[?1049l") == 1  # the other screen, and back,
+    assert b"770 of 1,000" in drawn.split(b"\x1b[?1049l")[1]  # with the last view left behind
 
 
 def test_folder_without_runs_is_one_line(tmp_path):
@@ -344,3 +354,13 @@ def test_neither_torch_nor_the_simulator_is_imported():
     code = "import sys, report.watch, report.power; print({'torch', 'mujoco', 'libero'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_markup_and_escapes_in_names_are_shown_not_obeyed(tmp_path):
+    folder = make_run(tmp_path, "[red]E2[", arm="[bold]x[/]\x1b[2J", memory="[link=a]m")
+    append(folder / "episodes.jsonl", episode(1, True, "[blink]pred"))
+    run = seen(folder)
+    for shown in (watch.detail(run), watch.overview([run, run], 200)):
+        text = "\n".join(lines_of(shown, 200))
+        assert "[red]E2[" in text and "\x1b" not in text
+    assert "[blink]pred" in text_of(run) and "[bold]x[/]" in text_of(run)

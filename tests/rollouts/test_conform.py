@@ -102,10 +102,11 @@ def spatial(tmp_path_factory):
 def case(spatial) -> SimpleNamespace:
     """A run on recorded data, about to be rolled out from another start of the same task."""
     config, processor = checkpoint_of(spatial)
+    data = json.loads(json.dumps(describe_data(spatial)))
     front, wrist = (picture(f"conform/spatial0_init25_{name}.png") for name in ("image", "image2"))
     return SimpleNamespace(
-        config=config, processor=processor, run={"data_provenance": spatial.provenance},
-        data=json.loads(json.dumps(describe_data(spatial))), sim=SimConfig("libero_spatial"),
+        config=config, processor=processor, data=data, sim=SimConfig("libero_spatial"),
+        run={"data_provenance": spatial.provenance, "data_facts": data},
         n_action_steps=3, front=front, wrist=wrist,
     )  # fmt: skip
 
@@ -262,7 +263,7 @@ def test_small_pictures_drawn_fast_agree_with_data_drawn_so(tmp_path, small):
     front, wrist = (np.asarray(Image.fromarray(p).resize((small, small))) for p in seen)
     sim = SimConfig("libero_spatial", size=small, draw="fast", displace=0.06)
     environment = describe_environment(sim, 3, observe(front=front, wrist=wrist))
-    run = {"data_provenance": demos.provenance}
+    run = {"data_provenance": demos.provenance, "data_facts": describe_data(demos)}
     checkpoint = describe_checkpoint(*checkpoint_of(demos), run)
     assert set(verdicts(compare(checkpoint, describe_data(demos), environment)).values()) == {"agrees"}
     older = verdicts(compare(checkpoint, None, environment))  # a run that kept no facts of its data
@@ -284,7 +285,7 @@ def test_of_a_published_checkpoint_nothing_is_claimed_that_it_does_not_say(case)
     case.data, case.run = None, {}
     found = verdicts(lines_of(case))
     assert "differs" not in found.values()
-    unknown = {"rotation", "rate", "instruction", "drawing"}
+    unknown = {"rotation", "rate", "no-ops", "instruction", "drawing"}
     assert {item for item, verdict in found.items() if verdict == "not stated"} == unknown
     case.sim = SimConfig("libero_spatial", draw="fast")
     assert differing(lines_of(case)) == ["drawing"]
@@ -418,7 +419,7 @@ def test_facts_are_few_bytes_and_few_pictures_even_of_forty_tasks():
         return StoredPictures(demos.images[camera].shape, list(range(80)), demos.first, take)
 
     stored = dataclasses.replace(
-        demos, images={c: reading(c) for c in CAMERAS}, tasks=tasks, task=np.arange(80) % 40
+        demos, images={c: reading(c) for c in CAMERAS}, tasks=tasks, task=np.repeat(np.arange(80) % 40, 3)
     )
     found = describe_data(stored)
     assert len(json.dumps(found)) < 10_000
@@ -479,3 +480,15 @@ def test_the_table_fits_a_terminal_and_names_every_item(case):
         rows = table(lines_of(case)).splitlines()
         assert max(map(len, rows)) <= 110
         assert {row.split()[0] for row in rows if row[0] != " "} == {"item", *conform.ITEMS}
+
+
+def test_a_checkpoint_without_noops_and_data_with_them_differ(case):
+    case.run["data_facts"] = case.data | {"noops": 0.0}
+    case.data["noops"] = 0.12
+    [line] = [line for line in lines_of(case) if line.item == "no-ops"]
+    assert line.verdict == "differs" and line.environment == "10 before the first"
+    assert line.why == "no-ops are 0.0 % of frames in training, 12.0 % of frames in the data"
+    case.data["noops"] = 0.004
+    assert verdicts(lines_of(case))["no-ops"] == "agrees"
+    del case.data["noops"]
+    assert verdicts(lines_of(case))["no-ops"] == "not stated"

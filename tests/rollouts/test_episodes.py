@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from typing import NamedTuple
 
 import pytest
 
-from rollouts.episodes import gather, key_of, own_file, parts, read_all, read_lines
+from rollouts.episodes import file_of, gather, key_of, own_file, parts, read_all, read_lines
 
 
 def line(init_state: int, **fields) -> dict:
-    made = {"checkpoint": "step_1", "memory": "off", "task_id": 1, "init_state": init_state, "crash": None}
-    return made | {"protocol": {"a": 1}} | fields
+    made = {"checkpoint": "step_1", "memory": "off", "suite": "s", "task_id": 1, "init_state": init_state}
+    return made | {"success": True, "crash": None, "protocol": {"a": 1}} | fields
 
 
 def write(path, *lines: dict, tail: str = "") -> None:
@@ -59,3 +60,39 @@ def test_an_episode_is_told_from_others_by_checkpoint_memory_start_and_protocol(
     keys |= {key_of(line(4)), key_of(line(3, protocol={"a": 2}))}
     assert len(keys) == 6
     assert key_of(line(3, success=True)) == key_of(line(3))
+
+
+class Suite(NamedTuple):
+    """What `file_of` reads of a plan."""
+
+    suite: str
+    protocol: dict
+    seed: int = 7
+
+    @property
+    def sim(self) -> Suite:
+        return self
+
+    def record(self) -> dict:
+        return self.protocol
+
+
+def test_a_stray_evaluation_has_a_file_of_its_own_and_changes_nobody_elses(tmp_path):
+    path, usual, stray = tmp_path / "episodes.jsonl", Suite("s", {"a": 1}), Suite("s", {"a": 2})
+    assert file_of(tmp_path, [usual]) == path  # nothing is there
+    write(path, line(3, seed=7))
+    write(own_file(path, 1), line(4, seed=7))
+    assert file_of(tmp_path, [usual]) == file_of(tmp_path, [Suite("t", {"a": 2})]) == path
+    own = file_of(tmp_path, [stray])
+    assert own != path and own == file_of(tmp_path, [stray]) and own.name.startswith("episodes.")
+    assert file_of(tmp_path, [usual._replace(seed=8)]) not in (path, own)  # fixtures stand elsewhere
+    assert file_of(tmp_path, [Suite("t", {}), stray]) not in (path, own)
+    write(own, line(3, protocol={"a": 2}, seed=7))
+    write(own_file(own, 1), line(4, protocol={"a": 2}, seed=7))
+    gather(own)
+    gather(path)
+    assert [len(read_all(one)) for one in (path, own)] == [2, 2] and len(list(tmp_path.iterdir())) == 2
+    assert file_of(tmp_path, [usual]) == path and file_of(tmp_path, [stray]) == own
+    path.unlink()  # a folder of before, whose one file holds several
+    write(path, line(3, seed=7), line(3, protocol={"a": 2}, seed=7))
+    assert file_of(tmp_path, [usual]) == file_of(tmp_path, [stray]) == path

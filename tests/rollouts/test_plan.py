@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -9,18 +10,20 @@ import tiny
 from test_arm import processor
 
 from arm import save_arm
+from commands import parse_numbers
 from eval import EvalConfig
-from rollouts.plan import find_target, make_plans, newest_run, open_out
-from simulator.env import NUM_INIT_STATES, parse_ids
-from smolvla.checkpoint import save_policy
+from files import Refused
+from rollouts.plan import Plan, find_target, make_plans, newest_run, open_out
+from simulator.env import NUM_INIT_STATES, SimConfig
+from smolvla.checkpoint import fresh_processor, save_policy
 
 
 def test_init_states_are_read_from_ranges_and_lists():
-    assert parse_ids("10-12", "--init-states", NUM_INIT_STATES) == [10, 11, 12]
-    assert parse_ids("0,3, 7-8", "--init-states", NUM_INIT_STATES) == [0, 3, 7, 8]
-    for bad in ("", "a", "5-", "-3", "3-1", "48-50"):
+    assert parse_numbers("10-12", "--init-states", NUM_INIT_STATES) == [10, 11, 12]
+    assert parse_numbers("0,3, 7-8", "--init-states", NUM_INIT_STATES) == [0, 3, 7, 8]
+    for bad in ("a", "5-", "-3", "3-1", "48-50"):
         with pytest.raises(ValueError, match="--init-states"):
-            parse_ids(bad, "--init-states", NUM_INIT_STATES)
+            parse_numbers(bad, "--init-states", NUM_INIT_STATES)
 
 
 def test_the_protocol_defaults_to_the_training_datas_and_its_unseen_starts():
@@ -79,7 +82,7 @@ def test_step_limits_are_somebodys_protocol_or_a_number(limit, spatial, goal):
         ({"suite": ("nowhere",)}, "libero_nowhere"),
         ({"episodes_per_task": 0}, "--episodes-per-task 0 must be at least 1"),
         ({"num_envs": 0}, "--num-envs 0 must be at least 1"),
-        ({"video_fps": 40}, "--video-fps 40 must lie in 1..20"),
+        ({"video_fps": 40}, "--video-fps 40 must be at most 20"),
         ({"accept": ("colour",)}, "--accept colour is no item: choose from cameras, sizes, rotation"),
     ],
 )
@@ -130,3 +133,32 @@ def test_results_of_a_bare_checkpoint_get_a_folder_of_their_own_that_keeps_other
     assert (record["arm"], record["total_samples"], record["fusion"]) == ("results", None, ["none"])
     with pytest.raises(ValueError, match=r"holds results of .*/a, not of .*/b: choose another --out"):
         open_out(find_target(EvalConfig(str(tmp_path / "b"), out=tmp_path / "results")), arm)
+
+
+def test_a_plan_knows_its_instructions_and_what_a_tokenizer_cuts_of_them():
+    plan = Plan(SimConfig("libero_object"), [(3, 0), (1, 5), (1, 6)], set(), 3, 1)
+    cream, bbq = plan.instructions()
+    assert cream == "pick up the cream cheese and place it in the basket" and "bbq sauce" in bbq
+
+    def cut(longest: int) -> list[str]:
+        config = dataclasses.replace(tiny.CONFIG, tokenizer_max_length=longest)
+        return fresh_processor(config, tiny.STATS, [cream, bbq], (3, 8, 8)).cut([cream, bbq])
+
+    assert cut(20) == []
+    assert f'"{cream}" has 14 tokens and is cut to 5: "heese and place it in the basket" is lost' in cut(5)
+    with pytest.raises(Refused, match=r"are one and the same in their first 3 tokens"):
+        cut(3)
+
+
+def test_a_run_whose_data_name_no_suite_is_told_why():
+    run = {
+        "data_provenance": [{"suite": None}],
+        "data_facts": {"tasks": ["Pick_up the cream cheese and place it in the basket"]},
+    }
+    with pytest.raises(Refused, match="the data's instructions are those of --suite object"):
+        make_plans(EvalConfig(), run, tiny.arm())
+    run["data_facts"]["tasks"] = ["fold the towel"]
+    with pytest.raises(
+        Refused, match='was trained on no LIBERO data, but on such as "fold the towel"; choose from'
+    ):
+        make_plans(EvalConfig(), run, tiny.arm())

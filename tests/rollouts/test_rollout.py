@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from test_arm import processor
 from tiny import run_config
 
-from eval import EvalConfig
+from eval import EvalConfig, first_look
+from files import Refused
+from prophet import METHODS
 from rollouts.plan import make_plans
 from rollouts.rollout import Episode, Rollout, frame_plan
 from simulator.pool import EnvPool
@@ -30,10 +32,9 @@ def test_the_frames_that_are_drawn_are_those_that_decisions_read(n, history, str
     assert {step for step in drawn if step <= last} <= needed | {0}
 
 
-@pytest.mark.parametrize("method", ["dropout", "noise"])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.chance])
 def test_a_hypothesis_stays_what_it_is_for_an_episode_and_is_another_in_the_next(method):
-    share = 0.3 if method == "dropout" else 0.0
-    arm = tiny.arm(num_hypotheses=3, hypothesis_method=method, prophet_dropout=share)
+    arm = tiny.arm(num_hypotheses=3, hypothesis_method=method, **METHODS[method].settings)
     [plan] = make_plans(EvalConfig(episodes_per_task=2), run_config(), arm)
     rollout = Rollout(arm, processor(), plan, "pred", None, torch.device("cpu"))
     here, later, there = Episode(1, 3, "pred"), Episode(1, 3, "pred", decisions=5), Episode(1, 4, "pred")
@@ -64,3 +65,26 @@ def test_a_simulator_that_dies_once_is_tried_again_and_one_that_dies_twice_is_a_
     assert deaths == {3: 0, 4: 0}
     assert ended[3][0] is None and "libero_object task 1 init state 3" in ended[3][1]
     assert ended[4][1] is None and ended[4][0].done and ended[4][0].steps == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_simulator_that_dies_before_the_first_episode_gets_its_second_try(deaths):
+    arm = tiny.arm().eval().requires_grad_(False)
+    [plan] = make_plans(EvalConfig(episodes_per_task=1, max_steps="4"), run_config(), arm)
+    left = [deaths]
+
+    class Deadly(EnvPool):
+        def reset(self, i, *args, **kwargs):
+            super().reset(i, *args, **kwargs)
+            if left[0]:
+                left[0] -= 1
+                os.kill(self._workers[i][0].pid, signal.SIGKILL)
+
+    with Deadly(1, plan.sim) as pool:
+        rollout = Rollout(arm, processor(), plan, "pred", pool, torch.device("cpu"))
+        if deaths == 1:
+            assert first_look(rollout).frames
+        else:
+            with pytest.raises(Refused, match="died with exit code -9"):
+                first_look(rollout)

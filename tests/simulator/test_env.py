@@ -46,27 +46,6 @@ def test_state_vector_is_float32_and_finite_for_the_identity():
     assert state.dtype == np.float32 and state.tolist() == [1, 1, 1, 0, 0, 0, 1, 1]
 
 
-def test_init_states_are_lists_and_ranges_in_the_order_given():
-    assert sim.parse_ids("7,0-2, 5", "--init-states") == [7, 0, 1, 2, 5]
-
-
-@pytest.mark.parametrize("text", ["", "a", "1-", "3-1", "1,,2", "-1", "1,0-2", "1.5"])
-def test_anything_else_is_an_error_that_shows_the_form(text):
-    with pytest.raises(ValueError, match="--init-states"):
-        sim.parse_ids(text, "--init-states")
-
-
-@pytest.mark.parametrize("text", ["", "5-", "3-1", "48-50", "50", "0-99999999999"])
-def test_init_states_that_are_not_shipped_are_one_line_that_names_the_flag(text):
-    with pytest.raises(ValueError, match=f"--init-states '{text}'") as caught:
-        sim.parse_ids(text, "--init-states", sim.NUM_INIT_STATES)
-    assert "\n" not in str(caught.value)
-
-
-def test_every_shipped_init_state_may_be_named():
-    assert sim.parse_ids("0-49", "--init-states", sim.NUM_INIT_STATES) == list(range(50))
-
-
 @pytest.mark.parametrize(
     ("make", "words"),
     [

@@ -72,6 +72,22 @@ def test_only_a_drawing_process_forgets_gpus_that_egl_does_not_know(monkeypatch)
     assert "CUDA_VISIBLE_DEVICES" not in render.os.environ
 
 
+def test_an_egl_device_that_is_named_goes_before_the_gpus_and_must_be_there(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    monkeypatch.setenv("PYOPENGL_PLATFORM", "osmesa")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "0")
+    monkeypatch.setattr(render, "_egl_devices", lambda: 1)
+    render.setup_gl()
+    assert render.os.environ["PYOPENGL_PLATFORM"] == "egl"
+    render.free_egl_device()
+    assert "CUDA_VISIBLE_DEVICES" not in render.os.environ
+    for device in ("1", "x", ""):
+        monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", device)
+        with pytest.raises(render.Refused, match=rf"_ID={device}: EGL has devices 0..0 here"):
+            render.setup_gl()
+
+
 MAPS = """7f10-7f20 r-xp 00000000 08:01 12 /usr/lib/x86_64-linux-gnu/libc.so.6
 7f20-7f30 r--p 00000000 08:01 13 /usr/lib/libEGL.so.1.1.0
 7f30-7f40 r-xp 00000000 08:01 13 /usr/lib/libEGL.so.1.1.0

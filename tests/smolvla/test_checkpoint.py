@@ -15,10 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from model import load_policy, start_from_vlm
 from smolvla.checkpoint import (
-    SHARDS,
     VLM_PARTS,
-    WEIGHTS,
-    find_folder,
     fresh_processor,
     lerobot_key,
     multiplier,
@@ -27,6 +24,7 @@ from smolvla.checkpoint import (
     save_policy,
 )
 from smolvla.config import PRESETS
+from smolvla.folders import SHARDS, WEIGHTS, find_folder
 from smolvla.language import read_language
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,7 +198,7 @@ def test_damaged_and_missing_files_are_one_line_each(folder, monkeypatch):
     with pytest.raises(ValueError, match=r"tokenizer\.json is missing.*--vlm DIR"):
         load_policy(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(ValueError, match="it is not a JSON object"):
         load_policy(folder)
     with pytest.raises(ValueError, match=r"no folder './nowhere'"):
         find_folder("./nowhere")
@@ -248,7 +246,7 @@ def test_heads_that_do_not_divide_and_other_activations_are_refused(folder):
         with pytest.raises(ValueError, match=message):
             load_policy(folder)
     path.write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match="no text_config and vision_config"):
+    with pytest.raises(ValueError, match="has no text_config, vision_config"):
         load_policy(folder)
 
 
@@ -341,7 +339,7 @@ def test_the_language_model_may_lie_in_any_folder_and_then_nothing_is_fetched(fo
     def never(*_, **__):
         raise AssertionError("went to the hub")
 
-    monkeypatch.setattr("smolvla.checkpoint.snapshot_download", never)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", never)
     (folder.parent / "vlm").rename(tmp_path / "elsewhere")
     edit_json(folder / "config.json", vlm_model_name="HuggingFaceTB/SmolVLM2-500M-Video-Instruct")
     policy, processor = load_policy(folder, vlm=str(tmp_path / "elsewhere"))
@@ -359,7 +357,7 @@ def test_the_hub_is_asked_for_the_pinned_revision_and_only_for_what_is_read(fold
         asked.append((repo, revision, tuple(allow_patterns)))
         return str(folder if repo == "owner/policy" else folder.parent / "vlm")
 
-    monkeypatch.setattr("smolvla.checkpoint.snapshot_download", serve)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", serve)
     edit_json(folder / "config.json", vlm_model_name="owner/vlm")
     load_policy("owner/policy", revision="abc")
     load_policy("owner/policy@def", vlm="owner/vlm@123")
@@ -450,4 +448,4 @@ def test_model_py_says_what_a_checkpoint_is(folder):
 def test_model_py_ends_in_one_line_where_there_is_nothing_to_describe(tmp_path):
     done = run_model(tmp_path)
     assert done.returncode == 1
-    assert done.stderr == f"error: {tmp_path}/config.json is missing: a checkpoint folder needs it\n"
+    assert done.stderr == f"error: {tmp_path}/config.json is missing: copy the checkpoint again\n"

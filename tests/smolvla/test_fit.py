@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import edit_json, run_model
 
 from model import load_policy
-from smolvla.checkpoint import WEIGHTS, read_cameras, save_policy
+from smolvla.checkpoint import read_cameras, save_policy
 from smolvla.fit import Fit, own_fit, refit
+from smolvla.folders import WEIGHTS
 from smolvla.processor import rename_map, with_rename
 
 CAMERA = "observation.images."

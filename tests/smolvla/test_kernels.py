@@ -129,3 +129,24 @@ def test_padded_instructions_do_not_change_the_prefix_that_counts():
     assert (
         policy.embed_prefix(*prefix_inputs(longer))[2] == policy.embed_prefix(*prefix_inputs(inputs))[2] + 3
     )
+
+
+def test_patches_that_train_are_embedded_by_a_product_and_frozen_ones_by_the_convolution():
+    plain, fast = (policy.vision for policy in both("none"))
+    images = torch.rand(2, 3, tiny.CONFIG.image_size, tiny.CONFIG.image_size)
+    found = []
+    for tower in (plain, fast):
+        out = tower.patch_embedding(images)
+        out.square().sum().backward()
+        found.append((out.detach(), tower.patch_embedding.weight.grad, tower.patch_embedding.bias.grad))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert (
+        fast.patch_embedding(images).stride() != plain.patch_embedding(images).stride()
+    )  # the other way there
+    fast.requires_grad_(False)
+    assert torch.equal(fast.patch_embedding(images), plain.patch_embedding(images))
+
+
+def test_bfloat16_is_native_only_where_products_in_it_run():
+    assert not kernels.native_bfloat16() or kernels.has_kernel(torch.bfloat16)

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import load_policy
-from smolvla.checkpoint import WEIGHTS, fresh_processor
+from smolvla.checkpoint import fresh_processor
+from smolvla.folders import WEIGHTS
 from smolvla.language import build_tokenizer, fresh_language, language_config
 from smolvla.processor import NEEDED, choose_statistics, sort_statistics
 

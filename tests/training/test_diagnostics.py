@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arm import Arm, Summary
-from fusion import SITES, Memory, token_rows
+from fusion import SITES, GatedCrossAttention, Memory, Site, layer_attention, token_rows
 from prophet import change_target
 from training.diagnostics import (
     attention_diagnostics,
+    attention_mass,
     attention_statistics,
     entropy,
     gradient_norms,
     group_mass,
-    layer_attention,
     matched_control,
     memory_norm,
     nearest_hypothesis,
@@ -32,6 +32,8 @@ from training.diagnostics import (
 
 K, D = tiny.FUTURE, tiny.LATENT
 BANK = ("world_cos_best", "oracle_gap", "oracle_gap_excess", "oracle_gap_excess_early", "div_cos")
+CROSS = [name for name, site in SITES.items() if issubclass(site, GatedCrossAttention)]
+ATTENDING = [name for name, site in SITES.items() if site.attention is not Site.attention]
 seeds = st.integers(0, 2**31)
 
 
@@ -57,7 +59,7 @@ def with_bank(site: str, memory: torch.Tensor) -> Arm:
     """An arm that is handed this memory (B, N, K, D), whatever its mode."""
     arm = made((site,), prefix_tokens=K)
     arm.memory = lambda *_: Memory(memory.flatten(1, 2))
-    if site == "prefix_tokens":
+    if SITES[site].at == "tokens":
         arm.policy.fusion.sites[site].rows = token_rows(memory.shape[1] * K, memory.shape[1], K)
     return arm
 
@@ -315,9 +317,9 @@ def test_the_most_attended_hypothesis_is_compared_with_the_nearest():
 KINDS = ("attn_pmax", "attn_entropy", "attn_entropy_step")
 
 
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("site", ATTENDING)
 def test_each_site_reports_its_numbers_and_no_hypotheses_where_there_is_one(site):
-    own = ("world_mass",) if site == "prefix_tokens" else ("ctx_norm", "act_norm")
+    own = ("ctx_norm", "act_norm") + ("world_mass",) * (SITES[site].at == "tokens")
     out = attention(made((site,), prefix_tokens=K))
     assert set(out) == {f"{site}/{name}" for name in KINDS + own}
     bank = attention(with_bank(site, normal(2, 2, K, D)))
@@ -325,7 +327,7 @@ def test_each_site_reports_its_numbers_and_no_hypotheses_where_there_is_one(site
     assert all(math.isfinite(value) for value in bank.values())
 
 
-@pytest.mark.parametrize("site", ["late", "suffix_in", "prefix_cross"])
+@pytest.mark.parametrize("site", CROSS)
 def test_the_recomputed_context_is_what_the_site_added(site):
     arm, seen = made((site,)), []
     module = arm.policy.fusion.sites[site]
@@ -333,7 +335,7 @@ def test_the_recomputed_context_is_what_the_site_added(site):
     out = attention(arm)
     [(h, added)] = seen
     kept = torch.ones(h.shape[:2], dtype=torch.bool)
-    if site == "prefix_cross":
+    if SITES[site].at == "prefix":
         kept[1, -2] = False  # the last sample's last language token is padding; the state comes after it
     mean = lambda x: torch.stack([n[k].mean() for n, k in zip(x.norm(dim=-1), kept)]).mean().item()  # noqa: E731
     assert out[f"{site}/ctx_norm"] == pytest.approx(mean(added), rel=1e-4)
@@ -357,23 +359,41 @@ def test_recomputed_attention_to_world_tokens_is_what_the_expert_did(mode):
     layers = list(arm.policy.expert.layers)
     read = [layer for layer, _ in calls["prefix_tokens"]]
     assert read == [layer for layer in layers if layer.cross == (mode == "cross_attn")] and len(read) > 1
-    masses = []
+    masses, added = [], []
     for layer, (x, rope, mask, past) in calls["prefix_tokens"]:
         v = past[1]
         if not layer.cross:
             v = torch.cat([v, layer.keys_values(x, rope)[1]], dim=2)
-        p = layer_attention(layer, x, rope, mask, past)
+        p = layer_attention(layer, x, rope, mask.shown, past)
         context = (p @ v.repeat_interleave(p.shape[1] // v.shape[1], dim=1)).transpose(1, 2).flatten(2)
         torch.testing.assert_close(context, seen[layers.index(layer)], atol=1e-5, rtol=1e-4)
+        q = layer.self_attn.queries(layer.input_layernorm(x), rope)
+        k = past[0] if layer.cross else torch.cat([past[0], layer.keys_values(x, rope)[0]], dim=2)
+        without = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.hidden, enable_gqa=True)
+        both = (layer.self_attn.o_proj(c) for c in (context, without.transpose(1, 2).flatten(2)))
+        added.append(torch.sub(*both).norm(dim=-1))
         masses.append((p * (mask.shown & ~mask.hidden)).sum(-1))  # only world tokens are shown, not hidden
     out = attention(arm)
     assert out["prefix_tokens/world_mass"] == pytest.approx(torch.stack(masses).mean().item(), rel=1e-4)
     assert 0 < out["prefix_tokens/world_mass"] < 1
     assert 0.5 <= out["prefix_tokens/attn_pmax"] < 1
+    assert out["prefix_tokens/ctx_norm"] == pytest.approx(torch.stack(added).mean().item(), rel=1e-4)
+    assert 0 < out["prefix_tokens/ctx_norm"] < 2 * out["prefix_tokens/act_norm"]
+
+
+@pytest.mark.parametrize("freeze", ["expert", "none"])
+def test_sites_are_measured_in_bfloat16_too(freeze):
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        arm = made(tuple(SITES), prefix_tokens=K)
+        arm.policy.freeze(freeze)
+        arm.policy.set_dtype(dtype)
+        found[dtype] = attention(arm)
+    assert found[torch.bfloat16] == pytest.approx(found[torch.float32], rel=0.1, abs=0.01)
 
 
 def test_closed_gates_are_measured_too():
-    arm = made(SITES, prefix_tokens=K)
+    arm = made(tuple(SITES), prefix_tokens=K)
     tiny.open_gates(arm, 0.0)
     arm.eval()
     assert arm.policy.fusion.open == ()
@@ -382,10 +402,10 @@ def test_closed_gates_are_measured_too():
     assert 0 < out["prefix_tokens/world_mass"] < 1
 
 
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("site", ATTENDING)
 def test_where_nothing_tells_tokens_apart_attention_is_even(site):
     arm = with_bank(site, normal(2, 3, K, D))
-    if site == "prefix_tokens":  # whose keys also carry positions: without a query they do not speak
+    if SITES[site].at == "tokens":  # whose keys also carry positions: without a query they do not speak
         for layer in arm.policy.expert.layers:
             layer.self_attn.q_proj.weight.data.zero_()
     else:
@@ -397,7 +417,7 @@ def test_where_nothing_tells_tokens_apart_attention_is_even(site):
     assert out["spike"] == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.parametrize("site", ["late", "suffix_in", "prefix_cross"])
+@pytest.mark.parametrize("site", CROSS)
 def test_identical_hypotheses_share_the_mass_equally(site):
     out = attention(with_bank(site, normal(2, 1, K, D).expand(-1, 3, -1, -1)))
     assert out[f"{site}/attn_entropy_hyp"] == pytest.approx(1, abs=1e-5)
@@ -416,7 +436,7 @@ def test_choose_best_follows_the_truth_and_needs_one():
     assert "late/choose_best" not in attention(arm, world) and "late/spike" in attention(arm, world)
 
 
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("site", ATTENDING)
 def test_a_sample_without_finite_memory_does_not_change_the_others(site):
     arm, world, inputs = made((site,), prefix_tokens=K), tiny.world(), tiny.inputs()
     want = attention(arm, first_sample(world), first_sample(inputs))
@@ -428,7 +448,7 @@ def test_a_sample_without_finite_memory_does_not_change_the_others(site):
     assert attention(arm, broken, inputs) == {}
 
 
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("site", ATTENDING)
 def test_one_bad_row_is_not_attended_to(site):
     memory = normal(2, 1, K, D)
     memory[0, 0, 1] = float("inf")
@@ -438,6 +458,37 @@ def test_one_bad_row_is_not_attended_to(site):
     assert attention(arm) == before and all(math.isfinite(value) for value in before.values())
     arm.memory = lambda *_: Memory(memory[:1, 0])  # and its sample counts by the others
     assert set(attention(arm, first_sample(tiny.world()), first_sample(tiny.inputs()))) == set(before)
+
+
+def test_a_site_that_is_called_several_times_is_averaged_and_one_without_attention_has_none(monkeypatch):
+    class EachLayer(GatedCrossAttention):
+        name, gate_name, at = "each_layer", "world_gate_each_layer", "layer"
+
+    class Shift(Site):
+        name, gate_name, at = "shift", "world_gate_shift", "layer"
+
+        def prepare(self, memory):
+            return memory.rows.mean((1, 2))
+
+        def branch(self, h, view, layer=0):
+            return (layer + 1.0) * view[:, None, None] * h
+
+    for site in (EachLayer, Shift):
+        monkeypatch.setitem(SITES, site.name, site)
+    out = attention(made(("each_layer",)))
+    assert set(out) == {f"each_layer/{name}" for name in (*KINDS, "ctx_norm", "act_norm")}
+    arm, seen = made(("each_layer",)), []
+    arm.policy.fusion.sites["each_layer"].register_forward_hook(lambda *a: seen.append((a[1], a[2])))
+    assert attention(arm) == out and len(seen) == tiny.CONFIG.expert_layers > 1
+    added = [(h_out - h).norm(dim=-1).mean() for (h, *_), h_out in seen]
+    assert out["each_layer/ctx_norm"] == pytest.approx(torch.stack(added).mean().item(), rel=1e-3)
+    arm = made(("shift",))
+    assert set(attention(arm)) == {"shift/ctx_norm", "shift/act_norm"}
+    noise = tiny.flow()[0][:, 0]
+    assert attention_mass(arm, tiny.inputs(), tiny.world(), noise) is None
+    bank = made(("shift",), num_hypotheses=2, hypothesis_method="ensemble")
+    with pytest.raises(ValueError, match="--memory best1 keeps what is attended to most: no site of this"):
+        bank.needs("best1")
 
 
 def test_padding_of_the_prefix_does_not_dilute_its_numbers():
@@ -457,7 +508,7 @@ def test_only_the_first_flow_draw_is_run():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_measuring_changes_nothing(training):
-    arm = made(SITES, prefix_tokens=K).train(training)
+    arm = made(tuple(SITES), prefix_tokens=K).train(training)
     out = arm(tiny.inputs(), tiny.world(), *tiny.flow())
     (out["action"].mean() + out["world"].mean()).backward()
     tiny.open_gates(arm, 0.0)  # what is open was read before and must not be read again
@@ -475,13 +526,13 @@ def test_measuring_changes_nothing(training):
     assert after.keys() == gradients.keys()
     assert all(torch.equal(after[name], x) for name, x in gradients.items())
     assert {name: module.training for name, module in arm.named_modules()} == flags
-    assert torch.equal(torch.get_rng_state(), state) and arm.policy.fusion.open == opened == SITES
+    assert torch.equal(torch.get_rng_state(), state) and arm.policy.fusion.open == opened == tuple(SITES)
     assert not any(module._forward_pre_hooks for module in arm.modules())
     assert torch.is_grad_enabled()
 
 
 def test_hooks_go_even_where_the_pass_fails():
-    arm, world = made(SITES, prefix_tokens=K), tiny.world()
+    arm, world = made(tuple(SITES), prefix_tokens=K), tiny.world()
     with pytest.raises(KeyError):
         attention(arm, world, {name: x for name, x in tiny.inputs().items() if name != "action"})
     assert not any(module._forward_pre_hooks for module in arm.modules())

@@ -27,17 +27,15 @@ from test_data import write_task
 import train
 from data import Source
 from readers.load import load
+from smolvla.folders import checkpoints, damage, newest_whole
 from train import TrainConfig
 from training import run_folder
 from training.optimise import Average, BadSteps
 from training.run_folder import (
     COLUMNS,
     Progress,
-    checkpoints,
     cut_metrics,
-    damage,
     log,
-    newest_whole,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -287,6 +285,13 @@ def test_too_many_bad_steps_in_a_row_end_the_run_in_one_line(data, tmp_path, mon
     assert [line["bad_steps"] for line in metrics(out)] == [0, 0, 1, 2]
     with pytest.raises(ValueError, match="--max-bad-steps 0 must be at least 1"):
         TrainConfig(max_bad_steps=0)
+
+
+def test_a_training_that_took_no_step_is_not_done(data, tmp_path, monkeypatch):
+    poison(monkeypatch, *range(28))
+    with pytest.raises(ValueError, match="up to 28 samples, the whole budget, had a gradient"):
+        run(data, tmp_path / "run")
+    assert json.loads((tmp_path / "run/last/state.json").read_text())["samples"] == 24  # not the budget's end
 
 
 @given(st.lists(st.booleans(), max_size=12), st.integers(0, 3))

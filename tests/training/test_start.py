@@ -21,6 +21,7 @@ from model import load_policy
 from readers.demos import statistics
 from readers.load import load
 from readers.selection import match_cameras
+from smolvla import kernels
 from smolvla.processor import rename_map
 from train import TrainConfig
 
@@ -128,6 +129,27 @@ def test_a_fresh_policys_rename_is_written_too(data, tmp_path):
     assert rename_map(processor.before) == dict(zip(full("image", "image2"), full("front", "wrist")))
 
 
+@pytest.mark.parametrize(("mode", "names"), [("QUANTILES", ("q01", "q99")), ("QUANTILE10", ("q10", "q90"))])
+def test_quantiles_that_the_data_do_not_store_are_computed(mode, names, data, base, tmp_path):
+    shutil.copytree(base.parent, tmp_path / "base")
+    for name in ("policy_preprocessor", "policy_postprocessor"):
+        path = tmp_path / "base" / "checkpoint" / f"{name}.json"
+        description = json.loads(path.read_text())
+        for step in description["steps"]:
+            if step["registry_name"].endswith("normalizer_processor"):
+                step["config"]["norm_map"] = {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode}
+        path.write_text(json.dumps(description))
+    run(data, tmp_path / "base" / "checkpoint", tmp_path / "run")
+    _, processor = load_policy(tmp_path / "run" / "last")
+    demos = load(data)
+    for feature, values in (("observation.state", demos.state), ("action", demos.action)):
+        want = np.quantile(values.astype(np.float64), [int(name[1:]) / 100 for name in names], axis=0)
+        got = torch.stack([processor.stats[feature][name] for name in names])
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+        normal = processor.normalise(feature, torch.from_numpy(want).float())
+        np.testing.assert_allclose(normal, [[-1] * values.shape[1], [1] * values.shape[1]], atol=1e-5)
+
+
 def test_a_camera_that_the_data_lack_is_left_out_and_a_black_one_is_not_asked_of_them(
     data, base, tmp_path, capsys
 ):
@@ -172,7 +194,7 @@ def test_other_data_are_measured_and_described_under_the_policys_names(adapted, 
     assert (tmp_path / "results" / "offline.jsonl").is_file() and "off" in capsys.readouterr().out
     arm, processor = load_arm(adapted)
     config = EvalConfig(str(adapted), data=tmp_path / "other")
-    options = evaluate.data_options(tmp_path / "other", config, arm, processor)
+    options = evaluate.data_options(tmp_path / "other", config, {}, arm, processor)
     assert list(load(tmp_path / "other", options=options).images) == full("camera1", "camera2")
 
 
@@ -195,6 +217,7 @@ def test_data_far_outside_of_a_checkpoints_statistics_stop_a_run_before_its_firs
 ):
     copy = tmp_path / "far"
     shutil.copytree(adapted / "last", copy)
+    (copy / "manifest.json").unlink()  # what is changed on purpose
     for path in copy.glob("policy_*processor_step*.safetensors"):
         stats = load_file(path)
         stats["observation.state.mean"] = (
@@ -226,3 +249,12 @@ def test_data_far_outside_of_a_checkpoints_statistics_stop_a_run_before_its_firs
 def test_what_cannot_be_is_one_line(data, base, tmp_path, fields, message):
     with pytest.raises(Refused, match=message):
         run(data, fields.pop("init", base), tmp_path, **fields)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_what_trains_whole_computes_in_bfloat16_where_the_processor_has_it(native, monkeypatch):
+    monkeypatch.setattr(kernels, "native_bfloat16", lambda: native)
+    cpu, fast = torch.device("cpu"), torch.bfloat16 if native else torch.float32
+    assert TrainConfig(init="tiny").precision(cpu) == fast
+    assert TrainConfig(init="tiny", dtype="float32").precision(cpu) == torch.float32
+    assert TrainConfig(init="tiny", freeze="vision").precision(cpu) == torch.float32
