@@ -88,8 +88,7 @@ class DemoConfig:
     score_only: bool = False
     """Run the expert without drawing or writing and print its success."""
     attempts_per_task: int | None = None
-    """Episodes of each task with --score-only; None: one per init state, with --either
-    two."""
+    """Episodes of each task with --score-only; None: one per init state, with --either two."""
 
     limits: ClassVar = {
         **dict.fromkeys(("demos_per_task", "attempts_per_task"), (1, 10**6)),
@@ -219,8 +218,7 @@ class Recorder:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Draw the demonstration and return its datasets, each (T, ...)."""
-        last = np.zeros(self.steps, dtype=np.uint8)
-        last[-1] = 1
+        last = np.eye(self.steps, dtype=np.uint8)[-1]
         arrays = {name: np.stack(rows) for name, rows in self.rows.items()}
         for name, camera in CAMERA_NAMES.items():  # LIBERO stores what OpenGL reads: upside down
             arrays[f"obs/{name}"] = np.stack([self.env.draw(camera, view)[::-1, ::-1] for view in self.views])
@@ -577,9 +575,7 @@ def run(config: DemoConfig) -> None:
             scores = np.array([score_task(config, pool, task_id) for task_id in tasks])
             print(f"{config.suite}: {scores[:, 0].sum()}/{scores[:, 1].sum()}", flush=True)
         else:
-            lines = []
-            for task_id in tasks:
-                lines.append(record_task(config, pool, task_id, names[task_id]))
+            lines = [record_task(config, pool, task_id, names[task_id]) for task_id in tasks]
             print("\n".join(lines))
     finally:
         pool.shutdown(cancel_futures=True)
