@@ -222,6 +222,7 @@ class Rollout:
         cameras = self.at_decision if episode.film is None else tuple(CAMERAS)
         self.pool.reset(i, episode.task, episode.init_state, cameras=cameras)
 
+    @torch.inference_mode()  # a tenth less than without gradients alone, of many small operations
     def decide(self, rows: list[tuple[int, Observation]]) -> None:
         """Compute a chunk a row and send its first actions off; rows are padded with the first."""
         started = time.perf_counter()

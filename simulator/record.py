@@ -218,8 +218,7 @@ class Recorder:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Draw the demonstration and return its datasets, each (T, ...)."""
-        last = np.zeros(self.steps, dtype=np.uint8)
-        last[-1] = 1
+        last = np.eye(self.steps, dtype=np.uint8)[-1]
         arrays = {name: np.stack(rows) for name, rows in self.rows.items()}
         for name, camera in CAMERA_NAMES.items():  # LIBERO stores what OpenGL reads: upside down
             arrays[f"obs/{name}"] = np.stack([self.env.draw(camera, view)[::-1, ::-1] for view in self.views])
