@@ -18,7 +18,7 @@ import socket
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, TextIO, Union, get_args, get_origin, get_type_hints
@@ -239,6 +239,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 # What a disk says that is full, read-only or broken: nobody's mistake here, and no traceback helps.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO}
+DISK |= {errno.ENOENT, errno.ENOTDIR}  # the folder is gone, or cannot be one
 
 
 class Unwritable(OSError):
@@ -378,12 +379,16 @@ def only_writer(out: Path, program: str, grace: float = 5.0) -> Iterator[None]:
 
     grace: seconds that one that was killed has to end, as where torchrun starts ranks again.
     """
-    end = time.monotonic() + grace
-    try:
-        with locked(out.with_name(f".{out.name}.{program}.lock"), program, lambda: time.monotonic() < end):
-            yield
-    except Busy as error:
-        raise Busy(f"--out {out}: {error}; end it first, or choose another --out") from error
+    end, name = time.monotonic() + grace, out.with_name(f".{out.name}.{program}.lock")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(name, program, lambda: time.monotonic() < end))
+        except Busy as error:
+            raise Busy(f"--out {out}: {error}; end it first, or choose another --out") from error
+        except Unwritable as error:
+            why = error.strerror
+            raise Refused(f"--out {out} cannot be written ({why}): make room or choose another") from error
+        yield
 
 
 def to_json(content: dict, indent: int = 2) -> str:

@@ -50,7 +50,7 @@ def read_info(root: Path) -> dict[str, Any]:
             info = json.loads(path.read_text())
         version = info["codebase_version"]
         info["features"].items(), info["fps"], info["data_path"]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         if isinstance(error, Refused):
             raise
         cause = " ".join(f"{type(error).__name__}: {error}".split())
@@ -142,7 +142,7 @@ def read_stats(root: Path, widths: dict[str, tuple[str, int]]) -> dict[str, dict
             name: {key: np.asarray(value, np.float64) for key, value in stored[there].items()}
             for name, (there, _) in widths.items()
         }
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return None
     for name, (_, width) in widths.items():
         for key, values in list(found[name].items()):

@@ -21,7 +21,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -285,7 +285,7 @@ def read_instruction(data: h5py.Group, path: Path) -> str:
     text = plain(data.attrs.get("problem_info", "{}"))
     try:
         instruction = json.loads(text).get("language_instruction", "")
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise Refused(f"{path}: problem_info is no JSON object, got {text!r}: {RECORD_AGAIN}") from error
     if isinstance(instruction, list):  # some public files keep its letters apart
         instruction = "".join(map(str, instruction))
@@ -298,7 +298,8 @@ def read_provenance(data: h5py.Group, demos: list[str], path: Path) -> dict[str,
     """Return how the file was recorded; what it does not say is None."""
     record = {name: plain(data.attrs.get(name)) for name in PROVENANCE}
     if isinstance(record["versions"], str) and record["versions"].startswith("{"):
-        record["versions"] = json.loads(record["versions"])
+        with suppress(ValueError, RecursionError):
+            record["versions"] = json.loads(record["versions"])
     init_states = [plain(data[name].attrs.get("init_state_id")) for name in demos]
     record |= {"control_hz": read_control_rate(data), "init_state_ids": init_states}
     return {"file": path.name, **record}
@@ -308,7 +309,7 @@ def read_control_rate(data: h5py.Group) -> float | None:
     """Return the actions a second that env_args states, or None."""
     try:
         return json.loads(plain(data.attrs.get("env_args", "{}")))["env_kwargs"]["control_freq"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -162,7 +162,7 @@ def remember_checks(
     try:
         stored = json.loads(path.read_text())
         checks = stored["checks"] if stored["headers"] == headers else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         checks = {}
     if set(demos.images) <= set(checks):
         return replace(demos, checks={camera: checks[camera] for camera in demos.images})

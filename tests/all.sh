@@ -11,7 +11,8 @@ source setup.sh || exit 1
 failed=()
 ruff check . || failed+=("ruff check")
 ruff format --check . || failed+=("ruff format")
-python -m pytest -m '' --durations=15 || failed+=("pytest")
+# Two at a time, a file's tests in one process, since they share what they make; one thread each.
+OMP_NUM_THREADS=1 python -m pytest -m '' -n 2 --dist loadfile --durations=15 || failed+=("pytest")
 
 if [ ${#failed[@]} -gt 0 ]; then
     echo "tests/all.sh: failed: $(IFS=,; echo "${failed[*]}")" >&2

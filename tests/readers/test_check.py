@@ -1,5 +1,6 @@
 """`data.py inspect` says what is there, `data.py check` all that is wrong, in either layout."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from lerobot_set import H, W, change, picture, png, write_set, write_video
 from PIL import Image
 from test_data import drop, edit, make_public, replace, truncate, write_task
 
+from files import Refused
 from readers.check import TILE, check, contact_sheet, main
 from readers.load import load
 
@@ -197,3 +199,15 @@ def test_the_sheet_is_a_picture_that_opens(tmp_path, monkeypatch, capsys):
     run(monkeypatch, capsys, "inspect", SETS / "L_image" / "dataset", "--out", out)
     with Image.open(out) as sheet:
         assert sheet.size == (6 * TILE, 6 * (TILE + 14))
+
+
+@pytest.mark.parametrize("name", ["info.json", "stats.json"])
+def test_json_that_is_nested_without_end_is_one_line(name, tmp_path):
+    root = tmp_path / "set"
+    shutil.copytree(Path(__file__).parents[1] / "lerobot_v3" / "L_image" / "dataset", root)
+    (root / "meta" / name).write_text('{"a": ' + "[" * 100_000)
+    try:
+        errors = check(root).errors
+    except Refused as error:
+        errors = [str(error)]
+    assert (len(errors) == 1 and "info.json is damaged" in errors[0]) if name == "info.json" else not errors
