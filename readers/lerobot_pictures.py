@@ -285,11 +285,15 @@ class Video:
         wanted = int(self.pts[number])
         near = self.at is not None and self.at < number <= self.at + AHEAD
         frame = next(self.decoder, None) if near else self.jump(wanted)
+        key, broken = self.keys[max(0, int(np.searchsorted(self.keys, wanted, side="right")) - 1)], False
         while frame is not None and frame.pts < wanted:
+            broken |= frame.is_corrupt and frame.pts >= key  # before its key frame, what it needs may lack
             frame = next(self.decoder, None)
         self.at = None
         if frame is None or frame.pts != wanted:
             raise Refused(f"{self.path}: frame {number} can't be decoded: {COPY_AGAIN}")
+        if broken or frame.is_corrupt:
+            raise Refused(f"{self.path}: frame {number} is damaged, FFmpeg marks it corrupt: {COPY_AGAIN}")
         self.at = number
         return frame
 

@@ -16,7 +16,7 @@ import huggingface_hub
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from lerobot_set import change, picture, png, read_picture, write_set, write_video
+from lerobot_set import H, W, change, picture, png, read_picture, write_set, write_video
 from test_data import make_public, write_task
 from test_lerobot_v3 import CAMERA, DATA, EPISODES, VIDEO, WRIST, column, info
 
@@ -108,6 +108,19 @@ def test_no_row_shows_another_episodes_frame_and_no_two_share_one(tmp_path):
     column(back / DATA, "timestamp", 5, 0.0)
     refused(back, "timestamp is 0.0000 s at step 1 of episode 1, no later than the one before")
     assert codes(load(back, options=DataConfig(episodes="0"))) == [(0, step) for step in range(4)]
+
+
+def test_frames_that_ffmpeg_marks_corrupt_stop_a_training_and_a_check(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (12, H, W, 3), np.uint8)
+    root = write_set(tmp_path, (12,), {CAMERA: "video"})
+    [path] = (root / "videos").rglob("*.mp4")
+    write_video(path, noise, 10)
+    load(root)
+    content = bytearray(path.read_bytes())
+    middle = content.index(b"mdat") + (len(content) - content.index(b"mdat")) // 2
+    content[middle : middle + 60] = bytes(60)
+    path.write_bytes(content)
+    refused(root, r"frame \d+ is damaged, FFmpeg marks it corrupt|truncated or damaged")
 
 
 def test_a_video_whose_first_frame_is_late_is_read_from_there(tmp_path):

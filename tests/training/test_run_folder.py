@@ -389,7 +389,8 @@ def test_log_lines_are_of_one_width_with_units(tmp_path, capsys):
 def test_the_banner_has_eight_lines_at_most_and_says_what_runs(data, tmp_path, capsys):
     run(data, tmp_path / "run", total_samples=8, accumulate=2)
     lines = capsys.readouterr().out.splitlines()
-    banner = lines[: next(i for i, line in enumerate(lines) if " loss " in line)]
+    begins, ends = (next(i for i, line in enumerate(lines) if word in line) for word in ("arm ", " loss "))
+    banner = lines[begins:ends]  # what is computed once is said before
     assert len(banner) <= 8
     text, config = "\n".join(banner), json.loads((tmp_path / "run" / "config.json").read_text())
     commit = (json.loads((tmp_path / "run" / "env.json").read_text())["git"] or "unknown")[:10]
