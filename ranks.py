@@ -32,7 +32,7 @@ from torch import Tensor
 from commands import read_command_line
 from files import Refused, Unwritable
 
-BEAT = 1.0  # seconds between two signs of life
+BEAT, SILENT = 1.0, 2.5  # seconds between two signs of life; without one, after which a rank does not live
 STORE: list[dist.Store] = []  # of the ranks alive now
 
 
@@ -144,7 +144,7 @@ class Vigil:
         self.over.set()
         if self.others and isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
             self.thread.join()
-            time.sleep(2 * BEAT)  # one that died has said nothing since
+            time.sleep(SILENT + BEAT)  # one that died has said nothing since
             if lost := self.lost():
                 again = "the same command goes on from the last checkpoint"
                 raise Refused(f"{', '.join(lost)}; {again}") from error
@@ -180,7 +180,7 @@ class Vigil:
         for rank in self.others:
             process, host, steps, _, at = heard.get(rank, (0, "an unknown host", 0, False, 0.0))
             who = f"rank {rank} (process {process} on {host})"
-            if time.time() - at > 1.5 * BEAT + 1:
+            if time.time() - at > SILENT:
                 gone = host == socket.gethostname() and not Path(f"/proc/{process}").exists()
                 found.append(f"{who} {'is gone' if gone else 'does not answer'}, after step {steps}")
             elif steps < self.steps:

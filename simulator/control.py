@@ -6,7 +6,7 @@ three and is computed once. What differs is kept: the constraint solver goes on 
 it runs three times here too. Success is asked for once a step, not twice, and what robosuite notes of the
 arm's past, which nobody reads, is left out. Torques are its own controller's and gripper's.
 
-    pytest -m '' tests/simulator/test_control.py     # against robosuite's own step
+    pytest -m '' tests/simulator/test_control_step.py     # against robosuite's own step
     python -m bench sim --only control               # how much faster
 
 Shapes: V degrees of freedom of the scene; 7 joints of the arm.
