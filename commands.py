@@ -53,7 +53,12 @@ def read_command_line(
     both = dataclasses.make_dataclass("both", [box(*pair) for pair in filled.items()], frozen=True)
     rank0 = os.environ.get("RANK", "0") == "0"
     style = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
-    found = tyro.cli(both, prog=prog, args=args, description=description, console_outputs=rank0, config=style)
+    options = {"description": description, "console_outputs": rank0, "config": style}
+    try:
+        found = tyro.cli(both, prog=prog, args=args, **options)
+    except BrokenPipeError:  # as in --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     return config(
         **{name: getattr(getattr(found, key), name) for key, names in filled.items() for name in names}
     )

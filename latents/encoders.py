@@ -15,7 +15,7 @@ so that it stays the same one when a checkpoint is saved in that type.
 Latents leave standardised: for `pca` by the mean and one scalar, since dividing each dimension by its own
 spread would blow the noise of the last ones up to the size of the signal; for the others one by one.
 
-    pytest tests/test_encoders.py
+    pytest tests/latents/test_encoders.py
 
 Shapes: n frames or clips of a call, m frames of a clip, S picture side, V cameras, W width of a camera's
 vector, D latent width, P = 3 * resolution * (V * resolution) pixels of a shrunk picture.

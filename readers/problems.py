@@ -3,7 +3,7 @@
 Each function yields a line for each thing that is wrong, or nothing.
 
     for problem in far_values("action", action, episode, step): ...
-    pytest tests/readers/test_problems.py
+    pytest tests/readers/test_as_people_have_them.py
 
 Shapes: F frames, D a vector's width.
 """

@@ -9,7 +9,7 @@ can be measured is: the environment's first pictures and first state are laid be
     lines = compare(describe_checkpoint(policy.config, processor, run), run.get("data_facts"), environment)
     print(table(lines))
     check(lines, accept=["sizes"], named=["n_action_steps"])       # ValueError for what else differs
-    pytest tests/test_conform.py
+    pytest tests/rollouts/test_conform.py
 
 Thresholds were measured on first frames of 40 tasks of four suites, two starts each, drawn by MuJoCo 3.3.2;
 of 8 of them also fast and small, and by 3.3.7, whose floor is darker. What was found stands beside them.

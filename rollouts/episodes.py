@@ -6,7 +6,7 @@ lines in: what a kill left behind is never lost, and never run again. An evaluat
 than a suite's first has a file of its own, episodes.HASH.jsonl: a stray one stands in nobody's way.
 
     tail -n 1 runs/demo/E2-n64000-s0/episodes.jsonl
-    pytest tests/test_episodes.py
+    pytest tests/rollouts/test_episodes.py
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ drawing. Pictures are described by sketches: 8 x 8 mean colours of first frames,
 train.py keeps the data's facts in its config.json, so that a rollout needs no data.
 
     python -c "import data, facts; print(facts.describe_data(data.load('tests/lerobot_v3/L_image/dataset')))"
-    pytest tests/test_conform.py
+    pytest tests/rollouts/test_conform.py
 
 Shapes: E episodes, H and W a picture's sides.
 """

@@ -6,7 +6,7 @@ overlay has the step, each gate's strength and, for a memory, the attention over
 hypothesis, a cell an imagined step, brightest where the attention is.
 
     python eval.py runs/demo/E2-n64000-s0 --video       # RUN/videos/*.mp4, and a filmstrip .png of each
-    pytest tests/test_film.py
+    pytest tests/rollouts/test_film.py
 
 Shapes: S picture side, N hypotheses, K future frames, F frames of a film.
 Sources: H.264 through PyAV; yuv420p and the index in front, so that browsers play it from disk.

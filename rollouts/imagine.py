@@ -6,7 +6,7 @@ nearest frame of a gallery. True frames go the same way by default: what differs
 is then the prophet's error, without what compression loses.
 
     python eval.py runs/demo/E2-n64000-s0 --imagine 2 --init-states 48-49      # RUN/imagined/*.png
-    pytest tests/test_imagine.py
+    pytest tests/rollouts/test_imagine.py
 
 Shapes: B batch, T history frames, K future frames, N hypotheses, D latent width, C chunk, A_max the model's
 action width, n pictures of a call, h x w a picture, F frames of a gallery.

@@ -4,7 +4,7 @@ Calls return at once and `ready` collects what is there, so that a policy comput
 simulator that raises, dies or hangs costs its own episode alone; the next reset gives that slot a fresh
 process.
 
-    pytest -m '' tests/test_pool.py
+    pytest -m '' tests/simulator/test_pool.py
 
 Importing this file loads neither LIBERO, MuJoCo nor torch, and a worker never loads the caller's script.
 """

@@ -12,7 +12,7 @@
 `keep_memory` stops the allocator from giving large tensors back to the system and asking for them again.
 
     python -m bench chunk --size base               # what it brings on this machine, beside the plain path
-    pytest tests/test_cpu.py
+    pytest tests/smolvla/test_kernels.py
 
 Shapes: B batch, H heads, L queries, S keys, d head width.
 """

@@ -83,3 +83,9 @@ def test_anything_else_is_one_line_that_names_the_flag(text):
 @given(st.lists(st.integers(0, 99), unique=True))
 def test_numbers_that_are_written_out_come_back(numbers):
     assert parse_numbers(",".join(map(str, numbers)), "--episodes") == numbers
+
+
+def test_help_may_be_cut_off_by_who_reads_it():
+    line = f"{sys.executable} train.py --help | head -1"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("usage: train.py") and done.stderr == ""

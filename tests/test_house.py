@@ -162,3 +162,15 @@ def test_no_file_but_its_own_names_a_site(path):
     names = {name for site in SITES.values() for name in (site.name, site.gate_name)} - {"late", "world_gate"}
     named = re.compile(rf"\b({'|'.join(names)})\b|^late$|^late/|`late`|world_gate_\w")
     assert [(line, word) for line, word in words_of(path) if named.search(word)] == []
+
+
+def test_every_file_that_a_text_names_is_there():
+    """What a docstring or a page tells a reader to run."""
+    named = {}
+    for pattern in ("*.md", "*.sh", "docs/*.md", *(f"{place}*.py" for place in ("", "*/", "tests/*/"))):
+        for path in ROOT.glob(pattern):
+            if ".venv" not in path.parts:
+                found = re.findall(r"\b(?:tests|docs)/[a-z_/0-9]+\.(?:py|sh|md)\b", path.read_text())
+                named |= dict.fromkeys(found, path.name)
+    assert len(named) > 50
+    assert not {name: where for name, where in named.items() if not (ROOT / name).is_file()}

@@ -6,7 +6,7 @@ entropy over one thing, a mean over nothing) is absent, not 0 or 1. In cosines, 
 sample weighs the same, however many of its steps or tokens count.
 
     world_diagnostics(arm, world, out["predicted"]) | attention_diagnostics(arm, inputs, world, noise, time)
-    pytest tests/test_diagnostics.py
+    pytest tests/training/test_diagnostics.py
 
 Shapes: B batch, T history frames, K future frames, N hypotheses, D latent width, R flow draws, C chunk, A
 action, P prefix tokens, M = N*K memory tokens (flat index n*K + k), m world tokens, L tokens of a site, W its

@@ -5,7 +5,7 @@ written beside, to the disk and with its files' sizes and CRCs (`manifest.json`)
 by `last`: a kill at any moment leaves the one before, and damage is found before anything is read from it.
 
     cat runs/run/config.json; tail -n 1 runs/run/metrics.jsonl
-    pytest tests/test_runs.py
+    pytest tests/training/test_run_folder.py
 """
 
 from __future__ import annotations
