@@ -1,27 +1,36 @@
-"""JSON and tensors on disk: one-line errors that name the file, and writing beside before renaming.
+"""What comes from outside, JSON, tensors and command lines: errors of one line, files that appear whole.
 
-    from files import Refused, read_json, read_tensors
+    from files import Refused, parse_numbers, read_json, read_tensors, type_in
     weights = read_tensors(Path("runs/demo/E0-n64000-s0/last/model.safetensors"))    # name -> tensor
+    config = type_in(DemoConfig, __doc__, ("out", "suite"), "python -m simulator record")
+    parse_numbers("0,3,5-7", "--task-ids")                                           # [0, 3, 5, 6, 7]
+    pytest tests/test_commands.py tests/test_hostile.py
 
-Tensors that are read stay mapped from their file; what replaces it is another file under the same name.
+Tensors that are read stay mapped from their file; what replaces it is another file under the same name. Of a
+program's options --help shows first what people use first; an option's text is the string under its field.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import errno
 import fcntl
 import gzip
+import inspect
 import json
 import os
 import socket
+import sys
+import textwrap
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, TextIO, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, Union, get_args, get_origin, get_type_hints
 
 LARGEST = 10**15  # of any number that a person gives
 Shape = Any  # of a JSON value, as `misfit` reads it
@@ -195,9 +204,8 @@ def json_lines(path: Path, shape: Shape | None = None) -> Iterator[tuple[int, di
     Nothing for a file that is not there, packed (.gz) neither. A last line that is being written, or was cut
     off, is left out.
     """
-    lines = (read_bytes(path, "") if path.is_file() else unpacked(path.with_name(f"{path.name}.gz"))).split(
-        b"\n"
-    )
+    content = read_bytes(path, "") if path.is_file() else unpacked(path.with_name(f"{path.name}.gz"))
+    lines = content.split(b"\n")
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
@@ -239,7 +247,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 # What a disk says that is full, read-only or broken: nobody's mistake here, and no traceback helps.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO}
-DISK |= {errno.ENOENT, errno.ENOTDIR}  # the folder is gone, or cannot be one
 
 
 class Unwritable(OSError):
@@ -385,7 +392,7 @@ def only_writer(out: Path, program: str, grace: float = 5.0) -> Iterator[None]:
             stack.enter_context(locked(name, program, lambda: time.monotonic() < end))
         except Busy as error:
             raise Busy(f"--out {out}: {error}; end it first, or choose another --out") from error
-        except Unwritable as error:
+        except (Unwritable, FileNotFoundError, NotADirectoryError) as error:
             why = error.strerror
             raise Refused(f"--out {out} cannot be written ({why}): make room or choose another") from error
         yield
@@ -393,3 +400,87 @@ def only_writer(out: Path, program: str, grace: float = 5.0) -> Iterator[None]:
 
 def to_json(content: dict, indent: int = 2) -> str:
     return json.dumps(content, indent=indent)
+
+
+# ---- command lines ------------------------------------------------------------------------------------
+
+
+def read_command_line(
+    config: type,
+    description: str | None,
+    first: Sequence[str],
+    args: Sequence[str] | None = None,
+    prog: str | None = None,
+) -> Any:
+    """Read flags into a config; --help lays them out in two boxes, what people use first, then the rest."""
+    import tyro
+
+    hints, docs = get_type_hints(config, include_extras=True), field_docs(config)
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    boxes = {"often": first, "more": [name for name in fields if name not in first]}
+    quiet = ("None", "''", "", "()")  # defaults that say nothing; the text says what happens then
+    said = lambda default: "" if default in quiet else f"(default: {default})"  # noqa: E731
+
+    def option(name: str) -> tuple:
+        how = tyro.conf.arg(help=docs.get(name), help_behavior_hint=said)  # a group of options has none
+        one = fields[name]
+        made = dataclasses.field(default=one.default, default_factory=one.default_factory)
+        return name, Annotated[hints[name], how], made
+
+    def box(name: str, names: Sequence[str]) -> tuple:
+        return name, dataclasses.make_dataclass(name, map(option, names), frozen=True)
+
+    filled = {name: names for name, names in boxes.items() if names}
+    both = dataclasses.make_dataclass("both", [box(*pair) for pair in filled.items()], frozen=True)
+    rank0 = os.environ.get("RANK", "0") == "0"
+    style = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
+    options = {"description": description, "console_outputs": rank0, "config": style}
+    try:
+        found = tyro.cli(both, prog=prog, args=args, **options)
+    except BrokenPipeError:  # as in --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    return config(
+        **{name: getattr(getattr(found, key), name) for key, names in filled.items() for name in names}
+    )
+
+
+def type_in(
+    config: type, description: str | None, first: Sequence[str], prog: str, args: Sequence[str] | None = None
+) -> Any:
+    """Read flags as `read_command_line` does; what cannot be ends the program in one line."""
+    try:
+        return read_command_line(config, description, first, args, prog)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+def field_docs(config: type) -> dict[str, str]:
+    """Read the text that stands under each field of a dataclass and of those that it inherits from."""
+    docs = {}
+    for cls in reversed(config.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+        for field, text in pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                docs[field.target.id] = inspect.cleandoc(text.value.value)
+    return docs
+
+
+def parse_numbers(text: str, flag: str, limit: int | None = None) -> list[int]:
+    """Return the numbers of '0,3,5-7' in the order given, none of ''; with a limit they lie in 0..limit-1.
+
+    Raises Refused for anything else, or a repetition.
+    """
+    numbers: list[int] = []
+    for piece in text.split(",") if text else ():
+        first, dash, last = piece.strip().partition("-")
+        if not first.isdecimal() or (dash and (not last.isdecimal() or int(last) < int(first))):
+            raise Refused(f"{flag} {text!r} is no list of numbers: write it like 0,3,5-7")
+        if limit is not None and int(last or first) >= limit:
+            raise Refused(f"{flag} {text!r} names {last or first}: choose from 0..{limit - 1}")
+        if int(last or first) - int(first) > 10**7:
+            raise Refused(f"{flag} {text!r} names more than ten million: name fewer")
+        numbers.extend(range(int(first), int(last or first) + 1))
+    if len(set(numbers)) < len(numbers):
+        raise Refused(f"{flag} {text!r} names a number twice: name each once")
+    return numbers

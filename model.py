@@ -30,8 +30,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from commands import type_in
-from files import Refused
+from files import Refused, type_in
 from fusion import Fusion, Memory, MemoryCache, WorldTokens, with_bias
 from smolvla.checkpoint import (
     VLM_PARTS,

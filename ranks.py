@@ -29,8 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commands import read_command_line
-from files import Refused, Unwritable
+from files import Refused, Unwritable, read_command_line
 
 BEAT, SILENT = 1.0, 2.5  # seconds between two signs of life; without one, after which a rank does not live
 STORE: list[dist.Store] = []  # of the ranks alive now

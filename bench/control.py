@@ -47,8 +47,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from arm import Arm, ArmConfig, Summary
-from commands import type_in
-from files import Refused, check_numbers
+from files import Refused, check_numbers, type_in
 from fusion import SITES, Late
 from latents.encoders import PCA, WorldStats
 from model import SmolVLA

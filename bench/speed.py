@@ -45,8 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from arm import Arm, ArmConfig, Summary
 from bench import latents, loop, simulator
-from commands import type_in
-from files import Refused, check_numbers
+from files import Refused, check_numbers, type_in
 from fusion import SITES as ALL
 from fusion import Late
 from model import SmolVLA, prefix_inputs

@@ -21,8 +21,7 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw
 
-from commands import type_in
-from files import Refused
+from files import Refused, type_in
 from readers import lerobot_meta, lerobot_pictures, lerobot_v3, libero_hdf5
 from readers.demos import Demos, StoredPictures, boundaries, picture_bytes, statistics, statistics_of
 from readers.load import find_data, layout, load

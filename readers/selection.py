@@ -17,8 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from commands import parse_numbers
-from files import Refused
+from files import Refused, parse_numbers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,7 @@ from urllib.parse import quote
 
 import tyro
 
-from commands import type_in
-from files import Unwritable, beside, naming, replace_text
+from files import Unwritable, beside, naming, replace_text, type_in
 from report import figures
 from report.findings import looks, partitions, sentences, signals
 from report.page import Bullets, Media, Plot, Section, Shot, Table, Text, markdown, markdown_table, page

@@ -26,7 +26,7 @@ import numpy as np
 import tyro
 from scipy.stats import chi2, norm, t
 
-from commands import type_in
+from files import type_in
 from report.reading import Refusal, load_runs
 from report.stats import ALPHA, LEAST_SEEDS, Contrast, Run, all_contrasts
 

@@ -36,8 +36,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from commands import type_in
-from files import parse_json
+from files import parse_json, type_in
 from report.reading import Refusal, find_runs, made_plain, read_config
 from report.stats import wilson
 

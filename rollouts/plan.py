@@ -16,13 +16,13 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from arm import Arm
-from commands import parse_numbers
 from files import (
     NUMBER,
     Refused,
     check_numbers,
     naming,
     number_from_environment,
+    parse_numbers,
     read_json,
     shape_of,
     write_json,

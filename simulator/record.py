@@ -33,8 +33,8 @@ from typing import Any, ClassVar, Literal
 import h5py
 import numpy as np
 
-from commands import parse_numbers, type_in
-from files import DISK, Refused, check_numbers, json_lines, misfit, number_from_environment, parse_json
+import files
+from files import Refused, check_numbers, number_from_environment, parse_json, parse_numbers, type_in
 from simulator import env as sim
 from simulator.expert import Expert, check_solvable
 from simulator.goal import way
@@ -378,10 +378,10 @@ def read_parts(folder: Path, settings: dict[str, Any]) -> Stored:
 def _log_lines(folder: Path, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the attempts of this folder's log; its first line holds the settings, torn ones are left out."""
     path = folder / "attempts.jsonl"
-    for number, line, why in json_lines(path):
+    for number, line, why in files.json_lines(path):
         if number == 1 and not why:
             check_settings(line, settings, folder)
-        elif not misfit(line, {"attempt": int, "success": bool}):
+        elif not files.misfit(line, {"attempt": int, "success": bool}):
             yield line
 
 
@@ -586,7 +586,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         run(config)
     except OSError as error:
-        if error.errno not in DISK:
+        if error.errno not in files.DISK:
             raise
         sys.exit(f"error: {error.strerror}: free some and run the same command again to go on")
     except BrokenProcessPool:

@@ -26,8 +26,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import tyro
 
-from commands import type_in
-from files import Refused, check_numbers, read_json
+from files import Refused, check_numbers, read_json, type_in
 from simulator.env import CAMERAS, MUJOCO_VERSION, LiberoEnv, SimConfig, versions
 from simulator.pool import in_fresh_process
 from simulator.render import APT_LINE, check_gl, setup_gl

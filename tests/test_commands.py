@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from commands import parse_numbers
+from files import parse_numbers
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = {  # how it is called, an option that people use first, one for experts

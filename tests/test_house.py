@@ -27,13 +27,11 @@ FLOORS = (
     ("model", "readers", "matrix"),
     ("smolvla", "simulator"),
     ("fusion", "prophet", "ranks", "report"),
-    ("commands",),
     ("files",),
 )
 ROOMS = {room: -floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 AT_THE_ROOT = {
     "train.py", "eval.py", "model.py", "fusion.py", "prophet.py", "data.py", "arm.py", "files.py", "ranks.py",
-    "commands.py",
     "matrix.py", "run_matrix.sh", "setup.sh", "pyproject.toml", "README.md", "LICENSE", "docs", "tests",
     "smolvla", "readers", "latents", "simulator", "training", "rollouts", "report", "bench",
     ".ci", ".git", ".gitignore",

@@ -15,8 +15,8 @@ import pytest
 
 import eval as evaluation
 import train
-from commands import read_command_line
 from eval import EvalConfig
+from files import read_command_line
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,9 +10,8 @@ import tiny
 from test_arm import processor
 
 from arm import save_arm
-from commands import parse_numbers
 from eval import EvalConfig
-from files import Refused
+from files import Refused, parse_numbers
 from rollouts.plan import Plan, find_target, make_plans, newest_run, open_out
 from simulator.env import NUM_INIT_STATES, SimConfig
 from smolvla.checkpoint import fresh_processor, save_policy
