@@ -458,15 +458,11 @@ def probabilities(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
 def outputs(call: tuple[nn.Module, tuple]) -> list[Tensor]:
     """Recompute what an expert layer's attention gives, (B, C, W), without world tokens and with them."""
     block, (x, rope, mask, past) = call
-    values = past[1]
-    if not block.cross:
-        own = block.self_attn.keys_values(block.input_layernorm(x), rope)[1]
-        values = torch.cat([values, own], dim=2)
-    found = []
+    q, keys, values = layer_inputs(block, x, rope, past)
+    values = values.float().repeat_interleave(q.shape[1] // values.shape[1], dim=1)  # G -> H heads
+    found, out = [], block.self_attn.o_proj
     for seen in (mask.hidden, mask.shown):
-        p = layer_attention(block, x, rope, seen, past)
-        context = p @ values.float().repeat_interleave(p.shape[1] // values.shape[1], dim=1)  # (B, H, C, d)
-        out = block.self_attn.o_proj
+        context = probabilities(q, keys, seen) @ values  # (B, H, C, d)
         found.append(out(context.transpose(1, 2).flatten(2).to(out.weight.dtype)))
     return found
 
@@ -475,8 +471,16 @@ def layer_attention(
     block: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, past: tuple[Tensor, Tensor]
 ) -> Tensor:
     """Recompute the attention (B, H, C, S) of an expert layer (layers.Block), with what `mask` shows."""
+    q, keys, _ = layer_inputs(block, x, rope, past)
+    return probabilities(q, keys, mask)
+
+
+def layer_inputs(
+    block: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Recompute an expert layer's queries (B, H, C, d), and the keys and values (B, G, S, d) that it sees."""
     h = block.input_layernorm(x)
-    keys = past[0]
-    if not block.cross:  # its own keys come after the prefix's
-        keys = torch.cat([keys, block.self_attn.keys_values(h, rope)[0]], dim=2)
-    return probabilities(block.self_attn.queries(h, rope), keys, mask)
+    if not block.cross:  # its own keys and values come after the prefix's
+        own = block.self_attn.keys_values(h, rope)
+        past = tuple(torch.cat(pair, dim=2) for pair in zip(past, own))
+    return block.self_attn.queries(h, rope), *past

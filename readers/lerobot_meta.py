@@ -11,7 +11,6 @@ Shapes: F frames, E episodes, D a vector's width.
 Source: the format as lerobot 0.6.1 writes and reads it (github.com/huggingface/lerobot, datasets/).
 """
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from files import Refused, inside
+from files import Refused, inside, parse_json
 from readers.lerobot_pictures import COPY_AGAIN, readable
 from readers.selection import DataConfig, camera_key, choose_cameras, choose_episodes
 
@@ -45,14 +44,13 @@ def read_info(root: Path) -> dict[str, Any]:
     path = inside(root, root / "meta" / "info.json")
     if not path.exists():
         raise Refused(f"{path} is missing: {COPY_AGAIN}")
+    with readable(path):
+        content = path.read_bytes()
     try:
-        with readable(path):
-            info = json.loads(path.read_text())
+        info = json.loads(content)
         version = info["codebase_version"]
         info["features"].items(), info["fps"], info["data_path"]
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        if isinstance(error, Refused):
-            raise
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise Refused(f"{path} is damaged ({cause}): {COPY_AGAIN}") from error
     if str(version).startswith(("v2.", "v1.")):
@@ -137,12 +135,12 @@ def read_stats(root: Path, widths: dict[str, tuple[str, int]]) -> dict[str, dict
     """
     path = inside(root, root / "meta" / "stats.json")
     try:
-        stored = json.loads(path.read_text())
+        stored = parse_json(path.read_bytes())
         found = {
             name: {key: np.asarray(value, np.float64) for key, value in stored[there].items()}
             for name, (there, _) in widths.items()
         }
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
     for name, (_, width) in widths.items():
         for key, values in list(found[name].items()):

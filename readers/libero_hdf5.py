@@ -17,7 +17,6 @@ Shapes: F frames, S picture side. State (8) = end-effector position 3 (m), axis-
 Source: LIBERO's demonstration files (github.com/Lifelong-Robot-Learning/LIBERO); feature names as in lerobot.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from files import Refused, inside
+from files import Refused, inside, parse_json
 from readers.demos import Demos, StoredPictures, boundaries
 from readers.problems import far_values
 from readers.selection import DataConfig, camera_key, choose_episodes
@@ -284,8 +283,8 @@ def read_instruction(data: h5py.Group, path: Path) -> str:
     """Return the instruction; an empty one would train a policy blind to its prompt, at plausible losses."""
     text = plain(data.attrs.get("problem_info", "{}"))
     try:
-        instruction = json.loads(text).get("language_instruction", "")
-    except (ValueError, AttributeError, RecursionError) as error:
+        instruction = parse_json(text).get("language_instruction", "")
+    except ValueError as error:
         raise Refused(f"{path}: problem_info is no JSON object, got {text!r}: {RECORD_AGAIN}") from error
     if isinstance(instruction, list):  # some public files keep its letters apart
         instruction = "".join(map(str, instruction))
@@ -298,8 +297,8 @@ def read_provenance(data: h5py.Group, demos: list[str], path: Path) -> dict[str,
     """Return how the file was recorded; what it does not say is None."""
     record = {name: plain(data.attrs.get(name)) for name in PROVENANCE}
     if isinstance(record["versions"], str) and record["versions"].startswith("{"):
-        with suppress(ValueError, RecursionError):
-            record["versions"] = json.loads(record["versions"])
+        with suppress(ValueError):
+            record["versions"] = parse_json(record["versions"])
     init_states = [plain(data[name].attrs.get("init_state_id")) for name in demos]
     record |= {"control_hz": read_control_rate(data), "init_state_ids": init_states}
     return {"file": path.name, **record}
@@ -308,8 +307,8 @@ def read_provenance(data: h5py.Group, demos: list[str], path: Path) -> dict[str,
 def read_control_rate(data: h5py.Group) -> float | None:
     """Return the actions a second that env_args states, or None."""
     try:
-        return json.loads(plain(data.attrs.get("env_args", "{}")))["env_kwargs"]["control_freq"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        return parse_json(plain(data.attrs.get("env_args", "{}")))["env_kwargs"]["control_freq"]
+    except (ValueError, KeyError, TypeError):
         return None
 
 

@@ -17,7 +17,7 @@ from glob import escape
 from pathlib import Path
 from types import ModuleType
 
-from files import Refused
+from files import Refused, parse_json
 from readers.demos import Demos, StoredPictures, available_memory, picture_bytes
 from readers.selection import DataConfig, camera_key, choose_cameras
 
@@ -160,9 +160,9 @@ def remember_checks(
     files = sorted({str(place.path) for pictures in demos.images.values() for place in pictures.places})
     headers = [demos.light_fingerprint, [Path(file).stat().st_mtime_ns for file in files]]
     try:
-        stored = json.loads(path.read_text())
+        stored = parse_json(path.read_bytes())
         checks = stored["checks"] if stored["headers"] == headers else {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         checks = {}
     if set(demos.images) <= set(checks):
         return replace(demos, checks={camera: checks[camera] for camera in demos.images})

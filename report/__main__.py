@@ -334,7 +334,7 @@ def publish(data: Path, out: Path) -> str:
             picture.unlink()
     learned = out / "learned.md"
     sections += [Section("What we learned", [Text(learned.read_text().strip())])] if learned.is_file() else []
-    replace_text(out / "README.md", markdown("Results", sections, out).replace(".png)", ".svg)"))
+    replace_text(out / "README.md", markdown("Results", sections, out))
     return f"wrote {out}/README.md, and a folder a part with table.md, results.csv and figures"
 
 
@@ -346,8 +346,9 @@ def part_says(part: Path, runs: list[RunFolder], aside: Sequence[Aside]) -> str:
 
 
 def moved(block: object, folder: str) -> object:
-    """Return a block as a page one folder up shows it."""
-    return block._replace(name=f"{quote(folder)}/{block.name}") if isinstance(block, Plot) else block
+    """Return a block as a page one folder up shows it, figures as SVG."""
+    where = f"{quote(folder)}/{block.name}" if isinstance(block, Plot) else ""
+    return block._replace(name=where, kind="svg") if where else block
 
 
 def main() -> None:

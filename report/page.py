@@ -54,6 +54,7 @@ class Plot(NamedTuple):
     name: str
     caption: str
     wide: bool = False
+    kind: str = "png"  # as markdown shows it
 
 
 class Record(NamedTuple):
@@ -106,7 +107,7 @@ def markdown_block(block: object, out: Path) -> str:
             title = f"{block.title}:" if block.title else ""
             return "\n\n".join(part for part in (title, markdown_table(block), block.notes) if part)
         case Plot(name, caption):
-            return f"![{name}]({name}.png)\n\n{caption}"
+            return f"![{name}]({name}.{block.kind})\n\n{caption}"
         case Record(title, Table() as table):
             return f"{title}:\n\n{markdown_table(table)}"
         case Record(title, body):

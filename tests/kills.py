@@ -30,6 +30,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import soak  # noqa: E402
 from test_data import write_task  # noqa: E402
 
 MOMENT = ("seconds", "_seconds")  # endings of what differs from one moment to the next
@@ -57,14 +58,8 @@ class Program(NamedTuple):
 
 
 def launch(line: list[str]) -> subprocess.Popen:
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *line], env=env, cwd=ROOT, start_new_session=True, **streams)
-
-
-def finish(process: subprocess.Popen) -> None:
-    text = process.communicate()[0]
-    assert process.returncode == 0, text[-2000:]
+    """Start a program in a session of its own, to be killed whole."""
+    return soak.launch([sys.executable, *line], start_new_session=True)
 
 
 def killed(line: list[str], seconds: float) -> bool:
@@ -73,7 +68,7 @@ def killed(line: list[str], seconds: float) -> bool:
     while process.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
     if process.poll() is not None:
-        finish(process)
+        soak.finish(process)
         return False
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
@@ -116,7 +111,7 @@ def programs(home: Path) -> dict[str, Program]:
     write_task(home / "data" / "soup_demo.hdf5", lengths=(60, 90, 75), size=64)
     data, run = str(home / "data"), str(home / "run")
     memory = ["--fusion", "late", "--future", "3", "--threads", "1", "--freeze", "none"]
-    finish(launch(["train.py", "--data", data, "--out", run, "--total-samples", "32", *memory]))
+    soak.finish(launch(["train.py", "--data", data, "--out", run, "--total-samples", "32", *memory]))
     object_1 = ["--suite", "libero_object", "--task-ids", "1"]
     rolls = [
         "--size",
@@ -146,14 +141,14 @@ def programs(home: Path) -> dict[str, Program]:
 def kill_often(name: str, program: Program, home: Path, count: int, rng: np.random.Generator) -> list[str]:
     """Compare a straight run with ones that were killed; return what differs."""
     start = time.monotonic()
-    finish(launch(program.command(home / name)))
+    soak.finish(launch(program.command(home / name)))
     took, want = time.monotonic() - start, program.leaves(home / name)
     done, runs, wrong = 0, 0, []
     while done < count:
         out, runs = home / f"{name}_{runs}", runs + 1
         while done < count and killed(program.command(out), rng.uniform(0.3, 1.0) * took):
             done += 1
-        finish(launch(program.command(out)))
+        soak.finish(launch(program.command(out)))
         got = program.leaves(out)
         wrong += [f"{name}: {key}" for key in sorted(map(str, want.keys() ^ got.keys()))]
         wrong += [f"{name}: {key}" for key in want.keys() & got.keys() if want[key] != got[key]]

@@ -65,9 +65,9 @@ def command(data: Path, out: Path, steps: int) -> list[str]:
     return [sys.executable, str(ROOT / "train.py"), *map(str, flags)]
 
 
-def launch(line: list[str]) -> subprocess.Popen:
+def launch(line: list[str], **more: bool) -> subprocess.Popen:
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, **streams)
+    return subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, **streams, **more)
 
 
 def finish(process: subprocess.Popen) -> None:
