@@ -11,6 +11,7 @@ Shapes: F frames, E episodes, D a vector's width.
 Source: the format as lerobot 0.6.1 writes and reads it (github.com/huggingface/lerobot, datasets/).
 """
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
