@@ -41,7 +41,8 @@ NUMBERS = {  # variable: what each of its words must look like, an example; a li
     "EVAL_AT": (WHOLE, "'16000 32000'"),
     "SEEDS": ("[0-9]{1,9}", "'0 1 2'"),
     "TASKS": (f"{TASK}(,{TASK})*", "'0 3 5-7'"),
-    **dict.fromkeys(("EPISODES", "DEMOS", "JOBS", "WORLD_STRIDE"), (WHOLE, "4")),
+    "EPISODES": (WHOLE, "'40 20'"),
+    **dict.fromkeys(("DEMOS", "JOBS", "WORLD_STRIDE"), (WHOLE, "4")),
     **dict.fromkeys(("DISPLACE", "NOISE"), (r"[0-9]{0,9}\.?[0-9]{1,9}", "0.06")),
 }
 LATENTS = ("encoder", "camera", "dim", "resolution", "clip", "model", "revision")  # --world-...
@@ -136,7 +137,11 @@ class Job:
         every = math.gcd(*early) or env["SAVE_EVERY"]  # the largest step that meets them all
         self.train_flags += ["--save-every", str(every)] if every else []
 
-        self.eval_flags = ["--episodes-per-task", env["EPISODES"], "--num-envs", str(self.envs)]
+        starts = [*map(int, env["EPISODES"].split())]  # a task, under an arm's own mode; in all else
+        if len(starts) > 2:
+            raise Refused(f"EPISODES '{env['EPISODES']}' cannot be: give one number, or two")
+        self.starts = starts[0], starts[-1]
+        self.eval_flags = ["--num-envs", str(self.envs)]
         self.eval_flags += [*self.flags("PRESET_EVAL_FLAGS"), *threads]
         self.eval_flags += ["--suite", *self.suites] if not self.recorded or len(self.suites) > 1 else []
         self.eval_flags += ["--task-ids", ",".join(self.tasks)] if not self.recorded else []
@@ -228,6 +233,13 @@ def world_flags(flags: list[str]) -> tuple[str, ...]:
     return tuple(word for part in parts if part[0].removeprefix("--world-") in LATENTS for word in part)
 
 
+def rollouts(job: Job, cell: Cell) -> list[tuple[int, list[str], int]]:
+    """Say what is rolled out: samples of the checkpoint, memory modes, starts a task."""
+    own, more, (first, others) = cell.arm.modes[:1], cell.arm.modes[1:], job.starts
+    last = [(own, first), (more, others)] if more and first != others else [(own + more, first)]
+    return [(cell.budget, *what) for what in last] + [(at, own, others) for at in cell.early]
+
+
 def steps(job: Job, cell: Cell, dry: bool = False) -> Iterator[tuple[list[str], Callable[[], bool]]]:
     """Yield a cell's commands, each with what tells whether it is done; Refused for a missing checkpoint.
 
@@ -238,7 +250,7 @@ def steps(job: Job, cell: Cell, dry: bool = False) -> Iterator[tuple[list[str], 
     train = ["python", "train.py", "--arm", cell.arm.name, *compared]
     train += training(job, cell, "--out", str(folder))
     yield train, lambda: parse(text(folder / "last" / "state.json")).get("samples") == cell.budget
-    for at in (cell.budget, *cell.early):
+    for at, modes, starts in rollouts(job, cell):
         found = [folder]
         if at < cell.budget:
             states = [] if dry else sorted(folder.glob("step_*/state.json"))
@@ -246,8 +258,8 @@ def steps(job: Job, cell: Cell, dry: bool = False) -> Iterator[tuple[list[str], 
             found += [folder / f"step_{at // job.batch:06d}"] if dry else []
         if not found:
             raise Refused(f"{folder} has no checkpoint of {at} samples: choose another OUT")
-        modes = cell.arm.modes if at == cell.budget else cell.arm.modes[:1]
-        roll_out = ["python", "eval.py", str(found[0]), "--memory", *modes, *job.eval_flags]
+        roll_out = ["python", "eval.py", str(found[0]), "--memory", *modes]
+        roll_out += ["--episodes-per-task", str(starts), *job.eval_flags]
         yield roll_out, (folder / "episodes.jsonl").exists
 
 
@@ -300,8 +312,8 @@ def standing(job: Job, cell: Cell, live: bool = False) -> tuple[float | None, tu
     found += numbers(folder.glob("metrics.jsonl"), "samples")[-1:] if live else []
     samples = min(cell.budget, max([0, *(n for n in found if isinstance(n, int))]))
     episodes = sum(text(path).count("\n") for path in folder.glob("episodes*.jsonl"))
-    starts = int(job.env["EPISODES"]) * len(job.tasks) * len(job.suites)
-    wanted = starts * (len(cell.arm.modes) + len(cell.early))
+    places = len(job.tasks) * len(job.suites)
+    wanted = places * sum(len(modes) * starts for _, modes, starts in rollouts(job, cell))
 
     logs = [*job.out.glob("*/metrics.jsonl"), *Path("runs").glob("*/*/metrics.jsonl")]
     rate = measured(job, cell.arm, "samples_per_second", logs)
