@@ -356,7 +356,7 @@ def introduce(target: Target, plans: list[Plan], modes: tuple[str, ...]) -> None
     print(f"checkpoint {target.folder}, memory {' '.join(modes)} of {' '.join(ROLLOUT_MODES)}")
     for plan in plans:
         print(f"protocol {plan}")
-        if plan.scenes:
+        if plan.of_another_libero:
             print(
                 f"warning: LIBERO's files of {plan.sim.suite} are not those of {PACKAGE}: they decide what "
                 f"succeeds, and results say so (scenes {plan.scenes})"
