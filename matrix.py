@@ -48,6 +48,7 @@ NUMBERS = {  # variable: what each of its words must look like, an example; a li
 LATENTS = ("encoder", "camera", "dim", "resolution", "clip", "model", "revision")  # --world-...
 ACTIONS = ("", "--dry-run", "--list", "--prepare", "--cell", "--report")
 GRACE = 60  # seconds that commands have to save what they have, once they are asked to stop
+UNSEEN = "10"  # demonstrations a task for losses on frames that no cell is trained on
 KEPT = 300  # log lines of a finished cell that are kept
 LOOK = 60  # seconds between two looks at a cell that runs
 STARTED = time.monotonic()
@@ -108,6 +109,7 @@ class Job:
             if not fit or (len(words) > 1 and " " not in example):
                 raise Refused(f"{name} {env[name]!r} cannot be: give numbers, as in {name}={example}")
         self.recorded, tiny = bool(env["RECORDED"]), self.init == "tiny"
+        self.offline = env.get("OFFLINE", "")  # demonstrations that no cell is trained on
         self.suites = [f"libero_{suite.removeprefix('libero_')}" for suite in env["SUITES"].split()]
         if not self.suites:
             example = "SUITES='libero_object libero_goal'"
@@ -119,7 +121,7 @@ class Job:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.jobs = int(env.get("JOBS") or len(self.devices) or (cores if tiny else 1))
         share = max(1, cores // self.jobs)  # of the cores, for each cell
-        threads = [] if tiny else ["--threads", str(share)]
+        self.threads = threads = [] if tiny else ["--threads", str(share)]
         self.envs = 1 if tiny else share
         features = "data/features_" + f"{self.data}_{self.init}".replace("/", "_")
         self.features = "" if tiny else env.get("FEATURES", features)
@@ -198,12 +200,17 @@ def choose(job: Job, action: str, only: str) -> list[Cell]:
 def recordings(job: Job) -> list[list[str]]:
     """Return the commands that record demonstrations, a suite each, into one folder; none for given data."""
     env, record = job.env, ["python", "-m", "simulator", "record"]
-    flags = ["--task-ids", ",".join(env["TASKS"].split()), "--demos-per-task", env.get("DEMOS", "")]
-    flags += ["--init-states", "0-9"]  # rollouts start from the others
+    flags = ["--task-ids", ",".join(env["TASKS"].split())]
     flags += ["--displace", env.get("DISPLACE", ""), "--noise", env.get("NOISE", ""), "--size", "128"]
     flags += ["--either", env["EITHER"]] if env.get("EITHER") else []
-    flags += ["--draw", "fast", "--reset", "soft", "--workers", str(job.jobs), "--out", job.data]
-    return [[*record, "--suite", suite, *flags] for suite in job.suites] if job.recorded else []
+    flags += ["--draw", "fast", "--reset", "soft", "--workers", str(job.jobs)]
+    sets = [(job.data, "0-9", env.get("DEMOS", ""))]  # rollouts start from the other states
+    sets += [(job.offline, "10-19", UNSEEN)] if job.offline else []
+    return [
+        [*record, "--suite", suite, *flags, "--init-states", states, "--demos-per-task", demos, "--out", out]
+        for out, states, demos in sets
+        for suite in (job.suites if job.recorded else ())
+    ]
 
 
 def training(job: Job, cell: Cell, *where: str) -> list[str]:
@@ -251,16 +258,26 @@ def steps(job: Job, cell: Cell, dry: bool = False) -> Iterator[tuple[list[str], 
     train += training(job, cell, "--out", str(folder))
     yield train, lambda: parse(text(folder / "last" / "state.json")).get("samples") == cell.budget
     for at, modes, starts in rollouts(job, cell):
-        found = [folder]
-        if at < cell.budget:
-            states = [] if dry else sorted(folder.glob("step_*/state.json"))
-            found = [state.parent for state in states if parse(text(state)).get("samples") == at]
-            found += [folder / f"step_{at // job.batch:06d}"] if dry else []
-        if not found:
-            raise Refused(f"{folder} has no checkpoint of {at} samples: choose another OUT")
-        roll_out = ["python", "eval.py", str(found[0]), "--memory", *modes]
+        roll_out = ["python", "eval.py", str(checkpoint(job, cell, at, dry)), "--memory", *modes]
         roll_out += ["--episodes-per-task", str(starts), *job.eval_flags]
         yield roll_out, (folder / "episodes.jsonl").exists
+    for at in (cell.budget, *cell.early) if job.offline else ():
+        measure = ["python", "eval.py", str(checkpoint(job, cell, at, dry)), "--offline", job.offline]
+        yield [*measure, *job.threads], (folder / "offline.jsonl").exists
+
+
+def checkpoint(job: Job, cell: Cell, at: int, dry: bool) -> Path:
+    """Find a cell's checkpoint of so many samples: the run folder itself for the last."""
+    folder = job.out / cell.name
+    if at == cell.budget:
+        return folder
+    if dry:
+        return folder / f"step_{at // job.batch:06d}"
+    states = sorted(folder.glob("step_*/state.json"))
+    found = [state.parent for state in states if parse(text(state)).get("samples") == at]
+    if not found:
+        raise Refused(f"{folder} has no checkpoint of {at} samples: choose another OUT")
+    return found[0]
 
 
 # ---- what is there, and what is left -------------------------------------------------------------------

@@ -16,7 +16,7 @@
 #   TOTAL_SAMPLES SEEDS ARMS   what is trained; a table a budget; ARMS="E2 F2:4": F2 with the first four seeds alone
 #   EVAL_AT KEEP               checkpoints on the way that are rolled out; where finished cells' records are kept
 #   SUITES TASKS EPISODES      what is rolled out: suites (SUITE will do too), tasks as in 0,3,5-7, starts; "40 20": 20 where not its own mode or last
-#   DATA INIT WORLD_STRIDE     data and initial policy; all but demo and smoke train on a DATA given as it is
+#   DATA OFFLINE INIT WORLD_STRIDE   data (all but demo, smoke: as given), data to measure losses on alone; initial policy
 #   DEMOS DISPLACE NOISE EITHER   how demonstrations are recorded
 #   GPUS JOBS OUT FEATURES     a cell on each of GPUS="0 1", or JOBS at once; run folders; the frozen tower's tokens
 #   DATA_FLAGS TRAIN_FLAGS EVAL_FLAGS   more flags, as a shell would split them: both of train.py, and of eval.py
@@ -69,7 +69,7 @@ site | bank | transfer | either)
     either) : "${ARMS:=E0 E2 E2n B4ensemble B4mixture B4dup}" "${KEEP=}" ;;
     esac
     [ -n "${DATA:-}" ] || : "${EITHER:=cream_cheese,milk}" "${DATA:=data/either}"
-    : "${TOTAL_SAMPLES:=64000}" "${EPISODES:=40}" "${KEEP=results/data/$preset}"
+    : "${TOTAL_SAMPLES:=64000}" "${EPISODES:=40}" "${KEEP=results/data/$preset}" "${OFFLINE=${RECORDED:+${DATA}_unseen}}"
     SAVE_EVERY=16000 MORE_MODES+=' gate:0.5 gate:1.5' PRESET_TRAIN_FLAGS='--dtype bfloat16' ;; # on every machine
 full)
     : "${TOTAL_SAMPLES:=3200000}" "${EPISODES:=10}" "${SEEDS:=0 1 2}" "${ARMS:=all}" "${DATA:=HuggingFaceVLA/libero}"

@@ -129,6 +129,19 @@ def test_modes_that_are_not_an_arms_own_may_have_fewer_starts(matrix):
     ]
 
 
+def test_each_checkpoint_of_a_study_has_losses_on_frames_that_nothing_was_trained_on(matrix):
+    done = matrix("transfer", "--dry-run", ARMS="E2", SEEDS="0", TOTAL_SAMPLES="640", EVAL_AT="320")
+    measured = [line for line in commands(done, "eval.py") if "--offline" in line]
+    assert [line.split("runs/transfer/E2-n640-s0")[1] for line in measured] == [
+        " --offline data/transfer_unseen", "/step_000020 --offline data/transfer_unseen",
+    ]  # fmt: skip
+    recorded = commands(done, "simulator record")
+    states = [line.split("--init-states ")[1].split()[0] for line in recorded]
+    assert states == ["0-9", "0-9", "10-19", "10-19"] and "data/transfer_unseen" in recorded[-1]
+    given = matrix("site", "--dry-run", ARMS="E2", DATA="data/mine", SUITES="goal")
+    assert not any("--offline" in line for line in commands(given, "eval.py"))
+
+
 def test_times_come_from_earlier_runs_and_none_is_made_up(matrix, tmp_path):
     settings = {"ARMS": "E0 E1", "OUT": str(tmp_path), "TOTAL_SAMPLES": "6400", "JOBS": "9999"}
 
@@ -171,7 +184,7 @@ def test_presets_train_their_arms_and_roll_out_controls(matrix, preset, arms):
     banks = [line for line in trained if "--arm B4" in line]
     assert all("--num-hypotheses 4" in line for line in banks)
     assert all("--dtype bfloat16" in line for line in trained)  # wherever a cell is trained
-    for line in commands(done, "eval.py"):
+    for line in filter(lambda line: "--memory" in line, commands(done, "eval.py")):
         modes = line.split("--memory ")[1].split(" --")[0]
         bank = " best1 mean1 dup" if "/B4" in line and "/B4dup" not in line else ""
         assert modes in (
