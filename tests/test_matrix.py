@@ -171,14 +171,14 @@ def test_times_come_from_earlier_runs_and_none_is_made_up(matrix, tmp_path):
 @pytest.mark.parametrize(
     ("preset", "arms"),
     [
-        ("site", "E0 E0b E1s E2 E2n E2c E2h E2m F2 F2n F3a F3an F3as F3asn F3b F3bn"),
+        ("site", "E0 E1s E2 E2n E2c E2h E2m F2 F2n F3a F3an F3as F3asn F3b F3bn E0b"),
         ("bank", "E0 E2 E2n B4dropout B4noise B4ensemble B4mixture B4single B4dup"),
         ("transfer", "E0 E2 E2n"),
         ("either", "E0 E2 E2n B4ensemble B4mixture B4dup"),
     ],
 )
 def test_presets_train_their_arms_and_roll_out_controls(matrix, preset, arms):
-    done = matrix(preset, "--dry-run", SEEDS="0", EVAL_AT="")
+    done = matrix(preset, "--dry-run", SEEDS="0", EVAL_AT="", EPISODES="40")
     trained = trainings(done)
     assert [line.split("--arm ")[1].split()[0] for line in trained] == arms.split()
     banks = [line for line in trained if "--arm B4" in line]
