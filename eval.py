@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 import time
 from contextlib import ExitStack, nullcontext
@@ -34,7 +35,7 @@ from data import Source
 from files import LARGEST, Refused, append_json, only_writer, read_json, write_json
 from latents.world import latents_for
 from prophet import GATE, ROLLOUT_MODES
-from ranks import run_program, start_ranks, wait_for_ranks
+from ranks import PATIENCE, Vigil, run_program, start_ranks, wait_for_ranks
 from readers.load import camera_names, find_data, load
 from readers.selection import DataConfig, camera_key, match_cameras, split_camera
 from rollouts.conform import check, compare, describe_checkpoint, describe_data, describe_environment, table
@@ -209,6 +210,12 @@ def main(config: EvalConfig) -> None:
         check_simulator()
     # Ranks wait for one another only before the first episode and after a suite's last: for hours, maybe.
     rank, ranks, device = start_ranks("gloo", timedelta(days=30))
+    with Vigil(rank, ranks, PATIENCE, longest=math.inf):
+        evaluate_all(config, rank, ranks, device)
+
+
+def evaluate_all(config: EvalConfig, rank: int, ranks: int, device: torch.device) -> None:
+    """Measure offline, or roll out; a rank of several its share."""
     target = find_target(config, sited=bool(set(config.memory) - {"off"}))
     arm, processor = open_arm(config, target, device)
     for note in processor.notes if rank == 0 else ():
