@@ -101,6 +101,9 @@ class EvalConfig(ProtocolConfig):
     """Demonstrations to measure the action loss on, instead of rolling out: those episodes of the run's own
     data that it held out, or all of other data. Default modes then: all that the arm can have."""
 
+    cache: Path | None = None
+    """Folder of world latents, as training's, for --offline; of latents that are not there none are kept."""
+
     world_model: str | None = None
     """Folder or hub id of the world encoder's model; default: the one that it was trained with."""
 
@@ -290,9 +293,8 @@ def evaluate_offline(config: EvalConfig, arm: Arm, processor: Processor, target:
     run = target.run
     for mode in config.memory:
         arm.needs(mode, rollout=False)
-    demos = load(
-        config.offline, in_memory=None, options=data_options(config.offline, config, run, arm, processor)
-    )
+    options = data_options(config.offline, config, run, arm, processor)
+    demos = load(config.offline, in_memory=None, options=options)
     episodes, tasks = np.arange(len(demos.first)), len(np.unique(demos.task))
     modes = list(config.memory) or held_out.measurable(arm, tasks)
     if demos.fingerprint == run.get("data_fingerprint"):
@@ -302,7 +304,10 @@ def evaluate_offline(config: EvalConfig, arm: Arm, processor: Processor, target:
                 f"--offline {config.offline}: {target.out} was trained on all episodes of it; record others, "
                 "or train with --val-every, which holds some out"
             )
-    latents = None if arm.encoder is None else latents_for(config.offline, arm.encoder, demos)
+    latents = None
+    if arm.encoder is not None:
+        home = options.cache_home(find_data(config.offline, options), config.cache)
+        latents = latents_for(home, arm.encoder, demos)
     source = Source(arm, processor, demos, latents, arm.scale.device, seed=0)
     found = held_out.measure(source, episodes, modes)
     found.check(target.folder)
