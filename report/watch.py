@@ -36,8 +36,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from files import parse_json, type_in
-from report.reading import Refusal, find_runs, made_plain, read_config
+from files import Refused, parse_json, type_in
+from report.reading import find_runs, made_plain, read_config
 from report.stats import wilson
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -474,9 +474,9 @@ def main(args: list[str] | None = None) -> None:
                 try:
                     shown = view(look(config.runs, known), console.width)
                     live.update(shown, refresh=True)
-                except Refusal as error:  # a config.json that is being written, say: the next look may do
+                except Refused as error:  # a config.json that is being written, say: the next look may do
                     live.update(Group(Text(f"error: {error}"), shown), refresh=True)
-    except Refusal as error:
+    except Refused as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         console.print(shown)
