@@ -48,6 +48,11 @@ class Refused(ValueError):
     """
 
 
+def plain(text: str) -> str:
+    """Leave out what steers a terminal or breaks a page: control, format and lone surrogate characters."""
+    return text if text.isprintable() else "".join(filter(str.isprintable, text))
+
+
 def plain_name(name: object, where: object) -> str:
     """Return a file's name that a stranger's file gives, if it is one: no folder, no way out of its own.
 
@@ -332,11 +337,6 @@ class Busy(Refused):
     """Another process is at it."""
 
 
-def clean(line: str) -> str:
-    """Leave out what would steer a terminal, and what is too long."""
-    return "".join(letter for letter in line if letter.isprintable())[:300]
-
-
 @contextmanager
 def locked(
     path: Path,
@@ -359,7 +359,7 @@ def locked(
                 break
             except BlockingIOError:
                 file.seek(0)
-                holder = f"{clean(file.read(400)) or 'another process'} is at it"
+                holder = f"{plain(file.read(300)) or 'another process'} is at it"
             except OSError as error:  # a file system without locks
                 say(f"warning: {file.name} cannot be locked ({error}): see that no two processes use it")
                 break

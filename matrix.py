@@ -32,7 +32,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from files import Busy, Refused, clean, locked, parse_json, replace_text, sign
+from files import Busy, Refused, locked, parse_json, plain, replace_text, sign
 from smolvla.config import PRETRAINED, RECIPES
 
 WHOLE, TASK = "[1-9][0-9]{0,14}", "[0-9]{1,4}(-[0-9]{1,4})?"
@@ -435,7 +435,7 @@ class Crew:
         if code := process.returncode:
             lines = text(Path(log.name)).strip().splitlines() if log else []
             ended = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
-            raise Failed(f"{ended}: {clean(lines[-1] if lines else shlex.join(command))}")
+            raise Failed(f"{ended}: {plain(lines[-1] if lines else shlex.join(command))[:300]}")
 
     def stop(self) -> None:
         """Ask all commands to end, wait for what they save, then kill what is left of them."""
