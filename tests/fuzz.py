@@ -221,10 +221,10 @@ def prepare(home: Path) -> object:
 
 
 def check_caches(home: Path) -> object:
-    return prepared(home, home / "hdf5", home / "tokens")
+    return prepared(home, home / "hdf5", home / "tokens")[0]
 
 
-def prepared(home: Path, data: Path, tokens: Path) -> object:
+def prepared(home: Path, data: Path, tokens: Path) -> tuple[list[str], list[int]]:
     fields = {"init": str(home / "run" / "step_000001"), "freeze": "expert", "features": tokens}
     config = TrainConfig(**TINY | MEMORY | fields, data=data, prepare=True)
     said = [line.split(" in ")[0] for line in quiet(train.main, config).splitlines()]
