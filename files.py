@@ -24,11 +24,13 @@ import socket
 import sys
 import textwrap
 import time
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
+from tokenize import TokenError
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, Union, get_args, get_origin, get_type_hints
 
@@ -46,6 +48,9 @@ class Refused(ValueError):
 
     Programs print it as that line. Any other error is ours, and keeps its traceback.
     """
+
+    def __init__(self, line: str) -> None:
+        super().__init__(plain(line))  # names in it may be a stranger's
 
 
 def plain(text: str) -> str:
@@ -232,6 +237,15 @@ def unpacked(path: Path) -> bytes:
     if len(content) > UNPACKED:
         raise Refused(f"{path} unpacks to more than {UNPACKED:,} bytes: no run writes so much")
     return content
+
+
+@contextmanager
+def reading_arrays() -> Iterator[None]:
+    """Say as ValueError what numpy finds wrong with a file, whichever of a dozen errors that is."""
+    try:
+        yield
+    except (EOFError, SyntaxError, TokenError, MemoryError, zlib.error, zipfile.BadZipFile) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ FIELDS = {  # of the names of files in info.json
     "video_path": re.compile(INDEX + CAMERA_FIELD),
 }
 INFO = {
-    **{"codebase_version": object, "features": {str: dict}, "fps": NUMBER, "data_path": object},
+    **{"codebase_version": object, "features": {str: dict}, "fps": NUMBER, "data_path": str},
     **dict.fromkeys(("total_episodes?", "total_frames?"), int | None),
 }
 DEPTH = ("is_depth_map", "video.is_depth_map")  # as lerobot has written it since 0.6, and before

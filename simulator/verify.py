@@ -17,7 +17,6 @@ Shapes: S picture side, T actions.
 
 import functools
 import sys
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import tyro
 
-from files import Refused, check_numbers, read_json, type_in
+from files import Refused, check_numbers, read_json, reading_arrays, type_in
 from simulator.env import CAMERAS, MUJOCO_VERSION, LiberoEnv, SimConfig, versions
 from simulator.pool import in_fresh_process
 from simulator.render import APT_LINE, check_gl, setup_gl
@@ -206,7 +205,7 @@ def read_run(folder: Path) -> dict[str, np.ndarray]:
     """
     names = ("actions", "state", "sim_state", "is_success")
     if (folder / "run.npz").exists():
-        with np.load(folder / "run.npz") as arrays:
+        with reading_arrays(), np.load(folder / "run.npz") as arrays:
             return {name: arrays[name] for name in names}
     if not any((folder / f"step00_{name}.png").exists() for name in ("image", "image2")):
         raise Refused("neither run.npz nor step00_image.png is there")
@@ -274,7 +273,7 @@ def replay_apart(case: Path, tolerance: float, texture_colorspace: str) -> Repla
     one = functools.partial(replay, texture_colorspace=texture_colorspace, tolerance=tolerance)
     try:
         return in_fresh_process(one, case)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise Refused(f"{case} is no complete recording: {error}: copy it anew") from error
     except (TypeError, AttributeError) as error:
         installed = versions()

@@ -324,6 +324,7 @@ DAMAGES = {
     "no info": (lambda r: (r / "meta/info.json").unlink(), "info.json is missing"),
     "half an info": (lambda r: cut(r / "meta/info.json"), "info.json cannot be used, it is not a JSON"),
     "no fps": (lambda r: info(r, fps=None), "info.json cannot be used, it has no fps"),
+    "no name of files": (lambda r: info(r, data_path=7), "info.json cannot be used, data_path is 7"),
     "fps 0": (lambda r: info(r, fps=0), "fps is 0, it must be a positive"),
     "fps in words": (lambda r: info(r, fps="10"), "info.json cannot be used, fps is '10'"),
     "total in words": (lambda r: info(r, total_frames="8"), "info.json cannot be used, total_frames is '8'"),
