@@ -253,6 +253,7 @@ def train(config: TrainConfig, rank: int, ranks: int, device: torch.device, toge
         "params_trainable": sum(p.numel() for p in arm.parameters() if p.requires_grad),
         "dtype": str(arm.policy.dtype).removeprefix("torch."),
         "flops_per_sample": flops_per_sample(arm, source),
+        "hypotheses_alike": bool(arm.prophet and arm.prophet.alike),
         "weights_fingerprint": weights,
     }
 

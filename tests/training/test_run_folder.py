@@ -138,7 +138,7 @@ def test_a_kill_between_rename_and_link_leaves_a_run_that_goes_on(copied, data, 
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_changed_missing_or_cut_file_of_a_checkpoint_is_found(straight, draw):
     folder = straight / "last"
     assert damage(folder) is None
