@@ -85,7 +85,14 @@ def test_numbers_that_are_written_out_come_back(numbers):
     assert parse_numbers(",".join(map(str, numbers)), "--episodes") == numbers
 
 
-def test_help_may_be_cut_off_by_who_reads_it():
-    line = f"{sys.executable} train.py --help | head -1"
-    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.startswith("usage: train.py") and done.stderr == ""
+@pytest.mark.parametrize(
+    "line",
+    [*(f"{program} --help" for program in PROGRAMS), "-m simulator --help"]
+    + [f"run_matrix.sh demo {action}" for action in ("--help", "--dry-run", "--list")],
+)
+def test_what_is_said_may_be_cut_off_by_who_reads_it(line):
+    command = ["bash" if line.startswith("run_matrix") else sys.executable, *line.split()]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()  # before a word is said
+    assert process.stderr.read() == b"" and process.wait() == 0
+    process.stderr.close()
