@@ -445,11 +445,20 @@ def read_command_line(
     quiet = ("None", "''", "", "()")  # defaults that say nothing; the text says what happens then
     said = lambda default: "" if default in quiet else f"(default: {default})"  # noqa: E731
 
+    def choice(names: tuple[str, ...]) -> object:
+        """One of them, or None by default: tyro's own names None too, and all in random order."""
+        return tyro.constructors.PrimitiveConstructorSpec(
+            1, f"{{{','.join(names)}}}", lambda given: given[0], lambda x: x in (None, *names),
+            lambda x: [str(x)], names,
+        )  # fmt: skip
+
     def option(name: str) -> tuple:
         how = tyro.conf.arg(help=docs.get(name), help_behavior_hint=said)  # a group of options has none
-        one = fields[name]
+        one, kind = fields[name], hints[name]
         made = dataclasses.field(default=one.default, default_factory=one.default_factory)
-        return name, Annotated[hints[name], how], made
+        if get_origin(kind) in (Union, UnionType) and get_origin(get_args(kind)[0]) is Literal:
+            kind = Annotated[kind, choice(get_args(get_args(kind)[0]))]
+        return name, Annotated[kind, how], made
 
     def box(name: str, names: Sequence[str]) -> tuple:
         return name, dataclasses.make_dataclass(name, map(option, names), frozen=True)

@@ -188,14 +188,14 @@ def main(config: TrainConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
 
+    check_trunk(config)
     if config.data == DEMO:
-        record_demo(rank, together)
+        record_demo(config, rank, together)
     if config.prepare:
         for line in make_caches(config, rank, ranks, device):
             say(line)
         return
 
-    check_trunk(config)
     with only_writer(config.out, "train.py") if rank == 0 else nullcontext():
         train(config, rank, ranks, device, together)
 

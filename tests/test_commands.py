@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from files import parse_numbers
+from prophet import MemoryMode
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = {  # how it is called, an option that people use first, one for experts
@@ -62,6 +64,12 @@ def test_help_begins_with_what_people_use_and_has_lines_to_type(program):
 def test_a_value_that_cannot_be_is_one_line(line, said):
     done = run(line)
     assert done.returncode == 1 and done.stderr == f"error: {said}\n"
+
+
+@pytest.mark.parametrize("seed", ["1", "2"])
+def test_choices_stand_in_one_order(seed):
+    said = run("train.py --memory prde", PYTHONHASHSEED=seed, COLUMNS="200").stderr
+    assert ", ".join(map(repr, get_args(MemoryMode))) in said and "None" not in said
 
 
 def test_numbers_are_lists_and_ranges_in_the_order_given():
