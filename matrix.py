@@ -32,7 +32,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from files import Busy, Refused, locked, parse_json, plain, replace_text, sign
+from files import Busy, Refused, let_readers_go, locked, parse_json, plain, replace_text, sign
 from smolvla.config import PRETRAINED, RECIPES
 
 WHOLE, TASK = "[1-9][0-9]{0,14}", "[0-9]{1,4}(-[0-9]{1,4})?"
@@ -555,6 +555,7 @@ def work(job: Job, action: str, cells: list[Cell], crew: Crew) -> list[str]:
 
 def main(arguments: list[str], env: Mapping[str, str]) -> int:
     """Do what run_matrix.sh is called for, or with --check see whether it can be; return the exit code."""
+    let_readers_go()
     words = [word for word in arguments[1:] if word != "--check"]
     action, only = "".join(words[:1]), " ".join(words[1:])
     try:

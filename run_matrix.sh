@@ -21,7 +21,7 @@
 #   GPUS JOBS OUT FEATURES     a cell on each of GPUS="0 1", or JOBS at once; run folders; the frozen tower's tokens
 #   DATA_FLAGS TRAIN_FLAGS EVAL_FLAGS   more flags, as a shell would split them: both of train.py, and of eval.py
 set -aeuo pipefail # -a: matrix.py finds all that follows in its environment
-case ${1:-} in -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" && exit ;; esac
+case " $* " in *" -h "* | *" --help "*) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" || : && exit ;; esac # also into | head
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # ---- arms: name | flags of train.py | memory modes rolled out, the arm's own first | arms that it is compared with
 ARM_TABLE='

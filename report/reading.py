@@ -29,7 +29,7 @@ CONFIG = {
     **{"fusion?": list | str | None, "memory?": str | None, "compared_with?": list | None},
     **dict.fromkeys(("memory_dropout?", "lambda_world?", "flops_per_sample?"), NUMBER | None),
     **dict.fromkeys(("params_total?", "params_trainable?", "num_hypotheses?"), int | None),
-    "blind?": bool | None,
+    **dict.fromkeys(("blind?", "hypotheses_alike?"), bool | None),
 }
 EPISODE = {
     "suite": str,

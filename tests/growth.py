@@ -1,9 +1,9 @@
 """Does memory grow? A training of 600 steps and an evaluation of 60 episodes, looked at as they go on.
 
-    python tests/growth.py          # some minutes; prints resident memory, of simulators too, as they are at it
+    python tests/growth.py          # some minutes; prints resident memory, of simulators too
 
-Shapes, data and episodes are as small as in tests/kills.py: what grows with each step or episode is seen all the
-better.
+Shapes, data and episodes are as small as in tests/kills.py: what grows with each step or episode is seen
+all the better.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +55,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="growth_") as folder:
         home = Path(folder)
         rolls = kills.programs(home)["eval"].command(home / "rolls")
-        steps = [*soak.command(home / "data", home / "steps", 600)[1:], "--save-every", "800", "--keep-every", "0"]
+        steps = [
+            *soak.command(home / "data", home / "steps", 600)[1:],
+            "--save-every",
+            "800",
+            "--keep-every",
+            "0",
+        ]
         watch("step", kills.launch(steps), home / "steps" / "metrics.jsonl", 600)
         more = ["--episodes-per-task", "30", "--num-envs", "1"]  # under two modes
         watch("episode", kills.launch([*rolls, *more]), home / "rolls" / "episodes.jsonl", 60)
