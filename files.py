@@ -240,13 +240,17 @@ def unpacked(path: Path) -> bytes:
     return content
 
 
-@contextmanager
-def reading_arrays() -> Iterator[None]:
-    """Say as ValueError what numpy finds wrong with a file, whichever of a dozen errors that is."""
-    try:
-        yield
-    except (EOFError, SyntaxError, TokenError, MemoryError, zlib.error, zipfile.BadZipFile) as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from error
+# What numpy raises for a file that is no array, or half of one.
+NO_ARRAY = (
+    OSError,
+    ValueError,
+    EOFError,
+    SyntaxError,
+    TokenError,
+    MemoryError,
+    zlib.error,
+    zipfile.BadZipFile,
+)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
