@@ -18,6 +18,7 @@ import errno
 import fcntl
 import gzip
 import inspect
+import io
 import json
 import os
 import socket
@@ -239,13 +240,17 @@ def unpacked(path: Path) -> bytes:
     return content
 
 
-@contextmanager
-def reading_arrays() -> Iterator[None]:
-    """Say as ValueError what numpy finds wrong with a file, whichever of a dozen errors that is."""
-    try:
-        yield
-    except (EOFError, SyntaxError, TokenError, MemoryError, zlib.error, zipfile.BadZipFile) as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from error
+# What numpy raises for a file that is no array, or half of one.
+NO_ARRAY = (
+    OSError,
+    ValueError,
+    EOFError,
+    SyntaxError,
+    TokenError,
+    MemoryError,
+    zlib.error,
+    zipfile.BadZipFile,
+)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -419,6 +424,28 @@ def to_json(content: dict, indent: int = 2) -> str:
 # ---- command lines ------------------------------------------------------------------------------------
 
 
+class Output(io.FileIO):
+    """A program's output; that nobody reads on, behind `| head` or a `tee` that Ctrl-C ended, is no error."""
+
+    def write(self, content: bytes) -> int | None:
+        try:
+            return super().write(content)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(content)
+
+
+def let_readers_go() -> None:
+    """Let a program end as it would, or save what it trained, where nobody reads what it says any more."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream and stream is getattr(sys, f"__{name}__"):  # not where a test, say, has put its own
+            stream.flush()
+            bytes_out = io.BufferedWriter(Output(stream.fileno(), "w", closefd=False))
+            how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+            setattr(sys, name, io.TextIOWrapper(bytes_out, stream.encoding, stream.errors, **how))
+
+
 def read_command_line(
     config: type,
     description: str | None,
@@ -429,17 +456,27 @@ def read_command_line(
     """Read flags into a config; --help lays them out in two boxes, what people use first, then the rest."""
     import tyro
 
+    let_readers_go()
     hints, docs = get_type_hints(config, include_extras=True), field_docs(config)
     fields = {field.name: field for field in dataclasses.fields(config)}
     boxes = {"often": first, "more": [name for name in fields if name not in first]}
     quiet = ("None", "''", "", "()")  # defaults that say nothing; the text says what happens then
     said = lambda default: "" if default in quiet else f"(default: {default})"  # noqa: E731
 
+    def choice(names: tuple[str, ...]) -> object:
+        """One of them, or None by default: tyro's own names None too, and all in random order."""
+        return tyro.constructors.PrimitiveConstructorSpec(
+            1, f"{{{','.join(names)}}}", lambda given: given[0], lambda x: x in (None, *names),
+            lambda x: [str(x)], names,
+        )  # fmt: skip
+
     def option(name: str) -> tuple:
         how = tyro.conf.arg(help=docs.get(name), help_behavior_hint=said)  # a group of options has none
-        one = fields[name]
+        one, kind = fields[name], hints[name]
         made = dataclasses.field(default=one.default, default_factory=one.default_factory)
-        return name, Annotated[hints[name], how], made
+        if get_origin(kind) in (Union, UnionType) and get_origin(get_args(kind)[0]) is Literal:
+            kind = Annotated[kind, choice(get_args(get_args(kind)[0]))]
+        return name, Annotated[kind, how], made
 
     def box(name: str, names: Sequence[str]) -> tuple:
         return name, dataclasses.make_dataclass(name, map(option, names), frozen=True)
@@ -449,11 +486,7 @@ def read_command_line(
     rank0 = os.environ.get("RANK", "0") == "0"
     style = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
     options = {"description": description, "console_outputs": rank0, "config": style}
-    try:
-        found = tyro.cli(both, prog=prog, args=args, **options)
-    except BrokenPipeError:  # as in --help | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    found = tyro.cli(both, prog=prog, args=args, **options)
     return config(
         **{name: getattr(getattr(found, key), name) for key, names in filled.items() for name in names}
     )

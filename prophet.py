@@ -182,6 +182,7 @@ class Prophet(nn.Module):
     chance: ClassVar[bool] = False  # hypotheses differ by what is drawn for them: exchangeable
     coded: ClassVar[bool] = False  # by weights of their own
     single: ClassVar[bool] = False  # there is one
+    alike: ClassVar[bool] = False  # nothing tells them apart: what several that differ are compared with
     settings: ClassVar[dict] = {}  # what it is tried with, where it needs any
 
     def __init__(self, config: ProphetConfig, latent: int) -> None:
@@ -265,6 +266,8 @@ class Prophet(nn.Module):
 
 class Repeat(Prophet):
     """A control: one future N times, as many tokens without diversity."""
+
+    alike = True
 
     def queries(self, batch: int, chance: Tensor | None) -> Tensor:
         return self.query.expand(batch, -1, -1, -1)  # (1, K, h) -> (B, 1, K, h)

@@ -187,14 +187,14 @@ def main(config: TrainConfig) -> None:
         torch.set_num_threads(config.threads)
     with Vigil(rank, ranks, 60 * config.patience) as vigil:
         together = Together(ranks, vigil)
+        check_trunk(config)
         if config.data == DEMO:
-            record_demo(rank, together)
+            record_demo(config, rank, together)
         if config.prepare:
             lines = make_caches(config, rank, ranks, device)
             if rank == 0:
                 print(*lines, sep="\n")
             return
-        check_trunk(config)
         with only_writer(config.out, "train.py") if rank == 0 else nullcontext():
             train(config, rank, ranks, device, together)
 
@@ -252,6 +252,7 @@ def train(config: TrainConfig, rank: int, ranks: int, device: torch.device, toge
         "params_trainable": sum(p.numel() for p in arm.parameters() if p.requires_grad),
         "dtype": str(arm.policy.dtype).removeprefix("torch."),
         "flops_per_sample": flops_per_sample(arm, source),
+        "hypotheses_alike": bool(arm.prophet and arm.prophet.alike),
         "weights_fingerprint": weights,
     }
 

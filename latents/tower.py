@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from files import Refused, read_json, reading_arrays, replace_text
+from files import NO_ARRAY, Refused, read_json, replace_text
 from latents import blocks
 from latents.blocks import (
     Layout,
@@ -138,9 +138,8 @@ class Features:
             raise Refused(f"features {path} are damaged ({ROWS} has {has}): delete {path} and {run}")
         rows = np.memmap(rows, KINDS[stored["dtype"]], "r", shape=row_shape(stored))
         try:
-            with reading_arrays():
-                crc = np.load(path / CHECKS)
-        except (OSError, ValueError) as error:
+            crc = np.load(path / CHECKS)
+        except NO_ARRAY as error:
             lost = f"features {path}: {CHECKS} is missing or damaged"
             raise Refused(f"{lost} ({error}): delete {path} and {run}") from error
         if crc.shape != rows.shape[:1] or crc.dtype != np.uint32:

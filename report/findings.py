@@ -21,6 +21,7 @@ from files import Refused, read_json, replace_text
 from report.figures import logged_keys, series
 from report.reading import RunFolder
 from report.stats import (
+    ALIKE,
     ALPHA,
     BANKS,
     LEAST_SEEDS,
@@ -174,7 +175,7 @@ def spike_signal(arm: str, runs: list[RunFolder], flat: dict[int, RunFolder]) ->
         ends, starts = ([edge(run, key, last) for run in runs] for last in (True, False))
         above = [end - edge(flat[r.seed], key) for r, end in zip(runs, ends, strict=True) if r.seed in flat]
         above = [x for x in above if not math.isnan(x)]
-        number = f"spike {spread(ends, '.3f')}, minus B4dup's {spread(above, '+.3f')}"
+        number = f"spike {spread(ends, '.3f')}, minus {ALIKE}'s {spread(above, '+.3f')}"
         yield Finding(arm, "attention over hypotheses spikier than chance", number, tested(above))
         grown = [end - start for end, start in zip(ends, starts, strict=True)]
         yield Finding(arm, "and growing", f"last tenth minus first {spread(grown, '+.3f')}", tested(grown))
@@ -218,7 +219,7 @@ def signals(panel: list[RunFolder], contrasts: list[Contrast]) -> list[Finding]:
                 number = f"own minus {mode}: {spread([100 * c.difference for c in rows], '+.0f')} points, "
                 number += f"shown in {sum(c.shown for c in rows)} of {len(rows)} checkpoints"
                 found.append(Finding(arm, f"{mode} at rollout lowers success", number, answered(rows)))
-    flat = {run.seed: run for run in arms.get("B4dup", [])}
+    flat = {run.seed: run for run in arms.get(ALIKE, [])}
     for arm, runs in treated.items():
         if is_bank(runs[0]):
             found += spike_signal(arm, runs, flat)

@@ -3,7 +3,7 @@
 What a report holds is a list of sections, each a list of blocks: text, tables, plots, media, records. Both
 renderers walk over the same list. The HTML has no script and loads nothing: plots are inline SVG whose ink
 follows the page's; pictures, shrunk, and videos are embedded while a budget lasts and linked beyond. How it
-looks stands in page.html, a template that escapes whatever comes from files, and page.css.
+looks stands in page.html, a template that escapes whatever comes from files.
 
     python -m report runs/demo          # -> runs/demo/report/report.html, table.md
     pytest tests/report/test_page.py
@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
-HERE = Path(__file__).parent
 PICTURE_BYTES = 7_000_000  # of embedded pictures, before base64 makes 4 bytes of 3
 VIDEO_BYTES = 9_000_000
 WIDEST = 760  # pixels of an embedded picture
@@ -170,33 +169,22 @@ def embed(galleries: list[Media]) -> dict[Path, str]:
     return found
 
 
-def coarse(tag: str) -> str:
-    """Round a tag's coordinates to hundredths of a point, and let the page choose the font."""
-    tag = re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), tag)
-    return re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", tag)
+# What matplotlib names without need, which would be on a page twice; what is referred to is named by a hash.
+NEEDLESS = re.compile(r'<metadata>.*?</metadata>|<style.*?</style>| id="[A-Za-z.]+(2d)?_\d+"', re.S)
 
 
 def inline_svg(path: Path, name: str, label: str) -> Markup:
     """Return an SVG file as an element of the page: its own ids, no namespaces, ink that follows the page."""
-    text = path.read_text()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.S)
-    text = text.replace("xlink:href", "href")
-    head, body = text.split(">", 1)
-    box = re.search(r'viewBox="[^"]*"', head).group()
-    wanted = set(re.findall(r'(?:href="#|url\(#)([^")]+)', body))
-    body = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in wanted else "", body)
-    body = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", body)
-    body = re.sub(r"<[^>]+>", lambda m: coarse(m[0]), body)  # tags only: numbers in the text are results
-    body = body.replace(INK, "currentColor")
+    text = NEEDLESS.sub("", path.read_text()).replace("xlink:href", "href").replace(INK, "currentColor")
+    text = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    box, body = re.search(r'<svg[^>]*(viewBox="[^"]*")[^>]*>(.*)', text, re.S).groups()
     return Markup(f'<svg {box} role="img" aria-label="{escape(label)}">{body.strip()}')
 
 
 # --------------------------------------------------------------------------------------------------
 # HTML
 
-WORDS = re.compile(r"\b(to|nan)\b")  # that may stand in a number's cell
-NUMBER = re.compile(r"[-+~<\d.,/%() ]*")  # one class: time grows with a cell's length and no faster
+NUMBER = re.compile(r"([-+~<\d.,/%() ]|\b(to|nan)\b)*+")  # possessive: time grows with a cell's length
 
 
 def words(text: object) -> Markup:
@@ -208,7 +196,7 @@ def words(text: object) -> Markup:
 def numeric(table: Table) -> list[bool]:
     """Which columns hold numbers alone: they stand flush right."""
     columns = list(zip(*table.rows, strict=True)) or [()] * len(table.header)
-    return [all(NUMBER.fullmatch(WORDS.sub("", str(c))) for c in column) for column in columns]
+    return [all(NUMBER.fullmatch(str(c)) for c in column) for column in columns]
 
 
 def svg_of(plot: Plot, out: Path) -> dict:
@@ -226,31 +214,26 @@ def rows_of(section: Section) -> list[list]:
 
 def left_out(galleries: list[Media], held: dict[Path, str]) -> str:
     """Say how many pictures and videos are only linked."""
-    shots = [shot for gallery in galleries for shot in gallery.shots]
-    pictures = sum(shot.picture is not None and shot.picture not in held for shot in shots)
-    videos = sum(shot.video is not None and shot.video not in held for shot in shots)
-    if not pictures + videos:
-        return ""
-    return f"Not embedded, to keep this file small: {pictures} pictures and {videos} videos; they are linked."
-
-
-def template() -> Template:
-    """Open page.html; what is no Markup is escaped there."""
-    env = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    env.filters |= {"words": words, "numeric": numeric, "rows": rows_of, "files": files}
-    env.tests["of"] = lambda block, name: type(block).__name__ == name
-    return env.get_template("page.html")
+    linked = [path for one in galleries for shot in one.shots for path in files(shot) if path not in held]
+    videos = sum(path.suffix == ".mp4" for path in linked)
+    found = f"{len(linked) - videos} pictures and {videos} videos"
+    return f"Not embedded, to keep this file small: {found}; they are linked." if linked else ""
 
 
 def page(title: str, lead: str, sections: list[Section], out: Path) -> str:
-    """Return the report as one HTML file; plots are read from `out`, media from where they lie."""
+    """Return the report as one HTML file; plots are read from `out`, media from where they lie.
+
+    What is no Markup is escaped by the template.
+    """
     galleries = [block for section in sections for block in section.blocks if isinstance(block, Media)]
     held = embed(galleries)
-    return template().render(
-        title=title, lead=lead, sections=sections, held=held, css=Markup((HERE / "page.css").read_text()),
-        svg=lambda plot: svg_of(plot, out), link=lambda path: link(path, out),
-        left_out=left_out(galleries, held),
+    env = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    env.filters |= {"words": words, "numeric": numeric, "rows": rows_of, "files": files}
+    env.filters |= {"svg": lambda plot: svg_of(plot, out), "link": lambda path: link(path, out)}
+    env.tests["of"] = lambda block, name: type(block).__name__ == name
+    return env.get_template("page.html").render(
+        title=title, lead=lead, sections=sections, held=held, left_out=left_out(galleries, held)
+    )

@@ -29,7 +29,7 @@ CONFIG = {
     **{"fusion?": list | str | None, "memory?": str | None, "compared_with?": list | None},
     **dict.fromkeys(("memory_dropout?", "lambda_world?", "flops_per_sample?"), NUMBER | None),
     **dict.fromkeys(("params_total?", "params_trainable?", "num_hypotheses?"), int | None),
-    "blind?": bool | None,
+    **dict.fromkeys(("blind?", "hypotheses_alike?"), bool | None),
 }
 EPISODE = {
     "suite": str,
@@ -178,8 +178,9 @@ def read_lines(
 
 def episode_wrong(row: dict) -> str:
     """Say what keeps a line from being an episode that either ran or crashed; "" for one that is."""
-    if "/" in row["checkpoint"] or row["checkpoint"].startswith("."):
-        return f"checkpoint {row['checkpoint']!r:.40} is no name"
+    name = row["checkpoint"]
+    if "/" in name or name.startswith(".") or len(name) > 200:
+        return f"checkpoint {name!r:.40} is no name"
     ran = isinstance(row.get("success"), bool) and isinstance(row.get("steps"), NUMBER)
     return "" if ran or row.get("crash") else f"success is {row.get('success')!r} without a crash"
 
@@ -253,7 +254,8 @@ def load_run(name: str, folder: Path, aside: list[Aside]) -> RunFolder:
     why = misfit(config, CONFIG)
     names = [config.get("compared_with") or [], sites] if not why else []
     if why or not all(isinstance(x, str) for some in names for x in some):
-        raise Refused(why or "fusion and compared_with must be lists of names")
+        why = why or "fusion and compared_with must be lists of names"
+        raise Refused(f"{folder / 'config.json'} cannot be used, {why}: train this run again")
     fusion = tuple(s for s in sites if s != "none")
     found = read_episodes(folder, bool(fusion), aside)
     newest, rows = found.popitem() if found else ("", [])
@@ -297,7 +299,7 @@ def load_runs(paths: tuple[Path, ...]) -> tuple[list[RunFolder], list[Aside]]:
         try:
             runs.append(load_run(name, folder, aside))
         except Refused as error:
-            aside.append(Aside(folder, f"config.json: {error}"))
+            aside.append(Aside(folder, str(error)))
     return fitting(runs, aside), aside
 
 

@@ -26,13 +26,14 @@ import numpy as np
 from scipy.stats import binomtest, ttest_1samp
 
 SITES = ("F2", "F3a", "F3as", "F3b")
+ALIKE = "B4dup"  # one hypothesis repeated; the record of a run says so, of earlier ones its arm's name
 BANKS = ("B4dropout", "B4noise", "B4ensemble", "B4mixture", "B4single", "B4mean", "B4min", "B4rwta")
 CONTROLS = ("r", "n", "c", "h")  # the same site: trained on noise, lambda 0, the present latent, past latents
 NAMED = {
     "E0": ("E0b",),  # a check: the second is blind
     "E2": ("E0", "E1s", "E2n", "E2c", "E2h"),
     **{site: ("E0", *(site + control for control in CONTROLS)) for site in SITES},
-    **dict.fromkeys(BANKS, ("B4dup", "E2")),
+    **dict.fromkeys(BANKS, (ALIKE, "E2")),
 }
 MODES = {"checks": ("off", "shuffle", "stale"), "signals": ("zero", "random")}  # beside an arm's own
 FAMILIES = ("primary", *MODES)
@@ -151,7 +152,7 @@ class Run:
         """What an arm is to others: none, or which control; `treated` for a memory that is meant to help."""
         if not self.fusion:
             return "blind" if self.blind else "none"
-        if self.config.get("hypothesis_method") == "repeat":
+        if self.config.get("hypotheses_alike", self.arm == ALIKE):
             return "dup"
         if self.memory == "pred":
             return "treated" if self.config.get("lambda_world", 1) else "lambda 0"

@@ -298,7 +298,7 @@ def glance_table(panels: dict[str, list[RunFolder]], looks: dict[str, int]) -> T
     return Table(header, rows, notes)
 
 
-MEASURED = {"params_total", "params_trainable", "flops_per_sample"}
+MEASURED = {"params_total", "params_trainable", "flops_per_sample", "hypotheses_alike"}
 TOLD = {"arm", "seed", "out", "total_samples", "data_provenance", "held_out"}  # elsewhere, or of one run
 
 

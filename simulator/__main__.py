@@ -7,11 +7,14 @@ python -m simulator verify                 # replay the recorded episodes in tes
 import importlib
 import sys
 
+from files import let_readers_go
+
 PROGRAMS = ("record", "verify")  # each a module beside this one, with main(argv)
 
 
 def main() -> None:
     """Hand the command line to the program that it names."""
+    let_readers_go()
     if sys.argv[1:2] and sys.argv[1] in PROGRAMS:
         importlib.import_module(f"simulator.{sys.argv[1]}").main(sys.argv[2:])
     elif sys.argv[1:2] in (["--help"], ["-h"]):

@@ -25,7 +25,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import tyro
 
-from files import Refused, check_numbers, read_json, reading_arrays, type_in
+from files import NO_ARRAY, Refused, check_numbers, read_json, type_in
 from simulator.env import CAMERAS, MUJOCO_VERSION, LiberoEnv, SimConfig, versions
 from simulator.pool import in_fresh_process
 from simulator.render import APT_LINE, check_gl, setup_gl
@@ -205,7 +205,7 @@ def read_run(folder: Path) -> dict[str, np.ndarray]:
     """
     names = ("actions", "state", "sim_state", "is_success")
     if (folder / "run.npz").exists():
-        with reading_arrays(), np.load(folder / "run.npz") as arrays:
+        with np.load(folder / "run.npz") as arrays:
             return {name: arrays[name] for name in names}
     if not any((folder / f"step00_{name}.png").exists() for name in ("image", "image2")):
         raise Refused("neither run.npz nor step00_image.png is there")
@@ -273,7 +273,7 @@ def replay_apart(case: Path, tolerance: float, texture_colorspace: str) -> Repla
     one = functools.partial(replay, texture_colorspace=texture_colorspace, tolerance=tolerance)
     try:
         return in_fresh_process(one, case)
-    except (OSError, KeyError, ValueError) as error:
+    except (*NO_ARRAY, KeyError) as error:
         raise Refused(f"{case} is no complete recording: {error}: copy it anew") from error
     except (TypeError, AttributeError) as error:
         installed = versions()

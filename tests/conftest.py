@@ -6,12 +6,16 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])  # `python -m report` from any folder
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; what tests start inherits it
 
 # A shell starts what it runs in the background deaf to Ctrl-C, and children inherit that; tests send some.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+settings.register_profile("shared", deadline=None)  # a busy machine is slow now and then
+settings.load_profile("shared")
 
 
 @pytest.fixture

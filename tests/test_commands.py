@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from files import parse_numbers
+from prophet import MemoryMode
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = {  # how it is called, an option that people use first, one for experts
@@ -64,6 +66,12 @@ def test_a_value_that_cannot_be_is_one_line(line, said):
     assert done.returncode == 1 and done.stderr == f"error: {said}\n"
 
 
+@pytest.mark.parametrize("seed", ["1", "2"])
+def test_choices_stand_in_one_order(seed):
+    said = run("train.py --memory prde", PYTHONHASHSEED=seed, COLUMNS="200").stderr
+    assert ", ".join(map(repr, get_args(MemoryMode))) in said and "None" not in said
+
+
 def test_numbers_are_lists_and_ranges_in_the_order_given():
     assert (
         parse_numbers("7,0-2, 5", "--task-ids") == [7, 0, 1, 2, 5] and parse_numbers("", "--task-ids") == []
@@ -85,7 +93,14 @@ def test_numbers_that_are_written_out_come_back(numbers):
     assert parse_numbers(",".join(map(str, numbers)), "--episodes") == numbers
 
 
-def test_help_may_be_cut_off_by_who_reads_it():
-    line = f"{sys.executable} train.py --help | head -1"
-    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.startswith("usage: train.py") and done.stderr == ""
+@pytest.mark.parametrize(
+    "line",
+    [*(f"{program} --help" for program in PROGRAMS), "-m simulator --help"]
+    + [f"run_matrix.sh demo {action}" for action in ("--help", "--dry-run", "--list")],
+)
+def test_what_is_said_may_be_cut_off_by_who_reads_it(line):
+    command = ["bash" if line.startswith("run_matrix") else sys.executable, *line.split()]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()  # before a word is said
+    assert process.stderr.read() == b"" and process.wait() == 0
+    process.stderr.close()

@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data import sample_order, sample_rng
@@ -154,7 +154,6 @@ def test_a_batch_speaks_lerobots_names(tmp_path):
     assert torch.equal(batch["action"][1], torch.from_numpy(demos.action[[7, 7, 7]]))
 
 
-@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 12), st.integers(1, 4))
 def test_no_chunk_history_or_future_leaves_its_episode(lengths, count, stride):
     demos = toy_demos(lengths, size=1)
@@ -175,7 +174,6 @@ def test_no_chunk_history_or_future_leaves_its_episode(lengths, count, stride):
     assert (future[~valid] == np.broadcast_to(last, future.shape)[~valid]).all()
 
 
-@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 8), st.integers(1, 3))
 def test_the_valid_fraction_is_what_the_lengths_say(lengths, K, stride):
     demos = toy_demos(lengths, size=1)
@@ -200,7 +198,6 @@ def test_statistics_match_numpy_and_take_the_population_spread():
         assert stats["count"].tolist() == [12]
 
 
-@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(0, 2**32 - 1), st.integers(0, 30), st.integers(0, 30))
 def test_the_order_is_pure_and_a_permutation_each_epoch(frames, seed, first, count):
     whole = sample_order(frames, seed, 0, 60 + frames)

@@ -39,6 +39,24 @@ def test_on_a_fresh_clone_an_evaluation_says_which_command_makes_a_run(copy):
     )
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            "--init tinny",
+            "--init tinny is no preset (tiny, base, libero), no folder and no hub id (owner/name)",
+        ),
+        ("--init runs/mine/last", "runs/mine/last"),
+        ("--vlm nowhere", "no folder 'nowhere': give a checkpoint folder, or a hub id"),
+        ("--freeze expert", "--init tiny --freeze expert: all but the expert stays random"),
+    ],
+)
+def test_a_mistake_is_said_before_minutes_are_spent_on_recording(copy, flags, said):
+    done = type_in(copy, "train.py", *flags.split())
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and said in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (copy / "data").exists()
+
+
 @pytest.mark.slow
 def test_the_two_lines_that_are_typed_first_record_train_and_roll_out(copy):
     done = type_in(copy, "-m", "torch.distributed.run", "train.py", "--fusion", "prefix_cross")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fusion import SITES
+from prophet import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 # From the top floor down; what shares a line may not import one another.
@@ -34,7 +35,7 @@ AT_THE_ROOT = {
     "train.py", "eval.py", "model.py", "fusion.py", "prophet.py", "data.py", "arm.py", "files.py", "ranks.py",
     "matrix.py", "run_matrix.sh", "setup.sh", "pyproject.toml", "README.md", "LICENSE", "docs", "tests",
     "smolvla", "readers", "latents", "simulator", "training", "rollouts", "report", "bench",
-    ".ci", ".git", ".gitignore",
+    "results", ".ci", ".git", ".gitignore",
 }  # fmt: skip
 LEFT_BY_USE = {
     ".venv",
@@ -160,6 +161,15 @@ def test_no_file_but_its_own_names_a_site(path):
     names = {name for site in SITES.values() for name in (site.name, site.gate_name)} - {"late", "world_gate"}
     named = re.compile(rf"\b({'|'.join(names)})\b|^late$|^late/|`late`|world_gate_\w")
     assert [(line, word) for line, word in words_of(path) if named.search(word)] == []
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in code() if p.name != "prophet.py" and p.parent.name != "bench"], ids=module
+)
+def test_no_file_but_its_own_names_a_hypothesis_method(path):
+    """What is measured needs one as an example; samples have noise and training dropout, too."""
+    names = METHODS.keys() - {"none", "noise", "dropout"}
+    assert [(line, word) for line, word in words_of(path) if word in names] == []
 
 
 def test_every_file_that_a_text_names_is_there():

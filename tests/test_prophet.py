@@ -88,7 +88,7 @@ def test_signflip_turns_half_of_the_variance_of_every_future_and_always_the_same
     assert torch.equal(flipped, plain * sign) and torch.equal(signs(given["spread"]), sign)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**31), st.integers(16, 128))
 def test_a_flipped_memorys_expected_cosine_with_the_plain_one_is_zero(seed, width):
     g = torch.Generator().manual_seed(seed)
@@ -117,7 +117,7 @@ def test_a_gates_strength_is_a_mode_like_any_other(name, scale):
             parse_mode(bad, 1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**31), st.floats(0.05, 20))
 def test_the_loss_is_zero_at_the_truth_and_bounded(seed, size):
     g = torch.Generator().manual_seed(seed)

@@ -65,7 +65,7 @@ def situations(draw):
     return config, inputs, noise, torch.rand(batch, 2, generator=g) * 0.9 + 0.05, memory
 
 
-PROPERTY = settings(max_examples=12, deadline=None)
+PROPERTY = settings(max_examples=12)
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 

@@ -46,6 +46,7 @@ from smolvla import kernels
 from smolvla.checkpoint import fresh_processor, read_cameras
 from smolvla.config import PRESETS, PRETRAINED, RECIPES
 from smolvla.fit import Fit
+from smolvla.folders import find_folder
 from smolvla.processor import Processor, Statistics, with_rename
 
 DEMO = Path("data/demo")
@@ -185,10 +186,18 @@ class StartConfig(ArmConfig, DataConfig):
 # ---- data and what is kept beside them ----------------------------------------------------------------
 
 
-def record_demo(rank: int, together: Together) -> None:
-    """Record the demo's demonstrations, on the first rank, where there are none."""
+def record_demo(config: StartConfig, rank: int, together: Together) -> None:
+    """Record the demo's demonstrations, on the first rank, where there are none.
+
+    Raises Refused for a start that is not there: now, not after minutes of recording.
+    """
     if together.gather(DEMO.is_dir())[0]:
         return
+    check_init(config)
+    if config.init not in PRESETS:
+        find_folder(config.init, config.revision)
+    if config.vlm is not None:
+        find_folder(config.vlm)
     if rank == 0:
         from simulator import record  # imports HDF5
 
@@ -260,12 +269,8 @@ def settle_cameras(config: StartConfig, folder: Path, start: str) -> StartConfig
         full = tuple(f"{camera_name(name)}={name}" for name in there)  # as lerobot and LIBERO name them
         config = dataclasses.replace(config, cameras=full)
     names = choose_cameras(config.cameras, None) or {}
+    check_init(config)
     if config.init not in PRESETS:
-        if "/" not in config.init and not Path(config.init).is_dir():
-            raise Refused(
-                f"--init {config.init} is no preset ({', '.join(PRESETS)}), no folder and no hub id "
-                "(owner/name): name one"
-            )
         known, renames = read_cameras(start, config.revision if start == config.init else None)
         besides = config.latent_cameras if config.sites else ()
         cameras = match_cameras(known, renames, there, config.cameras, besides)
@@ -283,6 +288,15 @@ def settle_cameras(config: StartConfig, folder: Path, start: str) -> StartConfig
 
 
 # ---- the arm ------------------------------------------------------------------------------------------
+
+
+def check_init(config: StartConfig) -> None:
+    """Raise Refused for a start that is neither a preset, nor a folder, nor a name that a hub could know."""
+    if config.init not in PRESETS and "/" not in config.init and not Path(config.init).is_dir():
+        raise Refused(
+            f"--init {config.init} is no preset ({', '.join(PRESETS)}), no folder and no hub id "
+            "(owner/name): name one"
+        )
 
 
 def check_trunk(config: StartConfig) -> None:

@@ -55,7 +55,7 @@ def test_several_cameras_lie_side_by_side_in_the_order_of_the_config():
         assert torch.equal(pictures, torch.cat([frames[camera] for camera in cameras], dim=-1))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(1, 6))
 def test_low_rank_pictures_survive_a_latent_of_their_rank(rank):
     demos = flat_demos(rank)
@@ -238,7 +238,7 @@ def test_data_that_cannot_carry_the_latents_are_refused():
         fit(still, SMALL)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 4), st.integers(1, 3), st.booleans()
 )

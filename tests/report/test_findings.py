@@ -140,8 +140,9 @@ def test_attention_is_spiky_above_that_over_hypotheses_that_are_alike(tmp_path):
     spiky = [log(0.1, x) for x in (0.4, 0.5, 0.45)]
     write(tmp_path, "B4mixture", {"pred": [30, 31, 32]}, spiky, num_hypotheses=4)
     write(tmp_path, "B4min", {"pred": [9, 9, 9]}, [log(0.1, x) for x in (0.1, 0.12, 0.09)], num_hypotheses=4)
-    alike = {"num_hypotheses": 4, "hypothesis_method": "repeat"}
-    write(tmp_path, "B4dup", {"pred": [10, 10, 11]}, [log(0.1, 0.1)] * 3, **alike)
+    write(tmp_path, "B4dup", {"pred": [10, 10, 11]}, [log(0.1, 0.1)] * 3, num_hypotheses=4)
+    alike = {"num_hypotheses": 4, "hypotheses_alike": True, "compared_with": ["B4dup"]}
+    write(tmp_path, "mine", {"pred": [10, 10, 11]}, [log(0.1, 0.1)] * 3, **alike)
     write(tmp_path, "E2", {"pred": [10, 12, 12]})
     said, found = judged(tmp_path)
     names = ("attention over hypotheses spikier than chance", "and growing", "above E2")
@@ -149,7 +150,7 @@ def test_attention_is_spiky_above_that_over_hypotheses_that_are_alike(tmp_path):
     assert [found["B4min", name].answer for name in names[:2]] == ["cannot be told"] * 2
     assert found["B4mixture", "above E2"].number.startswith("+49 (")
     assert said["B4mixture", "several futures help"] == "shown"
-    assert ("B4dup", "several futures help") not in said
+    assert ("B4dup", "several futures help") not in said and ("mine", "several futures help") not in said
 
 
 def test_a_bank_is_compared_on_tasks_with_two_right_answers_and_on_the_others(tmp_path):

@@ -173,7 +173,7 @@ def test_a_run_whose_record_is_broken_is_set_aside_and_the_rest_is_reported(tmp_
     write_run(tmp_path, "E0", {"off": [1]})
     (write_run(tmp_path, "odd'name\x1b", {"off": [1]}) / "config.json").write_text(text)
     (run,), (aside,) = reading.load_runs((tmp_path,))
-    assert run.arm == "E0" and aside.name == "odd'name_s0" and "config.json: " in aside.why
+    assert run.arm == "E0" and aside.name == "odd'name_s0" and "config.json cannot be used, " in aside.why
     subprocess.run(str(aside).rpartition("remove it: ")[2], shell=True, check=True, executable="bash")
     assert [path.name for path in tmp_path.iterdir()] == ["E0_s0"]
 
@@ -418,7 +418,7 @@ def test_runs_without_any_episode_are_refused(tmp_path):
     (tmp_path / "E0_s0" / "config.json").write_text("[]")
     runs, aside = reading.load_runs((tmp_path,))
     with pytest.raises(
-        Refused, match=r"of any run; set aside: E0_s0 \(.*cannot be used, it is \[\].*; run eval"
+        Refused, match=r"of any run; set aside: E0_s0 \(.*cannot be used, it is not a JSON.*; run eval"
     ):
         report.write_report(runs, tmp_path / "out", aside=aside)
 

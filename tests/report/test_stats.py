@@ -263,7 +263,6 @@ def test_families_are_named_beforehand_and_corrected_apart():
                 else tuple(e for e in run.episodes if e["memory"] == "pred")
             )
             config = {"F2n": {"lambda_world": 0}, "E2n": {"lambda_world": 0}, "X": {"compared_with": ["E0"]}}
-            config["B4dup"] = {"hypothesis_method": "repeat"}
             memory = {"E1s": "shuffle", "E2h": "history"}.get(arm, "pred")
             kept = tuple(e | {"memory": memory} if e["memory"] == "pred" else e for e in kept)
             panel.append(replace(run, arm=arm, memory=memory, episodes=kept, config=config.get(arm, {})))

@@ -12,9 +12,9 @@ import subprocess
 import sys
 import threading
 import time
-from array import array
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,25 +46,28 @@ def append(path: Path, *rows: dict) -> None:
 
 def episode(state: int, success: bool | None, memory: str = "pred", checkpoint: str = "step_000100") -> dict:
     row = {"suite": "goal", "task_id": 1, "init_state": state, "success": success, "memory": memory}
-    return row | {"checkpoint": checkpoint, "crash": None if success is not None else "died", "seed": 7}
+    ran = {"steps": 50, "crash": None if success is not None else "died", "seed": 7, "protocol": {"fps": 20}}
+    return row | {"checkpoint": checkpoint} | ran
 
 
 def seen(folder: Path) -> watch.Watched:
-    run = watch.Watched(folder.name, folder)
-    run.look()
-    return run
+    return watch.read(folder.name, folder)
+
+
+def counts(run: watch.Watched) -> tuple:
+    return run.checkpoint, {mode: (t.k, t.n, t.crashes) for mode, t in run.tallies.items()}
 
 
 def lines_of(shown, width: int = 100) -> list[str]:
     """What a terminal of that width shows."""
-    console = Console(width=width, file=io.StringIO())
+    console = Console(width=width, file=io.StringIO(), **watch.PLAIN)
     console.print(shown)
     return [line.rstrip() for line in console.file.getvalue().splitlines()]
 
 
 def text_of(run: watch.Watched, width: int = 100) -> str:
     """One run in full, as words: how wide columns are is rich's affair."""
-    return "\n".join(re.sub(" {2,}", "   ", line) for line in lines_of(watch.detail(run), width))
+    return "\n".join(re.sub(" {2,}", "   ", line) for line in lines_of(watch.detail(run, width), width))
 
 
 def age(path: Path, seconds: float) -> None:
@@ -95,21 +98,24 @@ def test_view_has_the_numbers_of_the_log(tmp_path):
     assert run.state == "running" and "rollouts" not in text
 
 
-def test_only_what_is_new_is_parsed_and_a_half_written_line_waits(tmp_path, monkeypatch):
-    folder = make_run(tmp_path)
-    path = folder / "metrics.jsonl"
+def test_only_what_changed_is_read_and_a_half_written_line_waits(tmp_path, monkeypatch):
+    path, known, taken, read = make_run(tmp_path) / "metrics.jsonl", {}, [], watch.read
+    make_run(tmp_path, "E2-s1")
+    monkeypatch.setattr(watch, "read", lambda name, folder: taken.append(name) or read(name, folder))
     append(path, *(line(i) for i in range(1, 51)))
-    run, taken, add = seen(folder), [], watch.Log.add
-    monkeypatch.setattr(watch.Log, "add", lambda self, text: taken.append(text) or add(self, text))
+    age(path, 60)
+    assert watch.look((tmp_path,), known)[0].samples == 500 and taken == ["E2-s0", "E2-s1"]
     half = json.dumps(line(51))
     with path.open("a") as file:
         file.write(half[:30])
-    run.look()
-    assert run.log.samples == 500 and taken == []
+    run = watch.look((tmp_path,), known)[0]
+    assert (run.samples, run.broken) == (500, 0) and taken[2:] == ["E2-s0"]
+    age(path, 30)
     with path.open("a") as file:
         file.write(half[30:] + "\n")
-    run.look()
-    assert run.log.samples == 510 and taken == [json.loads(half)] and len(run.log.curves["loss"]) == 51
+    assert watch.look((tmp_path,), known)[0].samples == 510 and taken[3:] == ["E2-s0"]
+    watch.look((tmp_path,), known)
+    assert len(taken) == 4
 
 
 def test_view_follows_a_run_that_is_being_written(tmp_path):
@@ -121,31 +127,28 @@ def test_view_follows_a_run_that_is_being_written(tmp_path):
             for at in range(0, len(rows), 701):
                 file.write(rows[at : at + 701])
                 file.flush()
-                time.sleep(0.002)
+                time.sleep(0.005)
 
     writer = threading.Thread(target=write)
     writer.start()
-    run, counts = seen(folder), []
+    seen_then = []
     while writer.is_alive():
-        run.look()
-        counts.append(len(run.log.curves["loss"]))
+        seen_then.append(seen(folder).samples)
     writer.join()
-    run.look()
-    assert counts == sorted(counts) and len({*counts}) > 2  # it was seen on the way
-    assert list(run.log.curves["loss"]) == [2 / i for i in range(1, 101)]
-    assert run.log.broken == 0 and run.state == "finished" and run.log.average == pytest.approx(20)
+    run = seen(folder)
+    assert seen_then == sorted(seen_then) and len({*seen_then}) > 2  # it was seen on the way
+    assert list(run.curves["loss"]) == [2 / i for i in range(1, 101)]
+    assert run.broken == 0 and run.state == "finished" and run.average == pytest.approx(20)
 
 
 def test_resumed_run_is_read_anew(tmp_path):
-    folder = make_run(tmp_path)
-    path = folder / "metrics.jsonl"
+    path, known = make_run(tmp_path) / "metrics.jsonl", {}
     append(path, *(line(i) for i in range(1, 31)))
-    run = seen(folder)
+    watch.look((tmp_path,), known)
     path.write_text("".join(json.dumps(line(i)) + "\n" for i in range(1, 21)))  # as train.py cuts it
     append(path, *(line(i, loss=9.0) for i in range(21, 41)))
-    run.look()
-    assert list(run.log.curves["loss"]) == [2 / i for i in range(1, 21)] + [9.0] * 20
-    assert run.log.samples == 400
+    [run] = watch.look((tmp_path,), known)
+    assert list(run.curves["loss"]) == [2 / i for i in range(1, 21)] + [9.0] * 20 and run.samples == 400
 
 
 def test_broken_lines_are_counted_not_hidden(tmp_path):
@@ -169,8 +172,7 @@ def test_run_that_went_quiet_is_stalled_then_maybe_killed(tmp_path, quiet, state
     assert run.state == state and f"state   {state}: " in text_of(run)
     append(folder / "metrics.jsonl", line(100))
     age(folder / "metrics.jsonl", quiet)
-    run.look()
-    assert run.state == "finished"
+    assert seen(folder).state == "finished"
 
 
 def test_run_with_slow_lines_has_longer_to_be_quiet(tmp_path):
@@ -204,17 +206,15 @@ def test_rollouts_count_the_newest_checkpoint_once_and_crashes_apart(tmp_path):
     rows += [episode(i, True, checkpoint="step_000020") for i in range(20)]
     append(folder / "episodes.jsonl", *rows)
     append(folder / "episodes_rank1.jsonl", *(episode(i, False, "off") for i in range(5)))
-    run = seen(folder)
     low, high = (f"{100 * x:.0f}" for x in stats.wilson(7, 10))
-    lines = lines_of(watch.detail(run))
+    lines = lines_of(watch.detail(seen(folder), 100))
     start = next(i for i, x in enumerate(lines) if x.startswith("rollouts of step_000100"))
     assert [x.split() for x in lines[start + 1 :]] == [
         ["pred", "7/10", "70%", low, "to", high, "%", "1", "crashed"],
         ["off", "0/5", "0%", "0", "to", "43", "%"],
     ]
     append(folder / "episodes_rank1.jsonl", episode(5, True, "off"))
-    run.look()
-    assert run.rollouts.newest[1] == {"pred": [7, 10, 1], "off": [1, 6, 0]}
+    assert counts(seen(folder)) == ("step_000100", {"pred": (7, 10, 1), "off": (1, 6, 0)})
 
 
 def test_values_are_those_of_the_json_whatever_stands_around_them(tmp_path):
@@ -227,15 +227,15 @@ def test_values_are_those_of_the_json_whatever_stands_around_them(tmp_path):
     append(folder / "episodes.jsonl", tricky | {"protocol": nested}, episode(5, True) | {"protocol": nested})
     append(folder / "metrics.jsonl", line(1) | {"late/loss": 5.0, "loss_scale": 2}, line(2, loss=1e-7))
     run = seen(folder)
-    assert run.rollouts.newest == ("step_000100", {"pred": [1, 1, 1]}) and run.rollouts.broken == 0
-    assert list(run.log.curves["loss"]) == [2, 1e-7]
+    assert counts(run) == ("step_000100", {"pred": (1, 1, 1)}) and run.broken == 0
+    assert list(run.curves["loss"]) == [2, 1e-7]
 
 
 def test_arm_without_fusion_has_one_rollout_mode(tmp_path):
     folder = make_run(tmp_path, fusion=["none"], blind=True)
     append(folder / "episodes.jsonl", episode(1, True, "pred"), episode(2, False, "off"))
     run = seen(folder)
-    assert run.rollouts.newest[1] == {"off": [1, 2, 0]} and "arm E2: no memory, blind, seed 0" in text_of(run)
+    assert counts(run)[1] == {"off": (1, 2, 0)} and "arm E2: no memory, blind, seed 0" in text_of(run)
 
 
 # ---- shapes on the screen
@@ -249,16 +249,16 @@ def test_no_line_is_wider_than_the_terminal(tmp_path, width):
     )
     append(folders[0] / "episodes.jsonl", episode(1, True, "signflip"))
     runs = [seen(folder) for folder in folders]
-    for shown in (watch.overview(runs, width), *map(watch.detail, runs)):
+    for shown in (watch.overview(runs, width), *(watch.detail(run, width) for run in runs)):
         lines = lines_of(shown, width)
         assert lines and max(map(len, lines)) <= width
 
 
 def test_wide_overview_has_every_column_and_a_narrow_one_what_matters(tmp_path):
-    runs = [seen(make_run(tmp_path, f"E2-n64000-s{i}")) for i in range(2)]
-    append(runs[0].folder / "metrics.jsonl", *(line(i) for i in range(1, 41)))
-    append(runs[0].folder / "episodes.jsonl", episode(1, True), episode(2, False))
-    runs[0].look()
+    folders = [make_run(tmp_path, f"E2-n64000-s{i}") for i in range(2)]
+    append(folders[0] / "metrics.jsonl", *(line(i) for i in range(1, 41)))
+    append(folders[0] / "episodes.jsonl", episode(1, True), episode(2, False))
+    runs = [seen(folder) for folder in folders]
     header, first, second = (re.split(r" {2,}", x) for x in lines_of(watch.overview(runs, 100), 100)[:3])
     assert header == ["run", "state", "done", "samples/s", "left", "loss", "checkpoint", "solved"]
     loss = f"{sum(2 / i for i in range(37, 41)) / 4:.4f}"
@@ -269,16 +269,16 @@ def test_wide_overview_has_every_column_and_a_narrow_one_what_matters(tmp_path):
 
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=200), st.integers(1, 80))
 def test_spark_fits_and_rises_where_the_values_do(values, width):
-    drawn = watch.spark(array("d", sorted(values)), width)
+    drawn = watch.spark(np.array(sorted(values)), width)
     assert len(drawn) == min(width, len(values)) and list(drawn) == sorted(drawn)
 
 
 def test_spark_shows_its_ends_the_mean_of_parts_and_what_is_not_finite():
-    assert watch.spark(array("d", [1, 10, 100]), 3) == "▁▅█"  # by logarithms: 10 is in the middle
-    assert watch.spark(array("d", [-1, 0, 1]), 3) == "▁▅█"
-    assert watch.spark(array("d", [1, 3, 200, 0]), 2) == "▁█"
-    assert watch.spark(array("d", [1, float("nan"), 100, float("inf")]), 4) == "▁×█×"
-    assert watch.spark(array("d", [5, 5]), 9) == "▁▁" and watch.spark(array("d"), 9) == ""
+    assert watch.spark(np.array([1, 10, 100]), 3) == "▁▅█"  # by logarithms: 10 is in the middle
+    assert watch.spark(np.array([-1, 0, 1]), 3) == "▁▅█"
+    assert watch.spark(np.array([1, 3, 200, 0]), 2) == "▁█"
+    assert watch.spark(np.array([1, float("nan"), 100, float("inf")]), 4) == "▁×█×"
+    assert watch.spark(np.array([5, 5]), 9) == "▁▁" and watch.spark(np.array([]), 9) == ""
 
 
 def test_not_a_number_in_the_log_is_drawn(tmp_path):
@@ -297,7 +297,7 @@ def test_not_a_number_in_the_log_is_drawn(tmp_path):
         (7199, "120 min"),
         (9000, "2.5 h"),
         (10 * 86400, "10 d"),
-        (None, "-"),
+        (float("nan"), "-"),
     ],
 )
 def test_durations_are_in_the_unit_a_person_would_use(seconds, text):
@@ -360,7 +360,7 @@ def test_markup_and_escapes_in_names_are_shown_not_obeyed(tmp_path):
     folder = make_run(tmp_path, "[red]E2[", arm="[bold]x[/]\x1b[2J", memory="[link=a]m")
     append(folder / "episodes.jsonl", episode(1, True, "[blink]pred"))
     run = seen(folder)
-    for shown in (watch.detail(run), watch.overview([run, run], 200)):
+    for shown in (watch.detail(run, 200), watch.overview([run, run], 200)):
         text = "\n".join(lines_of(shown, 200))
         assert "[red]E2[" in text and "\x1b" not in text
     assert "[blink]pred" in text_of(run) and "[bold]x[/]" in text_of(run)

@@ -183,7 +183,7 @@ def test_a_right_and_an_opposite_hypothesis_have_the_gap_that_a_hand_computes():
     assert [same[name] for name in BANK] == pytest.approx([1, 0, 0, 0, 0], abs=1e-5)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seeds, st.permutations(range(4)))
 def test_the_order_of_hypotheses_does_not_matter(seed, order):
     arm, world, predicted = tiny.arm(), tiny.world(), normal(2, 4, K, D, seed=seed)
@@ -191,7 +191,7 @@ def test_the_order_of_hypotheses_does_not_matter(seed, order):
     assert near(a, b)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seeds, st.integers(2, 5), st.floats(1e-3, 1e3))
 def test_the_control_has_the_banks_mean_and_spread(seed, count, size):
     bank = size * normal(3, count, K, D, seed=seed) * torch.linspace(0.1, 3, K)[:, None]
@@ -238,7 +238,7 @@ def test_the_control_is_the_same_every_time_and_draws_from_no_global_generator()
 # ---- attention: the numbers ---------------------------------------------------------------------------
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seeds, st.integers(1, 4), st.integers(1, 5), st.floats(0.1, 20))
 def test_entropy_of_tokens_is_that_of_hypotheses_plus_that_of_steps_within(seed, count, steps, sharpness):
     p = (sharpness * normal(2, 3, 5, count * steps, seed=seed)).softmax(-1)
@@ -250,7 +250,7 @@ def test_entropy_of_tokens_is_that_of_hypotheses_plus_that_of_steps_within(seed,
     torch.testing.assert_close(mass.sum(-1), torch.ones(2, 3, 5))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seeds, st.integers(2, 4), st.integers(2, 5), st.floats(0.0, 50))
 def test_statistics_of_attention_are_bounded(seed, count, steps, sharpness):
     p = (sharpness * normal(2, 3, 5, count * steps, seed=seed)).softmax(-1)
