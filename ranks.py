@@ -287,6 +287,9 @@ class Stop:
             signal.signal(number, handler)
 
 
+MEMORY = (torch.OutOfMemoryError, MemoryError)  # a CPU's is a RuntimeError with words
+
+
 def run_program(
     main: Callable[[Any], None],
     config: type,
@@ -306,8 +309,11 @@ def run_program(
         line = str(error)
     except Unwritable as error:
         line = str(error)
-    except torch.OutOfMemoryError as error:
-        line = f"{str(error).splitlines()[0]}: raise --accumulate, or lower --batch-size or --num-envs"
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MEMORY) or "can't allocate memory" in str(error)):
+            raise
+        said = (str(error) or "out of memory").splitlines()[0]
+        line = f"{said}: raise --accumulate, or lower --batch-size or --num-envs"
     except KeyboardInterrupt:
         line = "interrupted; the same command goes on from here"
     finally:

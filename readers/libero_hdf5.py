@@ -154,7 +154,7 @@ def task_files(path: Path) -> list[Path]:
         finals = (stem, stem.with_name(stem.name + ".hdf5"), stem.with_name(stem.name + "_demo.hdf5"))
         if not any(final.is_file() for final in finals):
             raise Refused(
-                f"interrupted recording, {parts} has no final file: run `python -m simulator record` again"
+                f"interrupted recording, {parts} has no final file: run the command that began it again"
             )
     files = sorted(path.glob("[!.]*.hdf5"))  # a Mac leaves a ._ file beside each
     if not files:

@@ -192,7 +192,8 @@ def facts(run: Watched, width: int) -> Iterator[tuple[str, list[str]]]:
     said = f"last line {since(run.folder / 'metrics.jsonl')} ago, usual: {duration(run.usual)}"
     if run.state == "starting":
         said = f"no log line yet, for {since(run.folder / 'config.json')}"
-    speed = [f"{run.rate:,.1f} a second now, {run.average:,.1f} on average", f"{duration(run.left)} left"]
+    speed = [f"{run.rate:,.1f} a second now, {run.average:,.1f} on average"]
+    speed += [f"{duration(run.left)} left"] * (run.share < 1)
     yield "samples", [f"{run.samples:,.0f} of {run.budget:,}", *(speed if run.rate > 0 else [])]
     yield "state", [f"{run.state}: {said}"]
     for name, values in run.curves.items():

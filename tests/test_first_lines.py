@@ -65,8 +65,12 @@ def test_the_two_lines_that_are_typed_first_record_train_and_roll_out(copy):
     assert "data/demo is not there: recording the demo's demonstrations first" in said
     assert "done: runs/prefix_cross-pred-n48-s0/last" in said
     assert any("budget 48 samples at a peak rate of 0.001" in line for line in said)
+    [whole] = (copy / "data/demo").glob("*.hdf5")
+    whole.unlink()
+    whole.with_suffix(".parts").mkdir()  # as Ctrl-C leaves it
     blind = type_in(copy, "train.py", "--blind")  # newer, and has no site
     assert blind.returncode == 0, blind.stderr[-3000:]
+    assert "data/demo is not finished: going on with the demo's demonstrations first" in blind.stdout
     done = type_in(copy, "eval.py", "--memory", "zero")
     assert done.returncode == 0, done.stderr[-3000:]
     table = [line.split() for line in done.stdout.splitlines()[-3:]]

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import pytest
 import soak
+import torch
 from test_data import write_task
 
 import eval as evaluation
 import train
 from eval import EvalConfig
-from files import read_command_line
+from files import Refused, read_command_line
+from ranks import run_program
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,6 +75,15 @@ def test_a_folder_of_runs_names_them_and_a_chunk_has_an_end(tmp_path):
     done = run("eval.py", str(tmp_path))
     assert done.returncode == 1
     assert done.stderr == f"error: {tmp_path} holds 2 runs, name one: {tmp_path / 'a'} {tmp_path / 'b'}\n"
+
+
+def test_memory_that_is_not_there_is_one_line_and_other_errors_keep_their_place(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    given = (TrainConfig, None, Refused, train.OFTEN)
+    with pytest.raises(SystemExit, match=r"^error: .*can't allocate memory.*: raise --accumulate, or lower"):
+        run_program(lambda _: torch.empty(2**50, dtype=torch.uint8), *given)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        run_program(lambda _: torch.zeros(2) + torch.zeros(3), *given)
 
 
 TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

@@ -187,11 +187,12 @@ class StartConfig(ArmConfig, DataConfig):
 
 
 def record_demo(config: StartConfig, rank: int, together: Together) -> None:
-    """Record the demo's demonstrations, on the first rank, where there are none.
+    """Record the demo's demonstrations, on the first rank, where there are none, or go on recording them.
 
     Raises Refused for a start that is not there: now, not after minutes of recording.
     """
-    if together.gather(DEMO.is_dir())[0]:
+    unfinished = [path for path in DEMO.glob("*.parts") if not path.with_suffix(".hdf5").is_file()]
+    if not together.gather(bool(unfinished) or not any(DEMO.glob("[!.]*")))[0]:
         return
     check_init(config)
     if config.init not in PRESETS:
@@ -201,7 +202,8 @@ def record_demo(config: StartConfig, rank: int, together: Together) -> None:
     if rank == 0:
         from simulator import record  # imports HDF5
 
-        print(f"{DEMO} is not there: recording the demo's demonstrations first", flush=True)
+        what = "is not finished: going on with" if unfinished else "is not there: recording"
+        print(f"{DEMO} {what} the demo's demonstrations first", flush=True)
         record.run(record.DemoConfig(out=DEMO))
     together.gather(None)
 

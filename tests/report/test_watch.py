@@ -172,7 +172,7 @@ def test_run_that_went_quiet_is_stalled_then_maybe_killed(tmp_path, quiet, state
     assert run.state == state and f"state   {state}: " in text_of(run)
     append(folder / "metrics.jsonl", line(100))
     age(folder / "metrics.jsonl", quiet)
-    assert seen(folder).state == "finished"
+    assert seen(folder).state == "finished" and "left" not in text_of(seen(folder))
 
 
 def test_run_with_slow_lines_has_longer_to_be_quiet(tmp_path):
