@@ -279,8 +279,9 @@ def write_tables(
     """Write table.md, results.csv and the figures; return each panel's sections, and all in their order."""
     panels = panels_of(runs)
     if not panels:
-        names = ", ".join(run.name for run in runs)
-        raise Refused(f"no episodes in episodes.jsonl of {names}; run eval.py on a checkpoint first")
+        names = ", ".join(run.name for run in runs) or "any run"
+        left = "".join(f"; set aside: {each.name} ({each.why})" for each in aside)
+        raise Refused(f"no episodes in episodes.jsonl of {names}{left}; run eval.py on a checkpoint first")
     with naming(out):
         out.mkdir(parents=True, exist_ok=True)
     palette = figures.looks(sorted({run.arm for run in runs}))

@@ -1,9 +1,8 @@
 """Does memory grow? A training of 600 steps and an evaluation of 60 episodes, looked at as they go on.
 
-    python tests/growth.py          # some minutes; prints resident memory, of simulators too
+    python tests/growth.py          # some minutes; prints what they and their simulators have resident
 
-Shapes, data and episodes are as small as in tests/kills.py: what grows with each step or episode is seen
-all the better.
+Shapes, data and episodes are as small as in tests/kills.py: what grows with each step is seen all the better.
 """
 
 from __future__ import annotations
@@ -23,10 +22,9 @@ import soak  # noqa: E402
 LOOKS = 6
 
 
-def resident(process: int) -> float:
+def resident(process: int) -> int:
     """Resident memory of a process, MB."""
-    words = Path(f"/proc/{process}/statm").read_text().split()
-    return int(words[1]) * 4096 / 1e6
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * 4096 // 10**6
 
 
 def children(process: int) -> list[int]:
@@ -34,16 +32,18 @@ def children(process: int) -> list[int]:
     return [int(number) for number in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
-def watch(name: str, process: subprocess.Popen, lines: Path, total: int) -> None:
+def watch(name: str, line: list[str], lines: Path, total: int) -> None:
     """Print what a program holds each time that it has written another sixth of its lines."""
-    for look in range(1, LOOKS + 1):
-        wanted = look * total // LOOKS - (look == LOOKS)  # the last one before it ends
-        while count(lines) < wanted and process.poll() is None:
-            time.sleep(0.01)
-        if process.poll() is None:
-            others = [round(resident(child)) for child in children(process.pid)]
-            print(f"{name} {wanted:4d}: {resident(process.pid):6.0f} MB, its processes {others}", flush=True)
-    soak.finish(process)
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen([sys.executable, *line], cwd=ROOT, stdout=said, stderr=said)
+        for look in range(1, LOOKS + 1):
+            wanted = look * total // LOOKS - (look == LOOKS)  # the last one before it ends
+            while count(lines) < wanted and process.poll() is None:
+                time.sleep(0.05)
+            if process.poll() is None:
+                others = [resident(child) for child in children(process.pid)]
+                print(f"{name} {wanted:3d}: {resident(process.pid)} MB; its processes {others}", flush=True)
+        assert process.wait() == 0, (said.seek(0), said.read())[1]
 
 
 def count(lines: Path) -> int:
@@ -55,16 +55,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="growth_") as folder:
         home = Path(folder)
         rolls = kills.programs(home)["eval"].command(home / "rolls")
-        steps = [
-            *soak.command(home / "data", home / "steps", 600)[1:],
-            "--save-every",
-            "800",
-            "--keep-every",
-            "0",
-        ]
-        watch("step", kills.launch(steps), home / "steps" / "metrics.jsonl", 600)
-        more = ["--episodes-per-task", "30", "--num-envs", "1"]  # under two modes
-        watch("episode", kills.launch([*rolls, *more]), home / "rolls" / "episodes.jsonl", 60)
+        rolls += ["--episodes-per-task", "30", "--num-envs", "1"]  # under two modes
+        steps = soak.command(home / "data", home / "steps", 600)[1:]
+        steps += ["--save-every", "800", "--keep-every", "0"]
+        watch("step", steps, home / "steps" / "metrics.jsonl", 600)
+        watch("episode", rolls, home / "rolls" / "episodes.jsonl", 60)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -29,6 +30,7 @@ from arm import ArmConfig, fingerprint, load_arm, save_arm, stored_config
 from bench.control import ControlConfig
 from eval import EvalConfig, Work
 from files import (
+    NO_ARRAY,
     Refused,
     Unwritable,
     append_json,
@@ -539,6 +541,28 @@ def test_caches_of_data_that_are_only_to_be_read_lie_elsewhere(tmp_path, monkeyp
         for place in ("data/cache", "mine")
     ]
     assert made == [["picture", "world"]] * 2
+
+
+def test_whatever_numpy_raises_for_a_damaged_array_is_known(tmp_path):
+    """Bits of a header, which is Python, made a TokenError; of a packed array a zlib.error."""
+    np.save(tmp_path / "crc.npy", np.arange(45, dtype=np.uint32))
+    whole = (tmp_path / "crc.npy").read_bytes()
+    for bit in range(8 * 128):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "crc.npy").write_bytes(damaged)
+        for mode in (None, "r"):
+            with contextlib.suppress(*NO_ARRAY):
+                np.load(tmp_path / "crc.npy", mmap_mode=mode)
+    whole = (ROOT / "tests/libero_env/libero_goal_task1_init0/run.npz").read_bytes()
+    for at in range(0, len(whole), 211):
+        (tmp_path / "run.npz").write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        with contextlib.suppress(*NO_ARRAY, KeyError):
+            verify.read_run(tmp_path)
+
+
+def test_a_refusal_never_steers_the_terminal():
+    assert str(Refused("no tensor \x1b[2J\x07 here\n")) == "no tensor [2J here"
 
 
 # ---- whose results, and whose tasks ---------------------------------------------------------------------

@@ -415,6 +415,12 @@ def test_runs_without_any_episode_are_refused(tmp_path):
     write_run(tmp_path, "E0", {})
     with pytest.raises(Refused, match=r"no episodes in episodes\.jsonl of E0_s0; run eval\.py"):
         report.write_report(load(tmp_path), tmp_path / "out")
+    (tmp_path / "E0_s0" / "config.json").write_text("[]")
+    runs, aside = reading.load_runs((tmp_path,))
+    with pytest.raises(
+        Refused, match=r"of any run; set aside: E0_s0 \(.*cannot be used, it is not a JSON.*; run eval"
+    ):
+        report.write_report(runs, tmp_path / "out", aside=aside)
 
 
 def test_all_crashed_and_no_metrics_still_make_a_report(tmp_path):

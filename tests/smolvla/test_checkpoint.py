@@ -169,6 +169,13 @@ def test_tensors_that_do_not_fit_are_listed_in_one_error(folder):
     assert "\n" not in message
 
 
+def test_of_many_tensors_that_do_not_fit_some_are_named(folder):
+    edit_weights(folder, lambda tensors: [tensors.pop(name) for name in list(tensors)[3:]])
+    with pytest.raises(ValueError, match=r"missing .*; and \d+ more") as error:
+        load_policy(folder)
+    assert len(str(error.value)) < 1000
+
+
 def test_missing_and_unexpected_tensors_are_passed_over_on_demand_misshapen_ones_never(folder):
     def change(tensors):
         tensors["model.state_proj.extra"] = torch.zeros(1)
