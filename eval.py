@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 import time
 from contextlib import ExitStack, nullcontext
@@ -34,7 +35,7 @@ from data import Source
 from files import LARGEST, Refused, append_json, only_writer, read_json, write_json
 from latents.world import latents_for
 from prophet import GATE, ROLLOUT_MODES
-from ranks import run_program, start_ranks, wait_for_ranks
+from ranks import PATIENCE, Vigil, run_program, start_ranks, wait_for_ranks
 from readers.load import camera_names, find_data, load
 from readers.selection import DataConfig, camera_key, match_cameras, split_camera
 from rollouts.conform import check, compare, describe_checkpoint, describe_data, describe_environment, table
@@ -99,6 +100,9 @@ class EvalConfig(ProtocolConfig):
     offline: Path | None = None
     """Demonstrations to measure the action loss on, instead of rolling out: those episodes of the run's own
     data that it held out, or all of other data. Default modes then: all that the arm can have."""
+
+    cache: Path | None = None
+    """Folder of world latents, as training's, for --offline; of latents that are not there none are kept."""
 
     world_model: str | None = None
     """Folder or hub id of the world encoder's model; default: the one that it was trained with."""
@@ -209,6 +213,12 @@ def main(config: EvalConfig) -> None:
         check_simulator()
     # Ranks wait for one another only before the first episode and after a suite's last: for hours, maybe.
     rank, ranks, device = start_ranks("gloo", timedelta(days=30))
+    with Vigil(rank, ranks, PATIENCE, longest=math.inf):
+        evaluate_all(config, rank, ranks, device)
+
+
+def evaluate_all(config: EvalConfig, rank: int, ranks: int, device: torch.device) -> None:
+    """Measure offline, or roll out; a rank of several its share."""
     target = find_target(config, sited=bool(set(config.memory) - {"off"}))
     arm, processor = open_arm(config, target, device)
     for note in processor.notes if rank == 0 else ():
@@ -283,9 +293,8 @@ def evaluate_offline(config: EvalConfig, arm: Arm, processor: Processor, target:
     run = target.run
     for mode in config.memory:
         arm.needs(mode, rollout=False)
-    demos = load(
-        config.offline, in_memory=None, options=data_options(config.offline, config, run, arm, processor)
-    )
+    options = data_options(config.offline, config, run, arm, processor)
+    demos = load(config.offline, in_memory=None, options=options)
     episodes, tasks = np.arange(len(demos.first)), len(np.unique(demos.task))
     modes = list(config.memory) or held_out.measurable(arm, tasks)
     if demos.fingerprint == run.get("data_fingerprint"):
@@ -295,7 +304,10 @@ def evaluate_offline(config: EvalConfig, arm: Arm, processor: Processor, target:
                 f"--offline {config.offline}: {target.out} was trained on all episodes of it; record others, "
                 "or train with --val-every, which holds some out"
             )
-    latents = None if arm.encoder is None else latents_for(config.offline, arm.encoder, demos)
+    latents = None
+    if arm.encoder is not None:
+        home = options.cache_home(find_data(config.offline, options), config.cache)
+        latents = latents_for(home, arm.encoder, demos)
     source = Source(arm, processor, demos, latents, arm.scale.device, seed=0)
     found = held_out.measure(source, episodes, modes)
     found.check(target.folder)
@@ -356,7 +368,7 @@ def introduce(target: Target, plans: list[Plan], modes: tuple[str, ...]) -> None
     print(f"checkpoint {target.folder}, memory {' '.join(modes)} of {' '.join(ROLLOUT_MODES)}")
     for plan in plans:
         print(f"protocol {plan}")
-        if plan.scenes:
+        if plan.of_another_libero:
             print(
                 f"warning: LIBERO's files of {plan.sim.suite} are not those of {PACKAGE}: they decide what "
                 f"succeeds, and results say so (scenes {plan.scenes})"

@@ -25,11 +25,13 @@ import socket
 import sys
 import textwrap
 import time
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
+from tokenize import TokenError
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, Union, get_args, get_origin, get_type_hints
 
@@ -47,6 +49,14 @@ class Refused(ValueError):
 
     Programs print it as that line. Any other error is ours, and keeps its traceback.
     """
+
+    def __init__(self, line: str) -> None:
+        super().__init__(plain(line))  # names in it may be a stranger's
+
+
+def plain(text: str) -> str:
+    """Leave out what steers a terminal or breaks a page: control, format and lone surrogate characters."""
+    return text if text.isprintable() else "".join(filter(str.isprintable, text))
 
 
 def plain_name(name: object, where: object) -> str:
@@ -230,6 +240,19 @@ def unpacked(path: Path) -> bytes:
     return content
 
 
+# What numpy raises for a file that is no array, or half of one.
+NO_ARRAY = (
+    OSError,
+    ValueError,
+    EOFError,
+    SyntaxError,
+    TokenError,
+    MemoryError,
+    zlib.error,
+    zipfile.BadZipFile,
+)
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file, memory-mapped; a missing or broken one is Refused by name."""
     from safetensors import SafetensorError
@@ -333,11 +356,6 @@ class Busy(Refused):
     """Another process is at it."""
 
 
-def clean(line: str) -> str:
-    """Leave out what would steer a terminal, and what is too long."""
-    return "".join(letter for letter in line if letter.isprintable())[:300]
-
-
 @contextmanager
 def locked(
     path: Path,
@@ -360,7 +378,7 @@ def locked(
                 break
             except BlockingIOError:
                 file.seek(0)
-                holder = f"{clean(file.read(400)) or 'another process'} is at it"
+                holder = f"{plain(file.read(300)) or 'another process'} is at it"
             except OSError as error:  # a file system without locks
                 say(f"warning: {file.name} cannot be locked ({error}): see that no two processes use it")
                 break

@@ -462,7 +462,7 @@ def outputs(call: tuple[nn.Module, tuple]) -> list[Tensor]:
     values = values.float().repeat_interleave(q.shape[1] // values.shape[1], dim=1)  # G -> H heads
     found, out = [], block.self_attn.o_proj
     for seen in (mask.hidden, mask.shown):
-        context = probabilities(q, keys, seen) @ values  # (B, H, C, d)
+        context = probabilities(q, keys, seen[:, :, : q.shape[2]]) @ values  # (B, H, C, d)
         found.append(out(context.transpose(1, 2).flatten(2).to(out.weight.dtype)))
     return found
 
@@ -472,7 +472,7 @@ def layer_attention(
 ) -> Tensor:
     """Recompute the attention (B, H, C, S) of an expert layer (layers.Block), with what `mask` shows."""
     q, keys, _ = layer_inputs(block, x, rope, past)
-    return probabilities(q, keys, mask)
+    return probabilities(q, keys, mask[:, :, : q.shape[2]])  # laid out: the same for each head
 
 
 def layer_inputs(

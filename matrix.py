@@ -32,7 +32,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from files import Busy, Refused, clean, let_readers_go, locked, parse_json, replace_text, sign
+from files import Busy, Refused, let_readers_go, locked, parse_json, plain, replace_text, sign
 from smolvla.config import PRETRAINED, RECIPES
 
 WHOLE, TASK = "[1-9][0-9]{0,14}", "[0-9]{1,4}(-[0-9]{1,4})?"
@@ -41,12 +41,14 @@ NUMBERS = {  # variable: what each of its words must look like, an example; a li
     "EVAL_AT": (WHOLE, "'16000 32000'"),
     "SEEDS": ("[0-9]{1,9}", "'0 1 2'"),
     "TASKS": (f"{TASK}(,{TASK})*", "'0 3 5-7'"),
-    **dict.fromkeys(("EPISODES", "DEMOS", "JOBS", "WORLD_STRIDE"), (WHOLE, "4")),
+    "EPISODES": (WHOLE, "'40 20'"),
+    **dict.fromkeys(("DEMOS", "JOBS", "WORLD_STRIDE"), (WHOLE, "4")),
     **dict.fromkeys(("DISPLACE", "NOISE"), (r"[0-9]{0,9}\.?[0-9]{1,9}", "0.06")),
 }
 LATENTS = ("encoder", "camera", "dim", "resolution", "clip", "model", "revision")  # --world-...
 ACTIONS = ("", "--dry-run", "--list", "--prepare", "--cell", "--report")
 GRACE = 60  # seconds that commands have to save what they have, once they are asked to stop
+UNSEEN = "10"  # demonstrations a task for losses on frames that no cell is trained on
 KEPT = 300  # log lines of a finished cell that are kept
 LOOK = 60  # seconds between two looks at a cell that runs
 STARTED = time.monotonic()
@@ -107,6 +109,7 @@ class Job:
             if not fit or (len(words) > 1 and " " not in example):
                 raise Refused(f"{name} {env[name]!r} cannot be: give numbers, as in {name}={example}")
         self.recorded, tiny = bool(env["RECORDED"]), self.init == "tiny"
+        self.offline = env.get("OFFLINE", "")  # demonstrations that no cell is trained on
         self.suites = [f"libero_{suite.removeprefix('libero_')}" for suite in env["SUITES"].split()]
         if not self.suites:
             example = "SUITES='libero_object libero_goal'"
@@ -118,7 +121,7 @@ class Job:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.jobs = int(env.get("JOBS") or len(self.devices) or (cores if tiny else 1))
         share = max(1, cores // self.jobs)  # of the cores, for each cell
-        threads = [] if tiny else ["--threads", str(share)]
+        self.threads = threads = [] if tiny else ["--threads", str(share)]
         self.envs = 1 if tiny else share
         features = "data/features_" + f"{self.data}_{self.init}".replace("/", "_")
         self.features = "" if tiny else env.get("FEATURES", features)
@@ -136,7 +139,11 @@ class Job:
         every = math.gcd(*early) or env["SAVE_EVERY"]  # the largest step that meets them all
         self.train_flags += ["--save-every", str(every)] if every else []
 
-        self.eval_flags = ["--episodes-per-task", env["EPISODES"], "--num-envs", str(self.envs)]
+        starts = [*map(int, env["EPISODES"].split())]  # a task, under an arm's own mode; in all else
+        if len(starts) > 2:
+            raise Refused(f"EPISODES '{env['EPISODES']}' cannot be: give one number, or two")
+        self.starts = starts[0], starts[-1]
+        self.eval_flags = ["--num-envs", str(self.envs)]
         self.eval_flags += [*self.flags("PRESET_EVAL_FLAGS"), *threads]
         self.eval_flags += ["--suite", *self.suites] if not self.recorded or len(self.suites) > 1 else []
         self.eval_flags += ["--task-ids", ",".join(self.tasks)] if not self.recorded else []
@@ -193,12 +200,17 @@ def choose(job: Job, action: str, only: str) -> list[Cell]:
 def recordings(job: Job) -> list[list[str]]:
     """Return the commands that record demonstrations, a suite each, into one folder; none for given data."""
     env, record = job.env, ["python", "-m", "simulator", "record"]
-    flags = ["--task-ids", ",".join(env["TASKS"].split()), "--demos-per-task", env.get("DEMOS", "")]
-    flags += ["--init-states", "0-9"]  # rollouts start from the others
+    flags = ["--task-ids", ",".join(env["TASKS"].split())]
     flags += ["--displace", env.get("DISPLACE", ""), "--noise", env.get("NOISE", ""), "--size", "128"]
     flags += ["--either", env["EITHER"]] if env.get("EITHER") else []
-    flags += ["--draw", "fast", "--reset", "soft", "--workers", str(job.jobs), "--out", job.data]
-    return [[*record, "--suite", suite, *flags] for suite in job.suites] if job.recorded else []
+    flags += ["--draw", "fast", "--reset", "soft", "--workers", str(job.jobs)]
+    sets = [(job.data, "0-9", env.get("DEMOS", ""))]  # rollouts start from the other states
+    sets += [(job.offline, "10-19", UNSEEN)] if job.offline else []
+    return [
+        [*record, "--suite", suite, *flags, "--init-states", states, "--demos-per-task", demos, "--out", out]
+        for out, states, demos in sets
+        for suite in (job.suites if job.recorded else ())
+    ]
 
 
 def training(job: Job, cell: Cell, *where: str) -> list[str]:
@@ -228,6 +240,13 @@ def world_flags(flags: list[str]) -> tuple[str, ...]:
     return tuple(word for part in parts if part[0].removeprefix("--world-") in LATENTS for word in part)
 
 
+def rollouts(job: Job, cell: Cell) -> list[tuple[int, list[str], int]]:
+    """Say what is rolled out: samples of the checkpoint, memory modes, starts a task."""
+    own, more, (first, others) = cell.arm.modes[:1], cell.arm.modes[1:], job.starts
+    last = [(own, first), (more, others)] if more and first != others else [(own + more, first)]
+    return [(cell.budget, *what) for what in last] + [(at, own, others) for at in cell.early]
+
+
 def steps(job: Job, cell: Cell, dry: bool = False) -> Iterator[tuple[list[str], Callable[[], bool]]]:
     """Yield a cell's commands, each with what tells whether it is done; Refused for a missing checkpoint.
 
@@ -238,17 +257,27 @@ def steps(job: Job, cell: Cell, dry: bool = False) -> Iterator[tuple[list[str], 
     train = ["python", "train.py", "--arm", cell.arm.name, *compared]
     train += training(job, cell, "--out", str(folder))
     yield train, lambda: parse(text(folder / "last" / "state.json")).get("samples") == cell.budget
-    for at in (cell.budget, *cell.early):
-        found = [folder]
-        if at < cell.budget:
-            states = [] if dry else sorted(folder.glob("step_*/state.json"))
-            found = [state.parent for state in states if parse(text(state)).get("samples") == at]
-            found += [folder / f"step_{at // job.batch:06d}"] if dry else []
-        if not found:
-            raise Refused(f"{folder} has no checkpoint of {at} samples: choose another OUT")
-        modes = cell.arm.modes if at == cell.budget else cell.arm.modes[:1]
-        roll_out = ["python", "eval.py", str(found[0]), "--memory", *modes, *job.eval_flags]
+    for at, modes, starts in rollouts(job, cell):
+        roll_out = ["python", "eval.py", str(checkpoint(job, cell, at, dry)), "--memory", *modes]
+        roll_out += ["--episodes-per-task", str(starts), *job.eval_flags]
         yield roll_out, (folder / "episodes.jsonl").exists
+    for at in (cell.budget, *cell.early) if job.offline else ():
+        measure = ["python", "eval.py", str(checkpoint(job, cell, at, dry)), "--offline", job.offline]
+        yield [*measure, *job.threads], (folder / "offline.jsonl").exists
+
+
+def checkpoint(job: Job, cell: Cell, at: int, dry: bool) -> Path:
+    """Find a cell's checkpoint of so many samples: the run folder itself for the last."""
+    folder = job.out / cell.name
+    if at == cell.budget:
+        return folder
+    if dry:
+        return folder / f"step_{at // job.batch:06d}"
+    states = sorted(folder.glob("step_*/state.json"))
+    found = [state.parent for state in states if parse(text(state)).get("samples") == at]
+    if not found:
+        raise Refused(f"{folder} has no checkpoint of {at} samples: choose another OUT")
+    return found[0]
 
 
 # ---- what is there, and what is left -------------------------------------------------------------------
@@ -299,8 +328,8 @@ def standing(job: Job, cell: Cell, live: bool = False) -> tuple[float | None, tu
     found = [parse(text(folder / "last" / "state.json")).get("samples")]
     found += numbers(folder.glob("metrics.jsonl"), "samples")[-1:] if live else []
     samples = min(cell.budget, max([0, *(n for n in found if isinstance(n, int))]))
-    starts = int(job.env["EPISODES"]) * len(job.tasks) * len(job.suites)
-    wanted = starts * (len(cell.arm.modes) + len(cell.early))
+    places = len(job.tasks) * len(job.suites)
+    wanted = places * sum(len(modes) * starts for _, modes, starts in rollouts(job, cell))
     lines = sum(text(path).count("\n") for path in folder.glob("episodes*.jsonl"))
     episodes = min(wanted, lines)  # what else was rolled out by hand is there, too
 
@@ -407,7 +436,7 @@ class Crew:
         if code := process.returncode:
             lines = text(Path(log.name)).strip().splitlines() if log else []
             ended = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
-            raise Failed(f"{ended}: {clean(lines[-1] if lines else shlex.join(command))}")
+            raise Failed(f"{ended}: {plain(lines[-1] if lines else shlex.join(command))[:300]}")
 
     def stop(self) -> None:
         """Ask all commands to end, wait for what they save, then kill what is left of them."""

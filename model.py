@@ -52,11 +52,13 @@ from smolvla.language import language_sizes, read_language
 from smolvla.layers import (
     Connector,
     Expert,
+    Mask,
     TextModel,
     VisionTower,
     WorldMask,
     join,
-    mask_rows,
+    lay_out,
+    remake,
     resize_with_pad,
     rope_table,
 )
@@ -68,37 +70,38 @@ class Prefix(NamedTuple):
 
     # Per expert layer keys and values, (B, G, P, d) each, projected where the layer cross-attends.
     kv: list[tuple[Tensor, Tensor]]
-    mask: Tensor  # (B, P) bool, false at padding and at world tokens
+    masks: tuple[Mask, Mask]  # what actions see in self layers and in cross layers, laid out
     offset: Tensor  # (B,) number of unpadded tokens: where the actions' positions start
-    shown: Tensor | None = None  # (B, P) bool, with world tokens, where there are any
-    strength: Tensor | None = None  # () their gate's
-    bias: Tensor | None = None  # (B, P), added to the logits of world tokens, where hypotheses have odds
 
     def repeat(self, times: int) -> Prefix:
         """Repeat each sample `times` times in a row: several flow draws then share one prefix pass."""
         if times == 1:
             return self
-        each = lambda x: None if x is None else x.repeat_interleave(times, dim=0)  # noqa: E731
+        each = lambda x: x.repeat_interleave(times, dim=0)  # noqa: E731
         kv = [(each(k), each(v)) for k, v in self.kv]
-        shown, bias = each(self.shown), each(self.bias)
-        return Prefix(kv, each(self.mask), each(self.offset), shown, self.strength, bias)
+        return Prefix(kv, tuple(remake(mask, each) for mask in self.masks), each(self.offset))
 
-    def masks(self, chunk: int) -> tuple[Tensor | WorldMask, Tensor | WorldMask]:
-        """Say what actions may see in self layers, (B, 1, C, P + C), and in cross layers, (B, 1, C, P)."""
-        own = torch.arange(chunk, device=self.mask.device)
-        causal = (own[None, :] <= own[:, None]).expand(len(self.mask), -1, -1)
 
-        def over(keys: Tensor) -> tuple[Tensor, Tensor]:
-            cross = keys[:, None, :].expand(-1, chunk, -1)  # (B, P) -> (B, C, P)
-            return torch.cat([cross, causal], dim=2)[:, None], cross[:, None]
+def action_masks(mask: Tensor, chunk: int, world: WorldTokens | None) -> tuple[Mask, Mask]:
+    """Say what actions see beside a prefix (B, P): (B, 1, C, P + C) in self layers, (B, 1, C, P) in cross.
 
-        hidden = over(self.mask)
-        if self.shown is None:
-            return hidden
-        shown = over(self.shown)
-        if self.bias is not None:
-            shown = tuple(with_bias(x, F.pad(self.bias, (0, x.shape[3] - self.bias.shape[1]))) for x in shown)
-        return tuple(WorldMask(a, b, self.strength) for a, b in zip(hidden, shown, strict=True))
+    World tokens, where there are any, are the last of the prefix, and count among its P here.
+    """
+    own = torch.arange(chunk, device=mask.device)
+    causal = (own[None, :] <= own[:, None]).expand(len(mask), -1, -1)
+
+    def over(keys: Tensor) -> tuple[Tensor, Tensor]:
+        cross = keys[:, None, :].expand(-1, chunk, -1)  # (B, P) -> (B, C, P)
+        return torch.cat([cross, causal], dim=2)[:, None], cross[:, None]
+
+    if world is None:
+        return over(mask)
+    hidden = over(F.pad(mask, (0, world.x.shape[1])))  # (B, P) -> (B, P + m)
+    shown = over(torch.cat([mask, world.finite], dim=1))
+    if world.bias is not None:
+        bias = F.pad(world.bias, (mask.shape[1], 0))  # (B, m) -> (B, P + m)
+        shown = tuple(with_bias(x, F.pad(bias, (0, x.shape[3] - bias.shape[1]))) for x in shown)
+    return tuple(WorldMask(a, b, world.strength) for a, b in zip(hidden, shown, strict=True))
 
 
 class SmolVLA(nn.Module):
@@ -292,19 +295,19 @@ class SmolVLA(nn.Module):
         first, rest = x[:, :early].contiguous(), x[:, early:].contiguous()
         with torch.no_grad():
             first, past = self.run_layers(first.detach(), rope_early, alone[:, :, :early, :early], depth)
-        rest, kv = self.run_layers(rest, rope_late, mask_rows(allowed, early), depth, past)
+        rest, kv = self.run_layers(rest, rope_late, remake(allowed, lambda x: x[:, :, early:]), depth, past)
         return torch.cat([first, rest], dim=1), kv
 
     def run_layers(
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor],
-        allowed: Tensor | WorldMask,
+        allowed: Mask,
         depth: int,
         past: list[tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Run text layers over tokens (B, L, W), after those whose keys and values are `past`."""
-        past, kv = past or [None] * (depth + 1), []
+        past, kv, allowed = past or [None] * (depth + 1), [], remake(allowed, self.lay_out)
         with self.computing(self.text):
             for layer, before in zip(self.text.layers[:depth], past, strict=False):
                 x, pair = layer(x, rope, allowed, before)
@@ -350,12 +353,12 @@ class SmolVLA(nn.Module):
         pairs = zip(self.expert.layers, kv[:: self.config.stride], strict=True)
         with self.computing(self.expert):
             kv = [layer.project(*pair) if layer.cross else pair for layer, pair in pairs]
-        if world is None:
-            return Prefix(kv, mask, mask.sum(1))
-        shown = torch.cat([mask, world.finite], dim=1)  # (B, P) -> (B, P + m)
-        bias = None if world.bias is None else F.pad(world.bias, (mask.shape[1], 0))
-        hidden = F.pad(mask, (0, world.x.shape[1]))  # (B, P) -> (B, P + m)
-        return Prefix(kv, hidden, mask.sum(1), shown, world.strength, bias)
+        masks = action_masks(mask, self.config.chunk_size, world)
+        return Prefix(kv, tuple(remake(x, self.lay_out) for x in masks), mask.sum(1))
+
+    def lay_out(self, mask: Tensor) -> Tensor:
+        """Make a mask what all layers of one pass add to their logits."""
+        return lay_out(mask, self.config.heads // self.config.kv_heads, self.dtype)
 
     def is_static(self, memory: MemoryCache | None) -> bool:
         """Whether a gradient is recorded, and none of it can reach images and language.
@@ -391,7 +394,7 @@ class SmolVLA(nn.Module):
             h = self.fusion("actions_in", h, memory)
         h = h.to(self.expert.norm.weight.dtype)
         own = torch.arange(h.shape[1], device=h.device)
-        mask_self, mask_cross = prefix.masks(h.shape[1])
+        mask_self, mask_cross = prefix.masks
         rope_self = rope_table(prefix.offset[:, None] + own, self.config.head_dim)
         rope_cross = rope_table(own[None], self.config.head_dim)  # restarts at 0 in cross layers
         with self.computing(self.expert):

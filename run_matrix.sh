@@ -15,8 +15,8 @@
 # From the environment, lists separated by spaces:
 #   TOTAL_SAMPLES SEEDS ARMS   what is trained; a table a budget; ARMS="E2 F2:4": F2 with the first four seeds alone
 #   EVAL_AT KEEP               checkpoints on the way that are rolled out; where finished cells' records are kept
-#   SUITES TASKS EPISODES      what is rolled out: suites (SUITE will do too), tasks as in 0,3,5-7, starts a task
-#   DATA INIT WORLD_STRIDE     data and initial policy; all but demo and smoke train on a DATA given as it is
+#   SUITES TASKS EPISODES      what is rolled out: suites (SUITE will do too), tasks as in 0,3,5-7, starts: "40 20": 20 in other modes, earlier
+#   DATA OFFLINE INIT WORLD_STRIDE   data (all but demo, smoke: as given), data to measure losses on alone; initial policy
 #   DEMOS DISPLACE NOISE EITHER   how demonstrations are recorded
 #   GPUS JOBS OUT FEATURES     a cell on each of GPUS="0 1", or JOBS at once; run folders; the frozen tower's tokens
 #   DATA_FLAGS TRAIN_FLAGS EVAL_FLAGS   more flags, as a shell would split them: both of train.py, and of eval.py
@@ -62,15 +62,15 @@ smoke) : "${TOTAL_SAMPLES:=96}" "${EPISODES:=1}" "${DATA:=data/smoke}" "${DEMOS:
 site | bank | transfer | either)
     [ -z "${DATA:-}" ] || RECORDED=''
     case $preset in
-    site) : "${SEEDS:=0 1 2 3 4 5 6 7}" "${EVAL_AT=16000 32000}" "${DATA:=data/demo}" \
-        "${ARMS:=E0 E0b E1s E2 E2n E2c E2h E2m F2:4 F2n:4 F3a:4 F3an:4 F3as:4 F3asn:4 F3b:4 F3bn:4}" ;;
+    site) : "${SEEDS:=0 1 2 3 4 5 6 7}" "${EVAL_AT=16000 32000}" "${DATA:=data/site}" \
+        "${ARMS:=E0 E1s E2 E2n E2c:6 E2h:6 E2m:4 F2:4 F2n:4 F3a:4 F3an:4 F3as:4 F3asn:4 F3b:4 F3bn:4 E0b:2}" ;;
     bank) : "${SEEDS:=0 1 2 3}" "${ARMS:=E0 E2 E2n B4dropout B4noise B4ensemble B4mixture B4single B4dup}" ;;
     transfer) : "${SEEDS:=0 1 2 3}" "${ARMS:=E0 E2 E2n}" "${SUITES:=spatial goal}" "${DATA:=data/transfer}" ;;
     either) : "${ARMS:=E0 E2 E2n B4ensemble B4mixture B4dup}" "${KEEP=}" ;;
     esac
     [ -n "${DATA:-}" ] || : "${EITHER:=cream_cheese,milk}" "${DATA:=data/either}"
-    : "${TOTAL_SAMPLES:=64000}" "${EPISODES:=40}" "${KEEP=results/data/$preset}"
-    SAVE_EVERY=16000 MORE_MODES+=' gate:0.5 gate:1.5' ;;
+    : "${DISPLACE:=0.12}" "${TOTAL_SAMPLES:=64000}" "${EPISODES:=40 16}" "${KEEP=results/data/$preset}" "${OFFLINE=${RECORDED:+${DATA}_unseen}}"
+    SAVE_EVERY=16000 MORE_MODES+=' gate:0.5 gate:1.5' PRESET_TRAIN_FLAGS='--dtype bfloat16' ;; # on every machine
 full)
     : "${TOTAL_SAMPLES:=3200000}" "${EPISODES:=10}" "${SEEDS:=0 1 2}" "${ARMS:=all}" "${DATA:=HuggingFaceVLA/libero}"
     : "${INIT:=HuggingFaceVLA/smolvla_libero}" "${SUITES:=libero_spatial libero_object libero_goal libero_10}"
@@ -80,7 +80,7 @@ esac
 [ -z "$RECORDED" ] || : "${SUITES:=libero_object}" "${TASKS:=1}" "${DEMOS:=60}" "${DISPLACE:=0.06}" "${NOISE:=0.15}"
 : "${ARMS:=E2 E0 E2n E1 E0b}" "${SEEDS:=0}" "${TASKS:=0-9}" "${INIT:=tiny}" "${WORLD_STRIDE:=4}" "${OUT:=runs/$preset}"
 POLICY_FLAGS="--world-stride $WORLD_STRIDE --dtype bfloat16 $PRESET_TRAIN_FLAGS" # beside the recipe of INIT (smolvla/config.py)
-[ "$INIT" != tiny ] || POLICY_FLAGS="--world-stride $WORLD_STRIDE --threads 1 --log-every $LOG_EVERY"
+[ "$INIT" != tiny ] || POLICY_FLAGS="--world-stride $WORLD_STRIDE --threads 1 --log-every $LOG_EVERY $PRESET_TRAIN_FLAGS"
 
 # ---- run: --dry-run and --list need no more than Python; all else the environment, once what is asked for is known
 python=${PYTHON:-python3}

@@ -120,7 +120,7 @@ class TrainConfig(StartConfig, OptimiseConfig):
     0: all stay. Only the newest two hold the optimiser's state."""
 
     patience: float = 5.0
-    """Minutes without a step after which a rank that waits for another one ends, and says for which."""
+    """Minutes without a step or a sign of life after which a rank that waits for another ends, naming it."""
 
     max_bad_steps: int = 10
     """Steps in a row with a gradient that is not finite after which the run ends; such steps are skipped."""
@@ -182,22 +182,21 @@ class TrainConfig(StartConfig, OptimiseConfig):
 
 def main(config: TrainConfig) -> None:
     """Train from the start, or from the run folder's last whole checkpoint, to the end of the budget."""
-    rank, ranks, device = start_ranks()
-    say = print if rank == 0 else lambda *_: None
-    together = Together(ranks)
+    rank, ranks, device = start_ranks(patience=60 * config.patience)
     if config.threads:
         torch.set_num_threads(config.threads)
-
-    check_trunk(config)
-    if config.data == DEMO:
-        record_demo(config, rank, together)
-    if config.prepare:
-        for line in make_caches(config, rank, ranks, device):
-            say(line)
-        return
-
-    with only_writer(config.out, "train.py") if rank == 0 else nullcontext():
-        train(config, rank, ranks, device, together)
+    with Vigil(rank, ranks, 60 * config.patience) as vigil:
+        together = Together(ranks, vigil)
+        check_trunk(config)
+        if config.data == DEMO:
+            record_demo(config, rank, together)
+        if config.prepare:
+            lines = make_caches(config, rank, ranks, device)
+            if rank == 0:
+                print(*lines, sep="\n")
+            return
+        with only_writer(config.out, "train.py") if rank == 0 else nullcontext():
+            train(config, rank, ranks, device, together)
 
 
 def train(config: TrainConfig, rank: int, ranks: int, device: torch.device, together: Together) -> None:
@@ -278,6 +277,7 @@ def train(config: TrainConfig, rank: int, ranks: int, device: torch.device, toge
         return
 
     # loop
+    together.vigil.step(progress.step, busy=True)
     optimizer = make_optimizer(config, arm)
     average = Average(arm, config.ema) if config.ema else None
     if last is not None:
@@ -361,7 +361,7 @@ def spend(
     clock, since = time.perf_counter(), progress.samples
     trackers = open_trackers(vars(config), config.out, progress.samples) if rank == 0 else []
     saved, wait = time.monotonic(), min(1.0, config.save_minutes)  # a first checkpoint comes early
-    with Stop() as stop, Vigil(rank, ranks, 60 * config.patience) as vigil:
+    with Stop() as stop:
         while progress.samples < config.total_samples:
             before = progress.samples
             count = min(config.batch_size, config.total_samples - before)
@@ -371,7 +371,7 @@ def spend(
             expect(config, source, before, rank, ranks)
             out = optimizer_step(config, source, model, optimizer, before, count, rank, ranks, logged)
             progress.samples, progress.step = done, step
-            vigil.step()
+            together.vigil.step(step)
             bad.see(out["bad"])
             if "winner" in out:
                 usage.add(out["winner"])
@@ -391,7 +391,7 @@ def spend(
                 if (warning := watch.see(step, line)) and rank == 0:
                     print(warning, flush=True)
                 clock, since = time.perf_counter(), done
-            vigil.step(busy=saves or bool(config.val_every))
+            together.vigil.step(step, busy=saves or bool(config.val_every))
             if config.val_every and (finished or passes(config.val_every, before, done)):
                 with nullcontext() if average is None else average.in_place():
                     found = validate(source, out_episodes, rank, ranks)

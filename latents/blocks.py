@@ -31,6 +31,7 @@ import numpy as np
 import torch.distributed as dist
 
 from files import Refused, replace_text
+from ranks import waiting
 from readers.demos import Demos
 
 MARKS = "done.bin"
@@ -96,7 +97,8 @@ def with_checks(demos: Demos, rank: int = 0, ranks: int = 1, cameras: Iterable[s
     share = {camera: demos.picture_checks(camera, slice(rank, None, ranks)) for camera in cameras}
     shares = [share] * ranks
     if ranks > 1:
-        dist.all_gather_object(shares, share)
+        with waiting():
+            dist.all_gather_object(shares, share)
     checks = {camera: [0] * len(demos.first) for camera in cameras}
     for i, share in enumerate(shares):
         for camera, found in share.items():
@@ -108,7 +110,8 @@ def agree(value: Any) -> Any:
     """Give every rank the first one's answer: what lies on a disk may change between two looks."""
     answer = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(answer)
+        with waiting():
+            dist.broadcast_object_list(answer)
     return answer[0]
 
 

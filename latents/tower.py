@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from files import Refused, read_json, replace_text
+from files import NO_ARRAY, Refused, read_json, replace_text
 from latents import blocks
 from latents.blocks import (
     Layout,
@@ -139,7 +139,7 @@ class Features:
         rows = np.memmap(rows, KINDS[stored["dtype"]], "r", shape=row_shape(stored))
         try:
             crc = np.load(path / CHECKS)
-        except (OSError, ValueError, EOFError) as error:
+        except NO_ARRAY as error:
             lost = f"features {path}: {CHECKS} is missing or damaged"
             raise Refused(f"{lost} ({error}): delete {path} and {run}") from error
         if crc.shape != rows.shape[:1] or crc.dtype != np.uint32:

@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from files import Refused, read_json, replace_text
+from files import NO_ARRAY, Refused, read_json, replace_text
 from latents import blocks
 from latents.blocks import Layout, agree, cache_folder, compare, part_of, with_checks
 from latents.encoders import (
@@ -272,7 +272,7 @@ def open_cache(path: Path, demos: Demos, config: WorldConfig, backbone: Backbone
         stored = read_json(path / SIDECAR, {"crc?": {str: int}})
         rows = np.load(path / ROWS, mmap_mode="r")
         tensors = load_file(path / ENCODER)
-    except (OSError, ValueError, EOFError, SafetensorError) as error:
+    except (*NO_ARRAY, SafetensorError) as error:
         cause = " ".join(str(error).split())
         raise Refused(f"world cache {path} is missing or damaged ({cause}): {again}") from error
     # the config's fields first: where they differ, the stored encoder can't be rebuilt to compare the rest

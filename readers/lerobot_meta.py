@@ -11,7 +11,6 @@ Shapes: F frames, E episodes, D a vector's width.
 Source: the format as lerobot 0.6.1 writes and reads it (github.com/huggingface/lerobot, datasets/).
 """
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,15 +21,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from files import Refused, inside, parse_json
+from files import NUMBER, Refused, inside, parse_json, read_json
 from readers.lerobot_pictures import COPY_AGAIN, readable
 from readers.selection import DataConfig, camera_key, choose_cameras, choose_episodes
 
 CONVERT = "convert a copy with lerobot's convert_dataset_v21_to_v30"
-NUMBER, CAMERA_FIELD = r"\{(chunk_index|file_index)(:0?\dd?)?\}", r"|\{video_key\}"
+INDEX, CAMERA_FIELD = r"\{(chunk_index|file_index)(:0?\dd?)?\}", r"|\{video_key\}"
 FIELDS = {  # of the names of files in info.json
-    "data_path": re.compile(NUMBER),
-    "video_path": re.compile(NUMBER + CAMERA_FIELD),
+    "data_path": re.compile(INDEX),
+    "video_path": re.compile(INDEX + CAMERA_FIELD),
+}
+INFO = {
+    **{"codebase_version": object, "features": {str: dict}, "fps": NUMBER, "data_path": str},
+    **dict.fromkeys(("total_episodes?", "total_frames?"), int | None),
 }
 DEPTH = ("is_depth_map", "video.is_depth_map")  # as lerobot has written it since 0.6, and before
 TEXTS = ("task", "__index_level_0__")  # what lerobot calls the column of instructions
@@ -43,37 +46,22 @@ TEXTS = ("task", "__index_level_0__")  # what lerobot calls the column of instru
 def read_info(root: Path) -> dict[str, Any]:
     """Read meta/info.json; Refused for other versions and for what no data set can lack."""
     path = inside(root, root / "meta" / "info.json")
-    if not path.exists():
-        raise Refused(f"{path} is missing: {COPY_AGAIN}")
-    with readable(path):
-        content = path.read_bytes()
-    try:
-        info = json.loads(content)
-        version = info["codebase_version"]
-        info["features"].items(), info["fps"], info["data_path"]
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
-        raise Refused(f"{path} is damaged ({cause}): {COPY_AGAIN}") from error
+    info = read_json(path, INFO, COPY_AGAIN)
+    version = info["codebase_version"]
     if str(version).startswith(("v2.", "v1.")):
         raise Refused(f"{root} is a LeRobot data set of version {version}, v3.0 is read here: {CONVERT}")
     if not str(version).startswith("v3."):
         raise Refused(
             f"{root} is a LeRobot data set of version {version}, v3.0 is read here: use a copy in v3.0"
         )
-    for name, feature in info["features"].items():
-        if not isinstance(feature, dict):
-            raise Refused(f"{path}: feature {name!r} is {feature!r}, no description of one: {COPY_AGAIN}")
     for name in FIELDS:
         check_pattern(info.get(name), f"{path}: {name}", FIELDS[name])
     videos = [name for name, kind in camera_features(info).items() if kind == "video"]
     if videos and info.get("video_path") is None:
         raise Refused(f"{path}: video_path is null, but {videos[0]} is a video: {COPY_AGAIN}")
     fps = info["fps"]
-    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < np.inf:
+    if not 0 < fps < np.inf:
         raise Refused(f"{path}: fps is {fps!r}, it must be a positive number: correct it, or {COPY_AGAIN}")
-    for name in ("total_episodes", "total_frames"):
-        if not isinstance(info.get(name), int | None):
-            raise Refused(f"{path}: {name} is {info[name]!r}, no whole number: correct it, or {COPY_AGAIN}")
     return info
 
 

@@ -10,6 +10,7 @@ A name that a camera gets here is its name everywhere: in a batch, in a checkpoi
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from files import Refused, parse_numbers
+from files import Refused, naming, parse_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +91,23 @@ class DataConfig:
         ]
         return chosen if any(chosen) else []
 
-    def cache_home(self, folder: Path) -> Path:
-        """Return the place beside which caches of this part of a data set lie (`world.cache_folder`)."""
-        if not self.part:
-            return folder
+    def cache_home(self, folder: Path, cache: Path | None = None, writes: bool = False) -> Path:
+        """Return the place beside which caches of this part of a data set lie (`world.cache_folder`): the
+        data's, unless `cache` or a read-only disk says another, which is made where somebody `writes`."""
         name = f"part_{hashlib.sha256(json.dumps(self.part).encode()).hexdigest()[:8]}"
-        return folder / name if folder.is_dir() else folder.with_name(f"{folder.stem}_{name}")
+        home = folder / name if folder.is_dir() else folder.with_name(f"{folder.stem}_{name}")
+        place = home = home if self.part else folder
+        while not place.is_dir():
+            place = place.parent
+        there = any(home.parent.glob(f"{home.stem}_world_*")) or any(home.glob("world_*"))
+        if cache is None and (there or os.access(place, os.W_OK)):
+            return home
+        key = hashlib.sha256(f"{folder.resolve()} {self.part}".encode()).hexdigest()[:8]
+        elsewhere = (cache or Path("data", "cache")) / f"{folder.stem}_{key}"
+        with naming(elsewhere):
+            if writes:
+                elsewhere.mkdir(parents=True, exist_ok=True)
+        return elsewhere
 
 
 # ------------------------------------------------------------------------------------------------------------

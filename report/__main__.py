@@ -26,11 +26,11 @@ from urllib.parse import quote
 
 import tyro
 
-from files import Unwritable, beside, naming, replace_text, type_in
+from files import Refused, Unwritable, beside, naming, plain, replace_text, type_in
 from report import figures
 from report.findings import looks, partitions, sentences, signals
 from report.page import Bullets, Media, Plot, Section, Shot, Table, Text, markdown, markdown_table, page
-from report.reading import Aside, Refusal, Rollout, RunFolder, filmed, imagined, load_runs, plain
+from report.reading import Aside, Rollout, RunFolder, filmed, imagined, load_runs
 from report.stats import LEAST_SEEDS, Contrast, all_contrasts, by_arm, tally
 from report.tables import (
     COLUMNS,
@@ -280,7 +280,7 @@ def write_tables(
     panels = panels_of(runs)
     if not panels:
         names = ", ".join(run.name for run in runs)
-        raise Refusal(f"no episodes in episodes.jsonl of {names}; run eval.py on a checkpoint first")
+        raise Refused(f"no episodes in episodes.jsonl of {names}; run eval.py on a checkpoint first")
     with naming(out):
         out.mkdir(parents=True, exist_ok=True)
     palette = figures.looks(sorted({run.arm for run in runs}))
@@ -320,7 +320,7 @@ def publish(data: Path, out: Path) -> str:
     sections = []
     parts = sorted(path for path in data.iterdir() if path.is_dir()) if data.is_dir() else []
     if not parts:
-        raise Refusal(f"--publish: {data} has no folders, which would be a study's parts")
+        raise Refused(f"--publish: {data} has no folders, which would be a study's parts")
     for part in parts:
         folder, (runs, aside) = out / part.name, load_runs((part,))
         for title, found in write_tables(runs, folder, part.name, aside)[0].items():
@@ -363,7 +363,7 @@ def main() -> None:
         runs, aside = load_runs(config.runs)
         title = " and ".join(plain(path.resolve().name) for path in config.runs)
         print(write_report(runs, config.out or config.runs[0] / "report", title, aside))
-    except Refusal as error:
+    except Refused as error:
         sys.exit(f"error: {error}")
     except Unwritable as error:
         sys.exit(f"error: {error}")

@@ -26,8 +26,8 @@ import numpy as np
 import tyro
 from scipy.stats import chi2, norm, t
 
-from files import type_in
-from report.reading import Refusal, load_runs
+from files import Refused, type_in
+from report.reading import load_runs
 from report.stats import ALPHA, LEAST_SEEDS, Contrast, Run, all_contrasts
 
 MOST_EPISODES, MOST_SEEDS = 1_000_000, 1_000  # a search ends here
@@ -337,10 +337,10 @@ def main(args: list[str] | None = None) -> None:
         runs, aside = load_runs(config.runs)
         evaluated = [run for run in runs if run.episodes]
         if not evaluated:
-            raise Refusal(
+            raise Refused(
                 "no episodes in these runs; run eval.py on a checkpoint, or leave RUNS out for a plan"
             )
-    except Refusal as error:
+    except Refused as error:
         sys.exit(f"error: {error}")
     print("".join(f"{each}\n" for each in aside), end="", file=sys.stderr)
     for budget in sorted({run.budget for run in evaluated}, key=lambda b: (b is None, b or 0)):

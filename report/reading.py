@@ -21,10 +21,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from files import NUMBER, Refused, json_lines, misfit, read_json
+from files import NUMBER, Refused, json_lines, misfit, plain, read_json
 from report.stats import Run, pair_key
 
-Refusal = Refused
 CONFIG = {
     **{"arm": str, "seed": int, "total_samples": int | None},
     **{"fusion?": list | str | None, "memory?": str | None, "compared_with?": list | None},
@@ -96,11 +95,6 @@ class RunFolder(Run):
 # files
 
 
-def plain(text: str) -> str:
-    """Leave out what steers a terminal or breaks a page: control, format and lone surrogate characters."""
-    return text if text.isprintable() else "".join(filter(str.isprintable, text))
-
-
 def quoted(path: Path) -> str:
     """Return a path as bash reads it, however it is named."""
     text = str(path)
@@ -144,18 +138,18 @@ def find_runs(paths: tuple[Path, ...]) -> list[tuple[str, Path]]:
 
     for path in paths:
         if not path.is_dir():
-            raise Refusal(f"{path} is not a folder; name run folders or a folder that holds some")
+            raise Refused(f"{path} is not a folder; name run folders or a folder that holds some")
         look(path, path.resolve().name, 0)
     if not found:
         seen = ", ".join(map(str, paths))
-        raise Refusal(f"no run folder (a config.json that names an arm) in {seen}; make one with train.py")
+        raise Refused(f"no run folder (a config.json that names an arm) in {seen}; make one with train.py")
     return [(name, folder) for folder, name in found.items()]
 
 
 def may_be_run(path: Path) -> bool:
     try:
         return path.is_file() and "arm" in read_config(path)
-    except Refusal:
+    except Refused:
         return True
 
 
@@ -261,7 +255,7 @@ def load_run(name: str, folder: Path, aside: list[Aside]) -> RunFolder:
     names = [config.get("compared_with") or [], sites] if not why else []
     if why or not all(isinstance(x, str) for some in names for x in some):
         why = why or "fusion and compared_with must be lists of names"
-        raise Refusal(f"{folder / 'config.json'} cannot be used, {why}: train this run again")
+        raise Refused(f"{folder / 'config.json'} cannot be used, {why}: train this run again")
     fusion = tuple(s for s in sites if s != "none")
     found = read_episodes(folder, bool(fusion), aside)
     newest, rows = found.popitem() if found else ("", [])
@@ -304,7 +298,7 @@ def load_runs(paths: tuple[Path, ...]) -> tuple[list[RunFolder], list[Aside]]:
     for name, folder in find_runs(paths):
         try:
             runs.append(load_run(name, folder, aside))
-        except Refusal as error:
+        except Refused as error:
             aside.append(Aside(folder, str(error)))
     return fitting(runs, aside), aside
 

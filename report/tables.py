@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from files import plain
 from report.findings import Finding, estimate
 from report.page import Record, Table, Text
-from report.reading import RunFolder, checkpoints_of, plain, protocol_hash, protocol_of, ranges
+from report.reading import RunFolder, checkpoints_of, protocol_hash, protocol_of, ranges
 from report.stats import (
     LEAST_SEEDS,
     Contrast,

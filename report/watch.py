@@ -26,9 +26,10 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
-from files import NUMBER, type_in
-from report.reading import Aside, Refusal, RunFolder, find_runs, fitting, load_run, read_config
+from files import NUMBER, Refused, type_in
+from report.reading import Aside, RunFolder, find_runs, fitting, load_run, read_config
 from report.stats import Tally, arm_modes, in_mode, tally, wilson
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -272,9 +273,9 @@ def main(args: list[str] | None = None) -> None:
                 try:
                     shown = view()
                     live.update(shown, refresh=True)
-                except Refusal as error:  # a config.json that is being written, say: the next look may do
-                    live.update(Group(f"error: {error}", shown), refresh=True)
-    except Refusal as error:
+                except Refused as error:  # a config.json that is being written, say: the next look may do
+                    live.update(Group(Text(f"error: {error}"), shown), refresh=True)
+    except Refused as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         console.print(shown)

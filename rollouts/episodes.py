@@ -121,6 +121,7 @@ def result(plan: Plan, shared: dict, episode: Episode, last: Observation | None,
         "drawing_seconds": round(episode.drawing, 3),
         "policy_seconds": round(episode.policy, 3),
         "render_fingerprint": episode.fingerprint,
+        "scenes": plan.scenes,
         **shared,
     }
 

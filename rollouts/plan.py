@@ -239,7 +239,7 @@ class Plan:
     policy_batch: int
     dtype: str = "float32"
     cameras: tuple[str, ...] = ()  # --cameras, where it was needed
-    scenes: str = ""  # CRC of LIBERO's files, where they are not the pinned package's
+    scenes: str = ""  # CRC of LIBERO's files, which every line has
 
     def __str__(self) -> str:
         """The protocol in a line."""
@@ -247,6 +247,11 @@ class Plan:
         what = f"tasks {','.join(map(str, tasks))}, {len(self.starts)} starts, at most {sim.max_steps} steps"
         moved = f", displaced by up to {100 * sim.displace:g} cm" if sim.displace else ""
         return f"{sim.suite}: {what}, {self.n_action_steps} actions a chunk, drawn {sim.draw}{moved}"
+
+    @property
+    def of_another_libero(self) -> bool:
+        """Whether LIBERO's files are not the pinned package's: then it is another protocol."""
+        return self.scenes not in ("", SCENES[self.sim.suite])
 
     def instructions(self) -> list[str]:
         """The instructions of its tasks, as LIBERO has them."""
@@ -256,7 +261,7 @@ class Plan:
     def record(self) -> dict:
         """The protocol, as it is stored with every result."""
         named = {"cameras": " ".join(sorted(self.cameras))} if self.cameras else {}
-        named |= {"scenes": self.scenes} if self.scenes else {}
+        named |= {"scenes": self.scenes} if self.of_another_libero else {}
         return self.sim.record() | named | {
             "n_action_steps": self.n_action_steps, "policy_batch": self.policy_batch, "dtype": self.dtype,
         }  # fmt: skip
@@ -315,9 +320,7 @@ def make_plan(config: ProtocolConfig, suite: str, mine: dict[int, dict], arm: Ar
         raise Refused(
             f"--n-action-steps {steps}: a chunk of this policy has {chunk} actions, ask for no more"
         )
-    crc = scenes(suite)
-    other = "" if crc == SCENES[suite] else crc
-    return Plan(sim, starts, seen, steps, config.policy_batch, config.dtype, config.cameras, other)
+    return Plan(sim, starts, seen, steps, config.policy_batch, config.dtype, config.cameras, scenes(suite))
 
 
 def chosen_starts(config: ProtocolConfig, task: int, used: set[int]) -> list[int]:

@@ -17,7 +17,6 @@ Shapes: S picture side, T actions.
 
 import functools
 import sys
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import tyro
 
-from files import Refused, check_numbers, read_json, type_in
+from files import NO_ARRAY, Refused, check_numbers, read_json, type_in
 from simulator.env import CAMERAS, MUJOCO_VERSION, LiberoEnv, SimConfig, versions
 from simulator.pool import in_fresh_process
 from simulator.render import APT_LINE, check_gl, setup_gl
@@ -274,7 +273,7 @@ def replay_apart(case: Path, tolerance: float, texture_colorspace: str) -> Repla
     one = functools.partial(replay, texture_colorspace=texture_colorspace, tolerance=tolerance)
     try:
         return in_fresh_process(one, case)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (*NO_ARRAY, KeyError) as error:
         raise Refused(f"{case} is no complete recording: {error}: copy it anew") from error
     except (TypeError, AttributeError) as error:
         installed = versions()

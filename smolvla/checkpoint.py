@@ -67,6 +67,7 @@ KEY_NAMES = {
     "": "model.",
 }
 UNUSED = ("lm_head.weight", "text.norm.weight")  # may be missing: neither changes an action
+SHOWN = 5  # tensors that do not fit
 PROJECTIONS = ("state_proj.", "action_")  # stay in float32 whatever the rest is in, as lerobot builds them
 VLM_PARTS = ("vision.", "connector.", "text.", "lm_head.")
 # config.json's fields that SmolVLAConfig takes under the same name.
@@ -254,8 +255,8 @@ def place(
 ) -> None:
     """Put tensors under lerobot's names into a policy laid out on the meta device.
 
-    Raises Refused that lists every missing, unexpected and misshapen tensor; with `allow_missing` only the
-    last are errors, what is missing is drawn afresh and what is unexpected is left out.
+    Raises Refused that names missing, unexpected and misshapen tensors; with `allow_missing` only the last
+    are errors, what is missing is drawn afresh and what is unexpected is left out.
     """
     wanted = {lerobot_key(name): (name, p) for name, p in policy.state_dict().items()}
     shapes = {key: tensor.shape for key, tensor in tensors.items() if key in wanted}
@@ -270,7 +271,8 @@ def place(
         problems += [f"unexpected {key}" for key in tensors if key not in wanted]
     if problems:
         hint = "" if allow_missing else " (--allow-missing goes on without what is missing or unexpected)"
-        raise Refused(f"{source} does not fit its config.json: {'; '.join(problems)}{hint}")
+        more = f"; and {len(problems) - SHOWN} more" * (len(problems) > SHOWN)
+        raise Refused(f"{source} does not fit its config.json: {'; '.join(problems[:SHOWN])}{more}{hint}")
     draw(policy, set(missing.values()))
     state = {name: torch.zeros(p.shape) for name, p in wanted.values() if name in UNUSED}
     state |= {wanted[key][0]: tensors[key] for key in shapes}

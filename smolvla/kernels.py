@@ -14,7 +14,7 @@
     python -m bench chunk --size base               # what it brings on this machine, beside the plain path
     pytest tests/smolvla/test_kernels.py
 
-Shapes: B batch, H heads, L queries, S keys, d head width.
+Shapes: B batch, G key/value heads, L queries of all heads that share one, S keys, d head width.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from smolvla.layers import Attention, VisionAttention, VisionMLP, VisionTower
+from smolvla.layers import Attention, Mask, VisionAttention, VisionMLP, VisionTower, WorldMask
 
 LARGE = 2**18  # weights from which packing saves more than the longer way to the product costs
 LONG = 2**18  # scores a head from which one head at a time keeps them in cache
@@ -138,14 +138,18 @@ def fused_mlp(self: VisionMLP, x: Tensor) -> Tensor:
     return self.fc2(self.fc1.forward(x, gelu=True))
 
 
-def attend_in_products(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-    """Stand in for SDPA: q (B, H, L, d), k, v (B, H, S, d), mask (B, 1, L, S) bool or to add."""
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -torch.inf)
+def attend_in_products(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None) -> Tensor:
+    """Stand in for layers.attend_fused: q (B, G, L, d), k, v (B, G, S, d), mask (B, 1, L, S), added.
+
+    Beside world tokens both products serve both attentions, whose weights alone are mixed.
+    """
     q = q * q.shape[-1] ** -0.5
-    if q.requires_grad or q.shape[2] * k.shape[2] < LONG or attn_mask is not None:
-        scores = q @ k.transpose(2, 3)  # (B, H, L, S)
-        return torch.softmax(scores if attn_mask is None else scores + attn_mask, -1) @ v
+    if q.requires_grad or q.shape[2] * k.shape[2] < LONG or mask is not None:
+        scores = q @ k.transpose(2, 3)  # (B, G, L, S)
+        if isinstance(mask, WorldMask):
+            without, shown = (torch.softmax(scores + part, -1) for part in (mask.hidden, mask.shown))
+            return torch.lerp(without, shown, mask.strength.to(q.dtype)) @ v
+        return torch.softmax(scores if mask is None else scores + mask, -1) @ v
     out = torch.empty_like(q)
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):

@@ -46,11 +46,24 @@ class WorldMask(NamedTuple):
     strength: Tensor  # (), tanh(gate): 0 is the output without them, 1 the one with them
 
 
-def mask_rows(mask: Tensor | WorldMask, start: int) -> Tensor | WorldMask:
-    """Keep what the queries from `start` on may see, (B, 1, L, S) -> (B, 1, L - start, S)."""
+Mask = Tensor | WorldMask
+
+
+def remake(mask: Mask, change: Callable[[Tensor], Tensor]) -> Mask:
+    """Change what may be seen, with world tokens and without."""
     if isinstance(mask, WorldMask):
-        return WorldMask(mask.hidden[:, :, start:], mask.shown[:, :, start:], mask.strength)
-    return mask[:, :, start:]
+        return WorldMask(change(mask.hidden), change(mask.shown), mask.strength)
+    return change(mask)
+
+
+def lay_out(mask: Tensor, share: int, dtype: torch.dtype) -> Tensor:
+    """Turn what may be seen, (B, 1, L, S) bool or to add, into what `attend` adds: (B, 1, share*L, S).
+
+    Once for all layers. share: query heads to each key/value head.
+    """
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+    return mask.to(dtype).repeat(1, 1, share, 1)
 
 
 def join(past: tuple[Tensor, Tensor] | None, own: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -58,34 +71,29 @@ def join(past: tuple[Tensor, Tensor] | None, own: tuple[Tensor, Tensor]) -> tupl
     return own if past is None else tuple(torch.cat(pair, dim=2) for pair in zip(past, own, strict=True))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | WorldMask | None, core: Callable) -> Tensor:
-    """Attend with grouped heads: q (B, H, L, d), k, v (B, G, S, d), mask (B, 1, L, S) -> (B, L, H*d).
+def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
+    """Attend by torch's kernels: q (B, G, L, d), k, v (B, G, S, d), mask (B, 1, L, S), added."""
+    if isinstance(mask, WorldMask):
+        without = attend_fused(q, k, v, mask.hidden)
+        return without + mask.strength.to(q.dtype) * (attend_fused(q, k, v, mask.shown) - without)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask.to(q.dtype))
 
-    `core` is `scaled_dot_product_attention`, or what stands in for it.
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, core: Callable) -> Tensor:
+    """Attend with grouped heads: q (B, H, L, d), k, v (B, G, S, d), mask laid out -> (B, L, H*d).
+
+    `core` is `attend_fused`, or what stands in for it.
     """
     # The query heads that share keys are laid end to end, as one head with a longer query: nothing is copied
     # but the mask, and fused kernels take it, on ROCm too, where they refuse enable_gqa beside a mask.
-    shape, share = q.shape, q.shape[1] // k.shape[1]
-    q = q.reshape(shape[0], k.shape[1], -1, shape[3])  # (B, H, L, d) -> (B, G, share*L, d)
-
-    def over(mask: Tensor | None) -> Tensor:
-        if mask is not None:
-            mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
-            mask = mask.repeat(1, 1, share, 1)  # (B, 1, L, S) -> (B, 1, share*L, S)
-        return core(q, k, v, attn_mask=mask)
-
-    if isinstance(mask, WorldMask):
-        without = over(mask.hidden)
-        out = without + mask.strength.to(q.dtype) * (over(mask.shown) - without)
-    else:
-        out = over(mask)
-    return out.reshape(shape).transpose(1, 2).flatten(2)  # (B, G, share*L, d) -> (B, L, H*d)
+    out = core(q.reshape(q.shape[0], k.shape[1], -1, q.shape[3]), k, v, mask)  # -> (B, G, share*L, d)
+    return out.reshape(q.shape).transpose(1, 2).flatten(2)  # (B, G, share*L, d) -> (B, L, H*d)
 
 
 class VisionAttention(nn.Module):
     """SigLIP's self-attention: biases everywhere, no mask."""
 
-    core = staticmethod(F.scaled_dot_product_attention)  # smolvla/kernels.py has another
+    core = staticmethod(attend_fused)  # smolvla/kernels.py has another
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -195,7 +203,7 @@ class Connector(nn.Module):
 class Attention(nn.Module):
     """The four projections of a llama attention; `kv_width` is what keys and values are made from."""
 
-    core = staticmethod(F.scaled_dot_product_attention)  # smolvla/kernels.py has another
+    core = staticmethod(attend_fused)  # smolvla/kernels.py has another
 
     def __init__(self, width: int, kv_width: int, config: SmolVLAConfig) -> None:
         super().__init__()
@@ -257,7 +265,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | WorldMask,
+        mask: Mask,
         past: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Give the block's output and the keys and values it attended to; `past` comes before its own."""

@@ -1,14 +1,15 @@
 """Damage every file that is read, and let every program that reads it say what it makes of it.
 
-A small run with a memory, its results, its caches and two data sets are made once. Then each file is damaged
-in many ways (bits, ends, types, nesting), one at a time, and each program that reads it runs. Outcomes:
+A small run with a memory, its results, its caches (whole and unfinished), a checkpoint as others leave them
+(in shards, without a manifest), data sets and recordings of ours are made once. Then each file is damaged in
+many ways (bits, ends, types, nesting), one at a time, and each program that reads it runs. Outcomes:
 
     named       one line: what is wrong, and of which file or run
     harmless    the same result as without the damage
     unseen      another result, of text or data that have no checksum: somebody could have written them so
     fault       a traceback, a hang, or another result without a word
 
-    python tests/fuzz.py                   # all: half an hour on one core; the table is docs/damage.md's
+    python tests/fuzz.py --heavy 4         # all: half an hour on one core; the table is docs/damage.md's
     python tests/fuzz.py --only config     # files whose path contains this
 """
 
@@ -28,6 +29,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,7 +40,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import tyro
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_data import write_task
 
 import eval as evaluation
@@ -46,12 +48,15 @@ import model
 import train
 from eval import EvalConfig
 from files import Refused, Unwritable
+from latents import blocks
 from matrix import parse, text
 from readers import check
 from report import __main__ as report
 from report import watch
 from rollouts import episodes
 from rollouts.plan import find_target
+from simulator import record
+from simulator.pool import in_fresh_process
 from smolvla import folders
 from train import TrainConfig
 
@@ -59,7 +64,7 @@ HANG = 60  # seconds
 TINY = {"total_samples": 24, "batch_size": 8, "save_every": 8, "log_every": 1, "threads": 1, "lr": 1e-3}
 MEMORY = {"fusion": ("late",), "world_dim": 16, "world_resolution": 8, "future": 3, "freeze": "none"}
 WRONG = (None, [], {}, "text", -7, 10**12, True, [[None]], {"a": {"b": 5}})
-# Files without a checksum: what reads well there is taken at its word.
+# Files without a checksum (a cache's are written last): what reads well there is taken at its word.
 WORDS = (
     "run/config.json",
     "run/metrics.jsonl",
@@ -67,7 +72,13 @@ WORDS = (
     "run/offline.jsonl",
     "hdf5/soup",
     "lerobot/",
+    "video/",
+    "recorded/",
+    "sharded/",
+    "unfinished/",
 )
+RECORD = {"suite": "libero_object", "demos_per_task": 2, "init_states": "0-1", "size": 32, "noise": 0.0}
+DEMO = "pick_up_the_alphabet_soup_and_place_it_in_the_basket_demo"
 
 
 # ---- what is there -------------------------------------------------------------------------------------
@@ -86,7 +97,8 @@ def make_world(home: Path) -> None:
     """Make what is damaged: data of both layouts, a run with memory, one from its tokens, and results."""
     write_task(home / "hdf5" / "soup_demo.hdf5", lengths=(9, 24, 12), size=32)
     write_task(home / "other" / "soup_demo.hdf5", lengths=(9, 24), size=32, seed=1)
-    shutil.copytree(HERE / "lerobot_v3" / "L_image" / "dataset", home / "lerobot")
+    for name, kind in (("lerobot", "L_image"), ("video", "L_video")):
+        shutil.copytree(HERE / "lerobot_v3" / kind / "dataset", home / name)
     data = {"data": home / "hdf5"}
     quiet(train.main, TrainConfig(**TINY, **MEMORY, **data, out=home / "run"))
     shutil.rmtree(home / "run" / "step_000003")
@@ -101,9 +113,51 @@ def make_world(home: Path) -> None:
         for start in range(6):
             file.write(json.dumps(line | {"init_state": start, "success": start % 2 == 0}) + "\n")
     quiet(offline, home)
+    shard(home / "run" / "step_000001", home / "sharded")
+    interrupt(home)
+    make_recordings(home / "recorded")
+
+
+def shard(whole: Path, folder: Path) -> None:
+    """Copy a checkpoint as others leave them: weights in two files with an index, and no manifest."""
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns(folders.MANIFEST, folders.WEIGHTS))
+    tensors = load_file(whole / folders.WEIGHTS)
+    table = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(table.values()):
+        save_file({name: tensors[name] for name in table if table[name] == file}, folder / file)
+    (folder / folders.SHARDS).write_text(json.dumps({"metadata": {}, "weight_map": table}))
+
+
+def interrupt(home: Path) -> None:
+    """Copy the caches as a kill leaves them: the first block is there, and others, if any, are to be made."""
+    for cache in (next((home / "hdf5").glob("world_*")), home / "tokens"):
+        part = blocks.part_of(home / "unfinished" / cache.name)
+        shutil.copytree(cache, part)
+        (part / blocks.MARKS).write_bytes(b"\1")
+
+
+def make_recordings(out: Path) -> None:
+    """Record two demonstrations: a finished file, and the folder of one that a kill has interrupted."""
+    config = record.DemoConfig(out=out, **RECORD)
+    parts, settings = out / f"{DEMO}.parts", config.settings(1)
+    parts.mkdir(parents=True)
+    for attempt in range(2):
+        job = record.Job(config, 1, attempt, record.part_path(parts, attempt))
+        result = in_fresh_process(record.run_attempt, job)
+        assert result.success, result
+        record.log_attempt(parts, settings, result)
+    shutil.copytree(parts, out / "kept")
+    record.assemble(out / f"{DEMO}.hdf5", parts, [0, 1], settings)
+    (out / "kept").rename(parts)
 
 
 # ---- programs: each gives a result that damage must not change without a word -----------------------------
+
+
+def copied(home: Path, name: str) -> Path:
+    """Copy a folder that a program writes to."""
+    shutil.rmtree(home / "copy", ignore_errors=True)
+    return Path(shutil.copytree(home / name, home / "copy"))
 
 
 def describe(home: Path) -> object:
@@ -148,6 +202,63 @@ def from_tokens(home: Path) -> object:
     return train_on(home, MEMORY | fields, fresh=True)
 
 
+def describe_shards(home: Path) -> object:
+    return quiet(model.main, model.DescribeConfig(str(home / "sharded")))
+
+
+def start_from_shards(home: Path) -> object:
+    return train_on(home, MEMORY | {"init": str(home / "sharded")}, fresh=True)
+
+
+def prepare(home: Path) -> object:
+    """Make what is unfinished, and check it once more."""
+    data = copied(home, "hdf5")
+    for cache in data.glob("world_*"):
+        shutil.rmtree(cache)
+    for part in (home / "unfinished").iterdir():
+        shutil.copytree(part, data / part.name)
+    return prepared(home, data, data / "tokens")
+
+
+def check_caches(home: Path) -> object:
+    return prepared(home, home / "hdf5", home / "tokens")[0]
+
+
+def prepared(home: Path, data: Path, tokens: Path) -> tuple[list[str], list[int]]:
+    fields = {"init": str(home / "run" / "step_000001"), "freeze": "expert", "features": tokens}
+    config = TrainConfig(**TINY | MEMORY | fields, data=data, prepare=True)
+    said = [line.split(" in ")[0] for line in quiet(train.main, config).splitlines()]
+    caches = [tokens, *data.glob("world_*")]
+    files = [path for cache in caches for path in sorted(cache.iterdir())]
+    return said, [zlib.crc32(path.read_bytes()) for path in files]
+
+
+def record_again(home: Path) -> object:
+    """What `python -m simulator record` takes for done; it stops where the simulator would start."""
+    out = copied(home, "recorded")
+    path, parts, settings = out / f"{DEMO}.hdf5", out / f"{DEMO}.parts", record_settings(out)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        found = record.read_final(path, settings), record.read_parts(parts, settings)
+    path.unlink(missing_ok=True)
+    if found[1].successes == {0, 1}:
+        record.assemble(path, parts, [0, 1], settings)
+        return found, run_check(out)
+    return found, said.getvalue()
+
+
+def record_settings(out: Path) -> dict:
+    return record.DemoConfig(out=out, **RECORD).settings(1)
+
+
+def check_recorded(home: Path) -> object:
+    return run_check(home / "recorded")
+
+
+def check_video(home: Path) -> object:
+    return run_check(home / "video")
+
+
 def train_on(home: Path, fields: dict, fresh: bool = False) -> object:
     """Train on a copy of the run, or anew, and give the weights' CRCs."""
     out = home / "trained"
@@ -172,7 +283,7 @@ def check_lerobot(home: Path) -> object:
 
 
 def run_check(path: Path) -> object:
-    return str(check.check(path))
+    return str(dataclasses.replace(check.check(path), said=0.0))
 
 
 def reports(home: Path) -> object:
@@ -195,17 +306,21 @@ def standing(home: Path) -> object:
 
 
 CHECKPOINT = (describe, offline, results, goes_on, start)
-HEAVY = (offline, reports, resume, from_tokens)
+HEAVY = (offline, reports, resume, from_tokens, start, start_from_shards)
 READERS: dict[str, tuple[Callable, ...]] = {
     "run/config.json": (offline, results, resume, reports, watched),
     "run/metrics.jsonl": (resume, reports, watched),
     "run/episodes.jsonl": (results, reports, watched, standing),
     "run/offline.jsonl": (reports,),
     "run/step_000002/": CHECKPOINT,
-    "hdf5/world_": (resume,),
-    "tokens/": (from_tokens,),
+    "sharded/": (describe_shards, start_from_shards),
+    "hdf5/world_": (resume, check_caches),
+    "tokens/": (from_tokens, check_caches),
+    "unfinished/": (prepare,),
     "hdf5/soup": (resume, from_tokens, check_hdf5),
+    "recorded/": (record_again, check_recorded),
     "lerobot/": (check_lerobot,),
+    "video/": (check_video,),
 }
 
 
@@ -278,9 +393,9 @@ def outcome(program: Callable, home: Path, path: Path, wanted: object) -> tuple[
         return "fault", f"{type(error).__name__}: {str(error)[:150]} ({Path(at.filename).name}:{at.lineno})"
     if found == wanted:
         return "harmless", ""
-    told = [path.name, "set aside", "warning", "damaged", "cannot", "problem"]
+    told = [path.name, "broken", "set aside", "warning", "damaged", "cannot", "problem"]
     said, name = str(found), str(path.relative_to(home))
-    if any(word in said for word in told):
+    if any(said.count(word) > str(wanted).count(word) for word in told):
         return "named", ""
     return ("unseen", "") if name.startswith(WORDS) else ("fault", f"silent: {said[:200]}")
 

@@ -621,8 +621,10 @@ def test_another_liberos_files_are_told_and_stand_in_the_protocol(tmp_path):
     path.write_text(path.read_text().replace("(And", "(Or"))
     assert same() == "False"
     [plan] = make_plans(EvalConfig(episodes_per_task=2), tiny.run_config(), tiny.arm())
-    assert "scenes" not in plan.record()
+    assert plan.scenes == SCENES[plan.sim.suite] and "scenes" not in plan.record()
     assert dataclasses.replace(plan, scenes="0123abcd").record()["scenes"] == "0123abcd"
+    shown = episodes.result(plan, {}, Episode(*plan.starts[0], mode="off"), None, "crashed")
+    assert shown["scenes"] == plan.scenes  # a line says whose files judged it, another's or not
     assert {suite: scenes(suite) for suite in SCENES} == SCENES
 
 

@@ -35,7 +35,7 @@ AT_THE_ROOT = {
     "train.py", "eval.py", "model.py", "fusion.py", "prophet.py", "data.py", "arm.py", "files.py", "ranks.py",
     "matrix.py", "run_matrix.sh", "setup.sh", "pyproject.toml", "README.md", "LICENSE", "docs", "tests",
     "smolvla", "readers", "latents", "simulator", "training", "rollouts", "report", "bench",
-    ".ci", ".git", ".gitignore",
+    "results", ".ci", ".git", ".gitignore",
 }  # fmt: skip
 LEFT_BY_USE = {
     ".venv",

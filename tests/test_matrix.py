@@ -118,6 +118,30 @@ def test_checkpoints_on_the_way_are_rolled_out_where_training_saves_them(matrix)
     ]  # fmt: skip
 
 
+def test_modes_that_are_not_an_arms_own_may_have_fewer_starts(matrix):
+    """Each start that is rolled out under another mode is one of the own mode's, so that they pair."""
+    done = matrix("demo", "--dry-run", ARMS="E1s", TOTAL_SAMPLES="640", EVAL_AT="320", EPISODES="40 20")
+    asked = [line.split("E1s-n640-s0")[1].split(" --num-envs")[0] for line in commands(done, "eval.py")]
+    assert asked == [
+        " --memory shuffle --episodes-per-task 40",
+        " --memory off --episodes-per-task 20",
+        "/step_000020 --memory shuffle --episodes-per-task 20",
+    ]
+
+
+def test_each_checkpoint_of_a_study_has_losses_on_frames_that_nothing_was_trained_on(matrix):
+    done = matrix("transfer", "--dry-run", ARMS="E2", SEEDS="0", TOTAL_SAMPLES="640", EVAL_AT="320")
+    measured = [line for line in commands(done, "eval.py") if "--offline" in line]
+    assert [line.split("runs/transfer/E2-n640-s0")[1] for line in measured] == [
+        " --offline data/transfer_unseen", "/step_000020 --offline data/transfer_unseen",
+    ]  # fmt: skip
+    recorded = commands(done, "simulator record")
+    states = [line.split("--init-states ")[1].split()[0] for line in recorded]
+    assert states == ["0-9", "0-9", "10-19", "10-19"] and "data/transfer_unseen" in recorded[-1]
+    given = matrix("site", "--dry-run", ARMS="E2", DATA="data/mine", SUITES="goal")
+    assert not any("--offline" in line for line in commands(given, "eval.py"))
+
+
 def test_times_come_from_earlier_runs_and_none_is_made_up(matrix, tmp_path):
     settings = {"ARMS": "E0 E1", "OUT": str(tmp_path), "TOTAL_SAMPLES": "6400", "JOBS": "9999"}
 
@@ -147,19 +171,20 @@ def test_times_come_from_earlier_runs_and_none_is_made_up(matrix, tmp_path):
 @pytest.mark.parametrize(
     ("preset", "arms"),
     [
-        ("site", "E0 E0b E1s E2 E2n E2c E2h E2m F2 F2n F3a F3an F3as F3asn F3b F3bn"),
+        ("site", "E0 E1s E2 E2n E2c E2h E2m F2 F2n F3a F3an F3as F3asn F3b F3bn E0b"),
         ("bank", "E0 E2 E2n B4dropout B4noise B4ensemble B4mixture B4single B4dup"),
         ("transfer", "E0 E2 E2n"),
         ("either", "E0 E2 E2n B4ensemble B4mixture B4dup"),
     ],
 )
 def test_presets_train_their_arms_and_roll_out_controls(matrix, preset, arms):
-    done = matrix(preset, "--dry-run", SEEDS="0", EVAL_AT="")
+    done = matrix(preset, "--dry-run", SEEDS="0", EVAL_AT="", EPISODES="40")
     trained = trainings(done)
     assert [line.split("--arm ")[1].split()[0] for line in trained] == arms.split()
     banks = [line for line in trained if "--arm B4" in line]
     assert all("--num-hypotheses 4" in line for line in banks)
-    for line in commands(done, "eval.py"):
+    assert all("--dtype bfloat16" in line for line in trained)  # wherever a cell is trained
+    for line in filter(lambda line: "--memory" in line, commands(done, "eval.py")):
         modes = line.split("--memory ")[1].split(" --")[0]
         bank = " best1 mean1 dup" if "/B4" in line and "/B4dup" not in line else ""
         assert modes in (
@@ -501,7 +526,7 @@ def test_a_line_of_the_table_that_cannot_be_is_named(line, words):
             "JOBS 'a[$(id)]' cannot be: give numbers, as in JOBS=4",
         ),
         (["smoke"], {"SEEDS": "0 -1"}, "SEEDS '0 -1' cannot be"),
-        (["smoke"], {"EPISODES": "1 2"}, "EPISODES '1 2' cannot be"),
+        (["smoke"], {"EPISODES": "3 2 1"}, "EPISODES '3 2 1' cannot be: give one number"),
         (["smoke"], {"TOTAL_SAMPLES": "64\x1b[31m"}, "TOTAL_SAMPLES '64\\x1b[31m' cannot be"),
         (["smoke"], {"TASKS": "1-"}, "TASKS '1-' cannot be"),
         *((["smoke"], {name: "much"}, f"{name} 'much' cannot be") for name in program.NUMBERS),

@@ -1,18 +1,22 @@
-"""The command line of a program: what --help shows, and what is wrong with a flag, in one line."""
+"""A program's command line: --help, and a wrong flag in one line. Its ranks: one that is lost is named."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import soak
 import torch
+from test_data import write_task
 
 import eval as evaluation
 import train
@@ -97,26 +101,71 @@ def ranks_of(launcher: int) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
+def two_ranks(data: Path, out: Path, *more: str) -> list[str]:
+    """A training on two ranks, with a checkpoint after every fifth step."""
+    flags = ("--save-every", "40", "--patience", "0.1", *more)
+    return [sys.executable, *TWO_RANKS, *soak.command(data, out, 60)[1:], *flags]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The data, and a run of two ranks that nothing happens to."""
+    home = tmp_path_factory.mktemp("ranks")
+    write_task(home / "data" / "soup_demo.hdf5", lengths=(9, 24, 12), size=32)
+    soak.finish(soak.launch(two_ranks(home / "data", home / "run")))
+    return home / "data", home / "run"
+
+
+def lose(command: list[str], said: Path, number: int, is_time: Callable[[int], object]) -> tuple[int, str]:
+    """Send the second rank a signal when it is time (of the launcher); give its process, and what is said."""
+    with said.open("w") as file:
+        launcher = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
+        deadline = time.monotonic() + 120
+        while not is_time(launcher.pid):
+            assert time.monotonic() < deadline and launcher.poll() is None, said.read_text()[-3000:]
+            time.sleep(0.01)
+        victim = ranks_of(launcher.pid)[1]
+        os.kill(victim, number)
+        deadline = time.monotonic() + 60
+        while "error: rank" not in said.read_text():
+            assert time.monotonic() < deadline, said.read_text()[-3000:]
+            time.sleep(0.1)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)  # for a stopped one torchrun would wait half a minute
+        assert launcher.wait(timeout=60)
+    return victim, said.read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "said"),
     [
         (signal.SIGKILL, r"rank 1 \(process {} on \S+\) (is gone|does not answer), after step \d+"),
-        (signal.SIGSTOP, r"rank 0 has waited for \d+ s: rank 1 \(process {} on \S+\) does not answer"),
+        (signal.SIGSTOP, r"rank 0 has waited for \d+ s: rank 1 \(process {} on \S+\) does not answer, after"),
     ],
 )
-def test_where_one_of_two_ranks_is_lost_the_other_ends_and_says_which(tmp_path, number, said):
-    flags = ("--data", "tests/lerobot_v3/L_image/dataset", "--total-samples", "100000", "--batch-size", "8")
-    flags += ("--patience", "0.1", "--threads", "1", "--log-every", "1", "--out", str(tmp_path / "run"))
-    with (tmp_path / "said").open("w+") as file:
-        command = [sys.executable, *TWO_RANKS, "train.py", *flags]
-        launcher = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "run" / "metrics.jsonl").exists():
-            assert time.monotonic() < deadline and launcher.poll() is None
-            time.sleep(0.2)
-        _, victim = ranks_of(launcher.pid)
-        os.kill(victim, number)
-        launcher.wait(timeout=60)
-        text = (tmp_path / "said").read_text()
-    assert launcher.returncode and re.search(said.format(victim), text), text[-3000:]
+def test_where_one_of_two_ranks_is_lost_the_other_says_which_and_the_run_goes_on_to_the_same_bits(
+    undisturbed, tmp_path, number, said
+):
+    (data, straight), out = undisturbed, tmp_path / "run"
+    victim, text = lose(two_ranks(data, out), tmp_path / "said", number, lambda _: soak.newest(out) >= 10)
+    assert re.search(said.format(victim), text), text[-3000:]
+    assert soak.newest(out) < 60
+    soak.finish(soak.launch(two_ranks(data, out)))
+    assert soak.differences(straight, out) == []
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_lost_at_the_start_or_over_data_is_named(tmp_path):
+    data = tmp_path / "long" / "soup_demo.hdf5"
+    write_task(data, lengths=(1500, 1500), size=64)
+    command = two_ranks(data.parent, tmp_path / "run")
+    here = lambda launcher: len(ranks_of(launcher)) == 2  # noqa: E731
+    _, text = lose(command, tmp_path / "start", signal.SIGSTOP, here)
+    assert "rank 0 has waited for 6 s: rank 1 has not come" in text, text[-3000:]
+    encodes = lambda _: list(data.parent.glob("world_*"))  # noqa: E731
+    for number, why in ((signal.SIGSTOP, "does not answer"), (signal.SIGKILL, "is gone|does not answer")):
+        victim, text = lose(command, tmp_path / "data", number, encodes)
+        assert re.search(rf"rank 1 \(process {victim} on \S+\) ({why})[\n;]", text), text[-3000:]
+        for cache in encodes(0):
+            shutil.rmtree(cache)

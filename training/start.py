@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from arm import Arm, ArmConfig, Summary, load_arm, stored_config
 from data import held_out, saved_partners
-from files import LARGEST, Refused, naming
+from files import LARGEST, Refused
 from latents import tower, world
 from latents.blocks import with_checks
 from latents.encoders import open_backbone, resolved
@@ -176,21 +175,6 @@ class StartConfig(ArmConfig, DataConfig):
         out = held_out(demos, self.val_share).tolist() if self.val_every else ()
         return dataclasses.replace(self, held_out=tuple(out))
 
-    def cache_home(self, folder: Path) -> Path:
-        """The place beside which caches lie: the data's, unless --cache or a read-only disk says another."""
-        home = super().cache_home(folder)
-        place = home if home.is_dir() else home.parent
-        while not place.exists():
-            place = place.parent
-        there = any(home.parent.glob(f"{home.stem}_world_*")) or any(home.glob("world_*"))
-        if self.cache is None and (there or os.access(place, os.W_OK)):
-            return home
-        key = hashlib.sha256(f"{folder.resolve()} {self.part}".encode()).hexdigest()[:8]
-        elsewhere = (self.cache or Path("data", "cache")) / f"{folder.stem}_{key}"
-        with naming(elsewhere):
-            elsewhere.mkdir(parents=True, exist_ok=True)
-        return elsewhere
-
     def precision(self, device: torch.device) -> torch.dtype:
         """The type to compute in on a device."""
         if self.dtype != "auto":
@@ -234,7 +218,10 @@ def make_caches(config: StartConfig, rank: int, ranks: int, device: torch.device
         backbone = open_backbone(config, own_policy(config, demos))
         if backbone is not None:
             backbone.device = device
-        home, resolved_config = config.cache_home(folder), resolved(config, backbone)
+        home, resolved_config = (
+            config.cache_home(folder, config.cache, writes=True),
+            resolved(config, backbone),
+        )
         lines += filter(None, [world.scaled(demos, resolved_config)])
         lines.append(world.write(home, demos, resolved_config, backbone, rank, ranks))
     if config.features is not None:
@@ -254,7 +241,7 @@ def open_data(
     """
     folder = find_data(config.data, config)
     config = settle_cameras(config, folder, config.init if last is None else str(last))
-    home = config.cache_home(folder)
+    home = config.cache_home(folder, config.cache, writes=True)
     if config.val_every:
         config = config.without(load(folder, in_memory=False, options=config))
     writes = config.sites and config.world_encoder == "pca" and not cache_path(home, config).exists()

@@ -521,8 +521,19 @@ def test_an_arm_trains_on_a_learned_cache_resumes_and_is_measured_offline(case, 
     cached(tmp_path / "other", CASES[case], own)
     assert torch.equal(world.latents_for(tmp_path / "other", arm.encoder, load(tmp_path / "other")).z, fresh)
     evaluate(EvalConfig(str(config.out), offline=tmp_path / "other", memory=("pred", "oracle")))
-    one, two = (json.loads(line) for line in (config.out / "offline.jsonl").read_text().splitlines())
-    assert one == two
+    elsewhere = {"data": tmp_path / "other", "cache": tmp_path / "mine"}
+    train.main(dataclasses.replace(config, **elsewhere, prepare=True))
+    shutil.rmtree(world.cache_path(tmp_path / "other", arm.encoder.config, arm.encoder.backbone))
+    asked = EvalConfig(
+        str(config.out), offline=tmp_path / "other", memory=("pred", "oracle"), cache=tmp_path / "mine"
+    )
+    evaluate(asked)
+    one, two, three = (json.loads(line) for line in (config.out / "offline.jsonl").read_text().splitlines())
+    assert one == two == three
+    [rows] = (tmp_path / "mine").glob(f"*/*/{ROWS}")
+    damaged(rows.parent, ROWS, lambda b: b[:-9] + bytes([b[-9] ^ 64]) + b[-8:])
+    with pytest.raises(ValueError, match=r"world cache .*mine.* is damaged"):
+        evaluate(asked)
 
 
 def test_a_run_from_before_a_field_came_resumes_if_the_field_has_its_default(tmp_path):

@@ -151,7 +151,7 @@ def test_a_set_whose_head_is_lost_is_one_error(tmp_path):
     root = write_set(tmp_path)
     (root / "meta" / "info.json").write_text("{")
     assert len(check(root).errors) == 1
-    assert "info.json is damaged" in check(root).errors[0]
+    assert "info.json cannot be used" in check(root).errors[0]
 
 
 def test_check_goes_through_all_files_of_an_hdf5_set(tmp_path, monkeypatch, capsys):
@@ -210,4 +210,6 @@ def test_json_that_is_nested_without_end_is_one_line(name, tmp_path):
         errors = check(root).errors
     except Refused as error:
         errors = [str(error)]
-    assert (len(errors) == 1 and "info.json is damaged" in errors[0]) if name == "info.json" else not errors
+    assert (
+        (len(errors) == 1 and "info.json cannot be used" in errors[0]) if name == "info.json" else not errors
+    )

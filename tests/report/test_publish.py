@@ -11,8 +11,8 @@ import pytest
 from study import config_of, episode_lines, write_run
 
 import matrix
+from files import Refused
 from report import __main__ as report
-from report.reading import Refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
@@ -62,7 +62,7 @@ def test_a_page_says_of_each_part_what_its_records_give(tmp_path):
 
 
 def test_a_folder_without_parts_cannot_be_published(tmp_path):
-    with pytest.raises(Refusal, match="has no folders, which would be a study's parts"):
+    with pytest.raises(Refused, match="has no folders, which would be a study's parts"):
         report.publish(tmp_path, tmp_path / "out")
     with pytest.raises(ValueError, match="--publish takes one folder"):
         report.Config((tmp_path, tmp_path), publish=tmp_path)

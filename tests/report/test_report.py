@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from files import Refused
 from report import __main__ as report
 from report import reading, stats, tables
 
@@ -197,9 +198,9 @@ def test_checkpoint_folders_are_not_taken_for_runs(tmp_path):
 
 
 def test_folder_without_runs_is_refused(tmp_path):
-    with pytest.raises(reading.Refusal, match="no run folder"):
+    with pytest.raises(Refused, match="no run folder"):
         reading.find_runs((tmp_path,))
-    with pytest.raises(reading.Refusal, match="is not a folder"):
+    with pytest.raises(Refused, match="is not a folder"):
         reading.find_runs((tmp_path / "absent",))
 
 
@@ -412,7 +413,7 @@ def test_budgets_get_their_own_sections_and_unevaluated_runs_are_listed(tmp_path
 
 def test_runs_without_any_episode_are_refused(tmp_path):
     write_run(tmp_path, "E0", {})
-    with pytest.raises(reading.Refusal, match=r"no episodes in episodes\.jsonl of E0_s0; run eval\.py"):
+    with pytest.raises(Refused, match=r"no episodes in episodes\.jsonl of E0_s0; run eval\.py"):
         report.write_report(load(tmp_path), tmp_path / "out")
 
 

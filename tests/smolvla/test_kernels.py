@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from model import SmolVLA, prefix_inputs
 from smolvla import kernels
+from smolvla.layers import WorldMask, attend_fused, lay_out
 
 
 @pytest.fixture(autouse=True)
@@ -89,17 +90,14 @@ def test_a_gradient_goes_through_a_frozen_layer():
 
 
 @pytest.mark.parametrize("length", [8, 600])  # all heads at once, and one by one
-@pytest.mark.parametrize("mask", [None, "bool", "bias"])
+@pytest.mark.parametrize("mask", [None, "bool", "bias", "world"])
 def test_attention_in_products_is_sdpas(length, mask):
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, length, 16, generator=g) for _ in range(3))
-    if mask is not None:
-        mask = (
-            torch.rand(2, 1, length, length, generator=g) > 0.3
-            if mask == "bool"
-            else torch.randn(2, 1, length, length, generator=g)
-        )
-    want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    seen = lay_out(torch.rand(2, 1, length, length, generator=g) > 0.3, 1, torch.float32)
+    bias = torch.randn(2, 1, length, length, generator=g)
+    mask = {"bool": seen, "bias": bias, "world": WorldMask(seen, bias, torch.tensor(0.3))}.get(mask)
+    want = attend_fused(q, k, v, mask)
     torch.testing.assert_close(kernels.attend_in_products(q, k, v, mask), want, atol=1e-5, rtol=1e-5)
 
 
