@@ -69,7 +69,7 @@ site | bank | transfer | either)
     either) : "${ARMS:=E0 E2 E2n B4ensemble B4mixture B4dup}" "${KEEP=}" ;;
     esac
     [ -n "${DATA:-}" ] || : "${EITHER:=cream_cheese,milk}" "${DATA:=data/either}"
-    : "${DISPLACE:=0.12}" "${TOTAL_SAMPLES:=64000}" "${EPISODES:=40 16}" "${KEEP=results/data/$preset}" "${OFFLINE=${RECORDED:+${DATA}_unseen}}"
+    : "${DISPLACE:=0.11}" "${TOTAL_SAMPLES:=64000}" "${EPISODES:=40 16}" "${KEEP=results/data/$preset}" "${OFFLINE=${RECORDED:+${DATA}_unseen}}"
     SAVE_EVERY=16000 MORE_MODES+=' gate:0.5 gate:1.5' PRESET_TRAIN_FLAGS='--dtype bfloat16' ;; # on every machine
 full)
     : "${TOTAL_SAMPLES:=3200000}" "${EPISODES:=10}" "${SEEDS:=0 1 2}" "${ARMS:=all}" "${DATA:=HuggingFaceVLA/libero}"
