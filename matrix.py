@@ -328,15 +328,16 @@ def standing(job: Job, cell: Cell, live: bool = False) -> tuple[float | None, tu
     found = [parse(text(folder / "last" / "state.json")).get("samples")]
     found += numbers(folder.glob("metrics.jsonl"), "samples")[-1:] if live else []
     samples = min(cell.budget, max([0, *(n for n in found if isinstance(n, int))]))
-    episodes = sum(text(path).count("\n") for path in folder.glob("episodes*.jsonl"))
     places = len(job.tasks) * len(job.suites)
     wanted = places * sum(len(modes) * starts for _, modes, starts in rollouts(job, cell))
+    lines = sum(text(path).count("\n") for path in folder.glob("episodes*.jsonl"))
+    episodes = min(wanted, lines)  # what else was rolled out by hand is there, too
 
     logs = [*job.out.glob("*/metrics.jsonl"), *Path("runs").glob("*/*/metrics.jsonl")]
     rate = measured(job, cell.arm, "samples_per_second", logs)
     # Of OUT alone, since step limits differ elsewhere.
     each = measured(job, cell.arm, "seconds", job.out.glob("*/episodes.jsonl"))
-    train, roll_out = cell.budget - samples, max(0, wanted - episodes)
+    train, roll_out = cell.budget - samples, wanted - episodes
     minutes, left = None, "time left not measured yet"
     if (rate or not train) and (each or not roll_out):
         minutes = (train / (rate or 1) + roll_out * (each or 0) / job.envs) / 60

@@ -20,7 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -280,7 +280,8 @@ class Stop:
         self.asked = True
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
-            print("stopping after this step and a checkpoint; Ctrl-C again kills", flush=True)
+            with suppress(OSError):  # past sys.stdout, which a print may hold just now
+                os.write(1, b"stopping after this step and a checkpoint; Ctrl-C again kills\n")
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():

@@ -487,10 +487,14 @@ def lines(config: BenchConfig) -> Iterator[dict]:
     """Measure group after group; gives each case's JSON line."""
     for group in plan(config):
         turns, peaks = [], dict.fromkeys((case.dtype for case in group), 0.0)
-        for _ in range(config.rounds):
+        for turn in range(config.rounds):
             for dtype, peak in peaks.items():
                 peaks[dtype] = max(peak, alone(measure_peak, dtype, config.threads))
-            turns.append([alone(measure, case) for case in group])
+            turns.append([])
+            for case in group:
+                turns[-1].append(alone(measure, case))
+                said = f"{turns[-1][-1]['seconds']:.3f} s in round {turn + 1} of {config.rounds}"
+                print(f"{case.name} {case.kind} {case.dtype}: {said}", file=sys.stderr, flush=True)
         best = [min(found, key=lambda one: one["seconds"]) for found in zip(*turns, strict=True)]
         flops = [alone(count_flops, case) for case in group]
         # Sites beside no memory, a bank beside one hypothesis; else beside the plain path.

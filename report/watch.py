@@ -244,8 +244,8 @@ def overview(runs: list[Watched], width: int) -> RenderableType:
     ]
     shown = [name for name in rows[0] if width >= LEAST.get(name, 0)]
     for name in shown:
-        side, least = ("left" if name in ("run", "state") else "right"), min(width // 3, len(name))
-        table.add_column(name, no_wrap=True, justify=side, min_width=0 if name == "run" else least)
+        side, long = "left" if name in ("run", "state") else "right", name == "run"  # cut where room is short
+        table.add_column(name, no_wrap=not long, overflow="ellipsis", justify=side)
     for row in rows:
         table.add_row(*(row[name] for name in shown))
     done = sum(run.state == "finished" for run in runs)

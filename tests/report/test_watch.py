@@ -252,6 +252,9 @@ def test_no_line_is_wider_than_the_terminal(tmp_path, width):
     for shown in (watch.overview(runs, width), *(watch.detail(run, width) for run in runs)):
         lines = lines_of(shown, width)
         assert lines and max(map(len, lines)) <= width
+    if width >= 60:  # it is the run's name that is cut where room is short
+        header, first = lines_of(watch.overview(runs, width), width)[:2]
+        assert header.endswith("  solved") and re.search(r"(…|-0) +running .* -$", first)
 
 
 def test_wide_overview_has_every_column_and_a_narrow_one_what_matters(tmp_path):

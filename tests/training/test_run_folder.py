@@ -331,6 +331,7 @@ def test_asked_to_stop_a_run_saves_after_the_step_exits_with_0_and_goes_on(data,
     done = json.loads((out / "last" / "state.json").read_text())["samples"]
     assert 8 <= done < 120 and done % 8 == 0
     assert not heard or f"stopped at {done} of 120 samples: the same command goes on" in said
+    assert ("Ctrl-C again kills" in said) == (heard and number == signal.SIGINT)
     assert metrics(out)[-1]["samples"] == done
     run(data, tmp_path / "straight", total_samples=120, save_every=10000, ema=0.9)
     run(data, out, total_samples=120, save_every=10000, ema=0.9)
