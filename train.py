@@ -187,7 +187,7 @@ def main(config: TrainConfig) -> None:
         torch.set_num_threads(config.threads)
     with Vigil(rank, ranks, 60 * config.patience) as vigil:
         together = Together(ranks, vigil)
-        check_trunk(config)
+        config.prepare or check_trunk(config)
         if config.data == DEMO:
             record_demo(config, rank, together)
         if config.prepare:

@@ -342,7 +342,8 @@ def test_a_folder_without_a_usable_recording_says_what_to_run(tmp_path):
     write_task(tmp_path / "a_demo.hdf5")
     for path in (tmp_path, tmp_path / "b_demo.parts"):
         with pytest.raises(
-            ValueError, match=r"interrupted recording, .*b_demo\.parts .*`python -m simulator record` again"
+            ValueError,
+            match=r"interrupted recording, .*b_demo\.parts .*: run the command that began it",
         ):
             load(path)
     write_task(tmp_path / "b_demo.hdf5")

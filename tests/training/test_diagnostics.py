@@ -369,10 +369,11 @@ def test_recomputed_attention_to_world_tokens_is_what_the_expert_did(mode):
         torch.testing.assert_close(context, seen[layers.index(layer)], atol=1e-5, rtol=1e-4)
         q = layer.self_attn.queries(layer.input_layernorm(x), rope)
         k = past[0] if layer.cross else torch.cat([past[0], layer.keys_values(x, rope)[0]], dim=2)
-        without = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.hidden, enable_gqa=True)
+        hidden, shown = (some[:, :, : q.shape[2]] for some in (mask.hidden, mask.shown))  # as of one head
+        without = F.scaled_dot_product_attention(q, k, v, attn_mask=hidden, enable_gqa=True)
         both = (layer.self_attn.o_proj(c) for c in (context, without.transpose(1, 2).flatten(2)))
         added.append(torch.sub(*both).norm(dim=-1))
-        masses.append((p * (mask.shown & ~mask.hidden)).sum(-1))  # only world tokens are shown, not hidden
+        masses.append((p * (shown.isfinite() & ~hidden.isfinite())).sum(-1))  # world tokens
     out = attention(arm)
     assert out["prefix_tokens/world_mass"] == pytest.approx(torch.stack(masses).mean().item(), rel=1e-4)
     assert 0 < out["prefix_tokens/world_mass"] < 1
