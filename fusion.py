@@ -446,8 +446,10 @@ def as_memory(memory: Memory | Tensor) -> Memory:
 def probabilities(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     """Attend in float32: q (B, H, L, d), k (B, G, S, d) -> (B, H, L, S); NaN where nothing may be seen.
 
-    The mask says what may be seen, or is added to the logits.
+    The mask says what may be seen, or is added to the logits. Of one laid out for heads that share keys, end
+    to end, the first head's part is all there is to know.
     """
+    mask = mask[:, :, : q.shape[2]]  # (B, 1, share*L, S) -> (B, 1, L, S)
     k = k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # G -> H heads
     logits = q.float() @ k.transpose(2, 3) * q.shape[-1] ** -0.5
     if mask.dtype == torch.bool:
@@ -462,7 +464,7 @@ def outputs(call: tuple[nn.Module, tuple]) -> list[Tensor]:
     values = values.float().repeat_interleave(q.shape[1] // values.shape[1], dim=1)  # G -> H heads
     found, out = [], block.self_attn.o_proj
     for seen in (mask.hidden, mask.shown):
-        context = probabilities(q, keys, seen[:, :, : q.shape[2]]) @ values  # (B, H, C, d)
+        context = probabilities(q, keys, seen) @ values  # (B, H, C, d)
         found.append(out(context.transpose(1, 2).flatten(2).to(out.weight.dtype)))
     return found
 
@@ -472,7 +474,7 @@ def layer_attention(
 ) -> Tensor:
     """Recompute the attention (B, H, C, S) of an expert layer (layers.Block), with what `mask` shows."""
     q, keys, _ = layer_inputs(block, x, rope, past)
-    return probabilities(q, keys, mask[:, :, : q.shape[2]])  # laid out: the same for each head
+    return probabilities(q, keys, mask)
 
 
 def layer_inputs(

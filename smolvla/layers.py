@@ -84,8 +84,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, core: Callable) -
 
     `core` is `attend_fused`, or what stands in for it.
     """
-    # The query heads that share keys are laid end to end, as one head with a longer query: nothing is copied
-    # but the mask, and fused kernels take it, on ROCm too, where they refuse enable_gqa beside a mask.
+    # The query heads that share keys are laid end to end, as one head with a longer query: keys are
+    # not copied, and fused kernels take it, on ROCm too, where they refuse enable_gqa beside a mask.
     out = core(q.reshape(q.shape[0], k.shape[1], -1, q.shape[3]), k, v, mask)  # -> (B, G, share*L, d)
     return out.reshape(q.shape).transpose(1, 2).flatten(2)  # (B, G, share*L, d) -> (B, L, H*d)
 
