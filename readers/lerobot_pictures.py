@@ -180,7 +180,8 @@ def decode_image(content: bytes | None, where: str) -> np.ndarray:
             if image.mode != "RGB":
                 raise Refused(f"{where} is a picture in {image.mode}, not in RGB: convert the data set")
             return np.asarray(image)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # what PIL raises for damage
+    # What PIL raises for damage, and for a size that would fill the memory.
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         cause = " ".join(str(error).split())
         raise Refused(f"{where} is a damaged picture ({cause}): {COPY_AGAIN}") from error
 

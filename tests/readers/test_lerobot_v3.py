@@ -387,6 +387,10 @@ DAMAGES = {
         lambda r: column(r / DATA, CAMERA, 6, {"bytes": png(picture(1, 1, 1))[:90], "path": "x"}),
         "row 6 is a damaged picture",
     ),
+    "bomb": (
+        lambda r: column(r / DATA, CAMERA, 6, {"bytes": png(np.zeros((14_000, 14_000), bool)), "path": "x"}),
+        "row 6 is a damaged picture .*pixels",
+    ),
     "grey": (
         lambda r: column(r / DATA, CAMERA, 6, {"bytes": png(np.zeros((H, W), np.uint8)), "path": "x"}),
         "a picture in L, not in RGB",
