@@ -1,7 +1,7 @@
 """What comes from outside, JSON, tensors and command lines: errors of one line, files that appear whole.
 
     from files import Refused, parse_numbers, read_json, read_tensors, type_in
-    weights = read_tensors(Path("runs/demo/E0-n64000-s0/last/model.safetensors"))    # name -> tensor
+    weights = read_tensors(Path("runs/demo/E0-n40000-s0/last/model.safetensors"))    # name -> tensor
     config = type_in(DemoConfig, __doc__, ("out", "suite"), "python -m simulator record")
     parse_numbers("0,3,5-7", "--task-ids")                                           # [0, 3, 5, 6, 7]
     pytest tests/test_commands.py tests/test_hostile.py

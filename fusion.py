@@ -421,7 +421,7 @@ class Fusion(nn.Module):
 def repeat(view: View, times: int) -> View:
     """Repeat each sample of a site's view `times` times in a row."""
     if view is None or isinstance(view, Tensor):
-        return None if view is None else view.repeat_interleave(times, dim=0)
+        return None if view is None else torch.stack([view] * times, dim=1).flatten(0, 1)
     return type(view)(*(repeat(x, times) for x in view))
 
 

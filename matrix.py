@@ -37,7 +37,7 @@ from smolvla.config import PRETRAINED, RECIPES
 
 WHOLE, TASK = "[1-9][0-9]{0,14}", "[0-9]{1,4}(-[0-9]{1,4})?"
 NUMBERS = {  # variable: what each of its words must look like, an example; a list where that has several
-    "TOTAL_SAMPLES": (WHOLE, "'64000 192000'"),
+    "TOTAL_SAMPLES": (WHOLE, "'40000 120000'"),
     "EVAL_AT": (WHOLE, "'16000 32000'"),
     "SEEDS": ("[0-9]{1,9}", "'0 1 2'"),
     "TASKS": (f"{TASK}(,{TASK})*", "'0 3 5-7'"),

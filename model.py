@@ -7,7 +7,7 @@ cannot see the state either: where nothing in them learns, training runs them wi
 through one token alone. Memory of imagined futures enters through `fusion.py`.
 
     python model.py                                  # sizes of the presets
-    python model.py runs/demo/E0-n64000-s0/last      # what a checkpoint is, before a run is spent on it
+    python model.py runs/demo/E0-n40000-s0/last      # what a checkpoint is, before a run is spent on it
     python tests/golden.py tests/golden/smolvla      # every intermediate tensor against lerobot's
 
 Shapes: B batch, P prefix tokens, C actions in a chunk, A action width, W hidden width, H query heads, G
@@ -59,6 +59,7 @@ from smolvla.layers import (
     join,
     lay_out,
     remake,
+    repeat,
     resize_with_pad,
     rope_table,
 )
@@ -77,9 +78,9 @@ class Prefix(NamedTuple):
         """Repeat each sample `times` times in a row: several flow draws then share one prefix pass."""
         if times == 1:
             return self
-        each = lambda x: x.repeat_interleave(times, dim=0)  # noqa: E731
-        kv = [(each(k), each(v)) for k, v in self.kv]
-        return Prefix(kv, tuple(remake(mask, each) for mask in self.masks), each(self.offset))
+        kv = [(repeat(k, times), repeat(v, times)) for k, v in self.kv]
+        masks = tuple(remake(mask, lambda x: repeat(x, times)) for mask in self.masks)
+        return Prefix(kv, masks, repeat(self.offset, times))
 
 
 def action_masks(mask: Tensor, chunk: int, world: WorldTokens | None) -> tuple[Mask, Mask]:

@@ -57,20 +57,20 @@ preset=${1:-demo} && : "${SUITES:=${SUITE:-}}"
 RECORDED=yes SAVE_EVERY='' LOG_EVERY=80 PRESET_TRAIN_FLAGS='' PRESET_EVAL_FLAGS=''
 MORE_MODES='off zero shuffle stale' # of arms whose own mode is pred, besides what the table says
 case $preset in
-demo) : "${TOTAL_SAMPLES:=64000}" "${EPISODES:=40}" "${DATA:=data/demo}" && SAVE_EVERY=16000 ;;
+demo) : "${TOTAL_SAMPLES:=40000}" "${EPISODES:=40}" "${DATA:=data/demo}" && SAVE_EVERY=10000 ;;
 smoke) : "${TOTAL_SAMPLES:=96}" "${EPISODES:=1}" "${DATA:=data/smoke}" "${DEMOS:=2}" && LOG_EVERY=2 PRESET_EVAL_FLAGS='--max-steps 24' ;;
 site | bank | transfer | either)
     [ -z "${DATA:-}" ] || RECORDED=''
     case $preset in
-    site) : "${SEEDS:=0 1 2 3 4 5 6 7}" "${EVAL_AT=16000 32000}" "${DATA:=data/site}" \
+    site) : "${SEEDS:=0 1 2 3 4 5 6 7}" "${EVAL_AT=10000 20000}" "${DATA:=data/site}" \
         "${ARMS:=E0 E1s E2 E2n E2c:4 E2h:4 E2m:2 F2:4 F2n:4 F3a:4 F3an:4 F3as:4 F3asn:4 F3b:4 F3bn:4 E0b:2}" ;;
     bank) : "${SEEDS:=0 1 2 3}" "${ARMS:=E0 E2 E2n B4dropout B4noise B4ensemble B4mixture B4single B4dup}" ;;
     transfer) : "${SEEDS:=0 1 2 3}" "${ARMS:=E0 E2 E2n}" "${SUITES:=spatial goal}" "${DATA:=data/transfer}" ;;
     either) : "${ARMS:=E0 E2 E2n B4ensemble B4mixture B4dup}" "${KEEP=}" ;;
     esac
     [ -n "${DATA:-}" ] || : "${EITHER:=cream_cheese,milk}" "${DATA:=data/either}"
-    : "${DISPLACE:=0.11}" "${TOTAL_SAMPLES:=64000}" "${EPISODES:=40 8}" "${KEEP=results/data/$preset}" "${OFFLINE=${RECORDED:+${DATA}_unseen}}"
-    SAVE_EVERY=16000 MORE_MODES+=' gate:0.5 gate:1.5' PRESET_TRAIN_FLAGS='--dtype bfloat16' ;; # on every machine
+    : "${DISPLACE:=0.095}" "${TOTAL_SAMPLES:=40000}" "${EPISODES:=40 8}" "${KEEP=results/data/$preset}" "${OFFLINE=${RECORDED:+${DATA}_unseen}}"
+    SAVE_EVERY=10000 MORE_MODES+=' gate:0.5 gate:1.5' PRESET_TRAIN_FLAGS='--dtype bfloat16' ;; # on every machine
 full)
     : "${TOTAL_SAMPLES:=3200000}" "${EPISODES:=10}" "${SEEDS:=0 1 2}" "${ARMS:=all}" "${DATA:=HuggingFaceVLA/libero}"
     : "${INIT:=HuggingFaceVLA/smolvla_libero}" "${SUITES:=libero_spatial libero_object libero_goal libero_10}"

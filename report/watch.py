@@ -3,7 +3,7 @@
 One run is drawn in full, several (or a folder of runs) in a line each. The view is redrawn in place; where
 the output is no terminal, or with --once, it is printed once.
 
-    python -m report watch runs/demo/E2-n64000-s0     # one run, every 5 seconds, until Ctrl-C
+    python -m report watch runs/demo/E2-n40000-s0     # one run, every 5 seconds, until Ctrl-C
     python -m report watch runs/demo                  # all of them
     python -m report watch runs/demo --once | tee view.txt
 

@@ -5,7 +5,7 @@ one file on whatever disk nodes share. When an evaluation begins and ends, the f
 lines in: what a kill left behind is never lost, and never run again. An evaluation under another protocol
 than a suite's first has a file of its own, episodes.HASH.jsonl: a stray one stands in nobody's way.
 
-    tail -n 1 runs/demo/E2-n64000-s0/episodes.jsonl
+    tail -n 1 runs/demo/E2-n40000-s0/episodes.jsonl
     pytest tests/rollouts/test_episodes.py
 """
 

@@ -5,7 +5,7 @@ worth one are run a second time, drawn throughout; episodes repeat exactly, and 
 overlay has the step, each gate's strength and, for a memory, the attention over imagined futures: a row a
 hypothesis, a cell an imagined step, brightest where the attention is.
 
-    python eval.py runs/demo/E2-n64000-s0 --video       # RUN/videos/*.mp4, and a filmstrip .png of each
+    python eval.py runs/demo/E2-n40000-s0 --video       # RUN/videos/*.mp4, and a filmstrip .png of each
     pytest tests/rollouts/test_film.py
 
 Shapes: S picture side, N hypotheses, K future frames, F frames of a film.

@@ -5,7 +5,7 @@ what then happened. Latents become pictures through the encoder's own inverse, o
 nearest frame of a gallery. True frames go the same way by default: what differs between `imagined` and `then`
 is then the prophet's error, without what compression loses.
 
-    python eval.py runs/demo/E2-n64000-s0 --imagine 2 --init-states 48-49      # RUN/imagined/*.png
+    python eval.py runs/demo/E2-n40000-s0 --imagine 2 --init-states 48-49      # RUN/imagined/*.png
     pytest tests/rollouts/test_imagine.py
 
 Shapes: B batch, T history frames, K future frames, N hypotheses, D latent width, C chunk, A_max the model's

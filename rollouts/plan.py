@@ -3,7 +3,7 @@
 What the command line leaves open comes from what the training run recorded of its data, so that a policy
 meets the pictures and objects that it was trained on; a checkpoint from elsewhere gets LIBERO as published.
 
-    python eval.py runs/demo/E2-n64000-s0 --check     # the protocol, compared with checkpoint and data
+    python eval.py runs/demo/E2-n40000-s0 --check     # the protocol, compared with checkpoint and data
     pytest tests/rollouts/test_plan.py
 """
 

@@ -4,7 +4,7 @@ A rollout keeps a pool of environments busy and decides for a fixed number of ro
 shape of a policy call never depends on what else runs, so neither does an episode. Pictures are drawn only
 where a decision, the world encoder's history or somebody's eyes will look at them.
 
-    python eval.py runs/demo/E2-n64000-s0 --memory pred off
+    python eval.py runs/demo/E2-n40000-s0 --memory pred off
     pytest tests/test_eval.py
 
 Shapes: B batch (fixed, padded), C chunk, A action, T history, K future, D latent width, S picture side.

@@ -134,27 +134,27 @@ def plain_key(key: str) -> str:
 # ---- config -------------------------------------------------------------------------------------------
 
 
-def check_type(raw: dict) -> None:
+def read_config(folder: Path) -> dict:
+    """Read a checkpoint's config.json with lerobot's defaults; raises Refused for what is not done here."""
+    refuse_adapter(folder)
+    path = folder / "config.json"
+    raw = LEROBOT_DEFAULTS | read_json(path, CONFIG)
     if raw["type"] != "smolvla":
-        raise Refused(f"config.json is of a policy of type {raw['type']!r}: only smolvla is read here")
+        raise Refused(f"{path} is of a policy of type {raw['type']!r}: only smolvla is read here")
+    if raw["adapt_to_pi_aloha"] or raw["use_delta_joint_actions_aloha"]:
+        raise Refused(f"{path} asks for adapt_to_pi_aloha, another robot's conventions: not supported here")
+    for name, features in ((STATE, raw["input_features"]), (ACTION, raw["output_features"])):
+        if name not in features:
+            raise Refused(f"{path} has no feature {name} among {', '.join(features) or 'none'}")
+    return raw
 
 
 def policy_config(raw: dict, language: Language) -> SmolVLAConfig:
     """Join a checkpoint's config.json and its language model's into the sizes of a policy.
 
-    Fields that nobody knows are ignored. Raises Refused for what no policy can have, and for what this
-    project does not do (another policy, Aloha adaptation, pictures as they come).
+    Fields that nobody knows are ignored. Raises Refused for sizes that no policy can have.
     """
-    raw = LEROBOT_DEFAULTS | raw
-    check_type(raw)
-    if raw["adapt_to_pi_aloha"] or raw["use_delta_joint_actions_aloha"]:
-        raise Refused(
-            "config.json asks for adapt_to_pi_aloha, another robot's conventions: not supported here"
-        )
     inputs, outputs = raw["input_features"], raw["output_features"]
-    for name, features in ((STATE, inputs), (ACTION, outputs)):
-        if name not in features:
-            raise Refused(f"config.json has no feature {name} among {', '.join(features) or 'none'}")
     cameras = [name for name, feature in inputs.items() if feature["type"] == "VISUAL"]
     empty = [f"{EMPTY}{i}" for i in range(raw["empty_cameras"])]
     sizes = language_sizes(language.config, raw)
@@ -297,21 +297,19 @@ def open_checkpoint(
 ) -> tuple[Path, dict, Language, SmolVLAConfig]:
     """Find a checkpoint, a run folder's last one too, and read what it is: config, language model, sizes."""
     folder = find_folder(name, revision)
-    refuse_adapter(folder)
-    raw = LEROBOT_DEFAULTS | read_json(folder / "config.json", CONFIG)
+    raw = read_config(folder)
     language = find_language(raw["vlm_model_name"], folder, vlm)
-    return folder, raw, language, policy_config(raw, language)
+    try:
+        return folder, raw, language, policy_config(raw, language)
+    except Refused as error:  # sizes of two folders that make no policy
+        raise Refused(f"{folder}: {error}") from error
 
 
 def read_cameras(name: str, revision: str | None) -> tuple[list[str], dict[str, str]]:
     """Give the cameras that a checkpoint's config.json names, and its rename map, without its weights."""
     folder = find_folder(name, revision)
-    refuse_adapter(folder)
-    raw = LEROBOT_DEFAULTS | read_json(folder / "config.json", CONFIG)
-    check_type(raw)
-    cameras = [
-        n for n, f in raw["input_features"].items() if f["type"] == "VISUAL" and not n.startswith(EMPTY)
-    ]
+    features = read_config(folder)["input_features"]
+    cameras = [n for n, f in features.items() if f["type"] == "VISUAL" and not n.startswith(EMPTY)]
     path = folder / f"{PRE}.json"
     return cameras, rename_map(read_json(path, STEPS)) if path.is_file() else {}
 

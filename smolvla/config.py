@@ -162,7 +162,7 @@ PRETRAINED = {
 RECIPES: dict[str, dict] = {
     "tiny": {
         "freeze": "none", "batch_size": 16, "flow_draws": 4, "lr": 1e-3,
-        "total_samples": number_from_environment("TOTAL_SAMPLES", 64_000), "save_every": 16_000,
+        "total_samples": number_from_environment("TOTAL_SAMPLES", 40_000), "save_every": 10_000,
         "world_stride": 4, "state_std_floor": 0.01, "action_std_floor": 0.05,
     },
 }  # fmt: skip

@@ -33,6 +33,7 @@ from torch.autograd.function import FunctionCtx
 from smolvla.layers import Attention, Mask, VisionAttention, VisionMLP, VisionTower, WorldMask
 
 LARGE = 2**18  # weights from which packing saves more than the longer way to the product costs
+HEAP, PAGE = 2**30, 2**21  # bytes that tensors get in large pages, and of such a page
 LONG = 2**18  # scores a head from which one head at a time keeps them in cache
 
 
@@ -127,6 +128,8 @@ def embed_patches(self: nn.Conv2d, images: Tensor) -> Tensor:
     """Stand in for a convolution that strides by its own size: (B, 3, S, S) -> (B, W, n, n)."""
     if not self.weight.requires_grad:
         return self._conv_forward(images, self.weight, self.bias)
+    if torch.is_autocast_enabled("cpu"):
+        images = images.to(torch.get_autocast_dtype("cpu"))  # here, before each pixel is moved
     (p, q), n = self.kernel_size, images.shape[-1] // self.kernel_size[1]
     x = images.unflatten(3, (-1, q)).unflatten(2, (-1, p))  # (B, 3, S, S) -> (B, 3, n, p, n, q)
     x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # -> (B, n*n, 3*p*q)
@@ -158,9 +161,17 @@ def attend_in_products(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None
 
 
 def keep_memory() -> None:
-    """Let glibc keep freed memory: by default each large tensor is mapped and zeroed anew, page by page."""
+    """Let glibc keep freed memory, in large pages.
+
+    By default each large tensor is mapped and zeroed anew, page by page of 4 kB.
+    """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no tensor gets a mapping of its own
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: 2 GB may stay free
         libc.mallopt(-2, 2**28)  # M_TOP_PAD: grow by 256 MB
+        libc.malloc.restype = ctypes.c_void_p
+        if heap := libc.malloc(ctypes.c_size_t(HEAP)):  # untouched, so it takes no memory yet
+            first = -(-heap // PAGE) * PAGE
+            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(HEAP - PAGE), 14)  # MADV_HUGEPAGE
+            libc.free(ctypes.c_void_p(heap))

@@ -99,7 +99,7 @@ def test_a_dry_run_lists_every_cell_and_runs_nothing(matrix, tmp_path):
 def test_the_demos_arms_train_with_the_flags_that_its_recorded_results_had(matrix):
     [line] = trainings(matrix("demo", "--dry-run", ARMS="E2"))
     flags = line.split("--seed 0 ")[1]
-    start = "--init tiny --world-stride 4 --threads 1 --log-every 80 --save-every 16000"
+    start = "--init tiny --world-stride 4 --threads 1 --log-every 80 --save-every 10000"
     assert flags == f"{start} --fusion late --memory pred"
     config = tyro.cli(TrainConfig, args=flags.split())
     recorded = {

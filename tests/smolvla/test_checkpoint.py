@@ -231,15 +231,16 @@ def test_damaged_and_missing_files_are_one_line_each(folder, monkeypatch):
         ({"n_action_steps": 11}, r"n_action_steps 11 must lie in 1\.\.10"),
         ({"num_steps": 0}, "num_steps 0"),
         ({"max_action_dim": 5}, "action is 7 wide and the model takes 5"),
-        ({"output_features": {}}, "no feature action"),
+        ({"output_features": {}}, r"config\.json has no feature action"),
         ({"input_features": {"observation.state": {"type": "STATE", "shape": [6]}}}, "needs a camera"),
         ({"expert_width_multiplier": 0.33}, "expert_width 21 must be a positive multiple of 2"),
     ],
 )
 def test_configurations_that_cannot_be_are_refused(folder, field, message):
     edit_json(folder / "config.json", **field)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         load_policy(folder)
+    assert str(folder) in str(error.value)  # whose it is
 
 
 def test_heads_that_do_not_divide_and_other_activations_are_refused(folder):
