@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -148,3 +151,23 @@ def test_patches_that_train_are_embedded_by_a_product_and_frozen_ones_by_the_con
 
 def test_bfloat16_is_native_only_where_products_in_it_run():
     assert not kernels.native_bfloat16() or kernels.has_kernel(torch.bfloat16)
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no large pages here")
+def test_memory_is_kept_in_large_pages():
+    """Of the mapping that a tensor lies in, the system knows that it may be in large pages (VmFlags: hg)."""
+    code = """
+import torch
+from smolvla import kernels
+kernels.keep_memory()
+at, here = torch.empty(2**26).data_ptr(), False
+for line in open("/proc/self/smaps"):
+    if "-" in (place := line.split()[0]):
+        first, last = (int(end, 16) for end in place.split("-"))
+        here = first <= at < last
+    if here and line.startswith("VmFlags"):
+        assert "hg" in line.split(), line
+        print("large")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "large", done.stderr
