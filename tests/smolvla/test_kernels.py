@@ -155,12 +155,12 @@ def test_bfloat16_is_native_only_where_products_in_it_run():
 
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no large pages here")
 def test_memory_is_kept_in_large_pages():
-    """Of the mapping that a tensor lies in, the system knows that it may be in large pages (VmFlags: hg)."""
+    """The system knows it of the mapping that a large tensor's middle lies in (VmFlags: hg)."""
     code = """
 import torch
 from smolvla import kernels
 kernels.keep_memory()
-at, here = torch.empty(2**26).data_ptr(), False
+at, here = torch.empty(2**26).data_ptr() + 2**27, False
 for line in open("/proc/self/smaps"):
     if "-" in (place := line.split()[0]):
         first, last = (int(end, 16) for end in place.split("-"))
