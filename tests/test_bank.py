@@ -247,6 +247,7 @@ def test_exchangeable_hypotheses_may_change_places_coded_ones_not(site, method):
     assert ((a - b).abs().max() < 2e-5) == (method == "dropout")
 
 
+@pytest.mark.slow
 @each_method
 def test_a_bank_is_saved_loaded_and_compiles_whole(method, tmp_path):
     from tiny import STATS

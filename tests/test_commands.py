@@ -36,6 +36,7 @@ def run(program: str, *flags: str, **more: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_begins_with_what_people_use_and_has_lines_to_type(program):
     done = run(program, "--help", COLUMNS="200")
@@ -48,6 +49,7 @@ def test_help_begins_with_what_people_use_and_has_lines_to_type(program):
     assert run(program, "--no-such-flag").returncode == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -66,6 +68,7 @@ def test_a_value_that_cannot_be_is_one_line(line, said):
     assert done.returncode == 1 and done.stderr == f"error: {said}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", ["1", "2"])
 def test_choices_stand_in_one_order(seed):
     said = run("train.py --memory prde", PYTHONHASHSEED=seed, COLUMNS="200").stderr
@@ -93,6 +96,7 @@ def test_numbers_that_are_written_out_come_back(numbers):
     assert parse_numbers(",".join(map(str, numbers)), "--episodes") == numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line",
     [*(f"{program} --help" for program in PROGRAMS), "-m simulator --help"]

@@ -53,6 +53,7 @@ def episodes(run: Path) -> dict[tuple, dict]:
     return {(line["memory"], line["init_state"]): line for line in lines}
 
 
+@pytest.mark.slow
 def test_a_mode_that_the_arm_lacks_is_one_line_before_any_simulator_starts(tmp_path):
     save_arm(tmp_path / "step_000001", tiny.arm("zero"), processor())
     done = evaluate(

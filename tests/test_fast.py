@@ -152,6 +152,7 @@ def test_tokens_of_an_earlier_call_stand_in_for_pictures():
 # ---- compiled -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @each_variant
 def test_compiled_blocks_and_loop_give_the_eager_policys_values(variant):
     torch._dynamo.reset()

@@ -30,6 +30,7 @@ def type_in(folder: Path, *line: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *line], cwd=folder, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_on_a_fresh_clone_an_evaluation_says_which_command_makes_a_run(copy):
     done = type_in(copy, "eval.py")
     assert done.returncode == 1 and done.stdout == ""
@@ -39,6 +40,7 @@ def test_on_a_fresh_clone_an_evaluation_says_which_command_makes_a_run(copy):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

@@ -62,6 +62,7 @@ def test_each_patch_is_as_small_as_promised_and_touches_one_file():
         assert 0 < sum(line.startswith("+") for line in text) - 1 <= most, name
 
 
+@pytest.mark.slow
 def test_the_patches_still_fit_the_code(fork):
     run(fork, sys.executable, "-m", "ruff", "check", "fusion.py", "prophet.py", "latents/encoders.py")
     said = run(fork, sys.executable, "train.py", "--help").stdout

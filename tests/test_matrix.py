@@ -289,6 +289,7 @@ def test_demonstrations_of_several_suites_go_into_one_folder(matrix):
     assert all(line.endswith("--out some/where") for line in recorded)
 
 
+@pytest.mark.slow
 def test_a_cell_is_asked_for_by_name_or_number(matrix, tmp_path):
     where = {"OUT": str(tmp_path), "DATA": str(tmp_path / "none"), "ARMS": "E2 E0", "SEEDS": "0 1"}
     names = commands(matrix("smoke", "--list", **where), "-n")
@@ -413,6 +414,7 @@ def test_what_is_interrupted_saves_says_how_to_go_on_and_goes_on(matrix, tmp_pat
     assert done.returncode == 0 and json.loads(state.read_text()) == {"samples": 96}
 
 
+@pytest.mark.slow
 def test_a_cell_stays_locked_by_the_training_that_outlives_a_kill_and_says_whose_it_is(matrix, tmp_path):
     places = pretend(tmp_path)
     started = begin(tmp_path, "--cell", "E0-n96-s0", **places)
@@ -444,6 +446,7 @@ def test_who_waits_for_data_says_for_whom(matrix, tmp_path):
 
 def test_progress_is_a_line_where_a_tenth_more_is_done(matrix, monkeypatch, tmp_path):
     monkeypatch.setattr(program, "LOOK", 0.03)
+    monkeypatch.chdir(tmp_path)  # where nothing was measured
     done = matrix("smoke", ARMS="E0", SLOW=str(tmp_path / "slow"), **pretend(tmp_path))
     told = re.findall(
         "not measured yet: E0-n96-s0 has ([0-9]+) of 96 samples, 0 of 1 episodes\n", done.stdout

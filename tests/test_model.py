@@ -30,6 +30,7 @@ def test_every_tensor_of_a_golden_case_is_lerobots(name):
     assert [row for row in rows if not row.within] == []
 
 
+@pytest.mark.slow
 def test_the_golden_script_fails_on_a_tensor_that_is_off_or_unknown(tmp_path):
     for name in ("checkpoint", "vlm", "info.json", "inputs.safetensors"):
         (tmp_path / name).symlink_to(tiny.golden() / name)

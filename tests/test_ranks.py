@@ -32,6 +32,7 @@ def run(*line: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *line], cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("program", "module"), [("train.py", train), ("eval.py", evaluation)])
 def test_help_begins_with_two_lines_to_copy_and_the_options_that_people_use(program, module):
     said = run(program, "--help").stdout
@@ -51,6 +52,7 @@ def test_a_config_without_flags_is_the_plain_one_and_flags_win():
     assert (two.checkpoint, two.memory) == ("runs/x", ("pred", "zero"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -69,6 +71,7 @@ def test_a_mistake_is_one_line_that_says_what_to_type(line, said, tmp_path):
     assert done.returncode == 1 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
+@pytest.mark.slow
 def test_a_folder_of_runs_names_them_and_a_chunk_has_an_end(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name / "step_000001").mkdir(parents=True)

@@ -281,6 +281,7 @@ TOY = dataclasses.replace(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @each_variant
 def test_a_task_that_only_memory_can_solve_opens_the_gate_and_is_solved_in_300_steps(variant):
     arm = make_arm(variant, TOY, memory="oracle", lambda_world=0.0)
@@ -318,6 +319,7 @@ def test_a_task_that_only_memory_can_solve_opens_the_gate_and_is_solved_in_300_s
 # ---- compiled -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @each_variant
 def test_training_and_inference_compile_whole(variant):
     arm = make_arm(variant)
@@ -344,6 +346,7 @@ def each_layer(monkeypatch):
     return EachLayer.name
 
 
+@pytest.mark.slow
 def test_a_site_may_act_behind_each_layer_of_the_expert(each_layer):
     for test in (
         test_without_memory_or_with_a_closed_gate_a_rollout_is_plain_smolvla_to_the_bit,

@@ -117,6 +117,7 @@ def test_no_forward_sends_buffers_to_other_ranks(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_run_spends_its_budget_exactly_and_logs_what_it_did(straight):
     lines = metrics(straight)
     assert [line["samples"] for line in lines] == [8, 16, 24, 28]
@@ -141,6 +142,7 @@ def test_training_moves_the_gate_and_the_loss(straight):
     assert lines[-1]["action_loss"] < lines[0]["action_loss"]
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_last_step_resumes_to_the_same_bits(data, straight, tmp_path):
     # A checkpoint after each step; without the later ones, the folder is what a kill would leave behind.
     train(data, tmp_path / "run", *MEMORY, "--total-samples", "28", "--save-every", "8")
@@ -171,6 +173,7 @@ def test_every_step_holds_padded_chunks_and_whole_ones_and_futures_past_an_episo
         assert first == 24 or (not valid.all() and valid.all(1).any())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [2, 3])  # halves, and shares of 3, 3 and 2 samples
 def test_accumulation_changes_nothing_but_rounding(data, straight, tmp_path, accumulate):
     train(data, tmp_path / "run", *MEMORY, "--total-samples", "28", "--accumulate", accumulate)
@@ -273,11 +276,13 @@ def test_a_sample_that_one_rank_cannot_learn_from_is_skipped_by_both(data, tmp_p
 # ---- arms and errors ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_arms_of_one_seed_share_the_policys_first_loss(data, straight, tmp_path):
     train(data, tmp_path / "run", "--total-samples", "8")
     assert metrics(tmp_path / "run")[0]["action_loss"] == metrics(straight)[0]["action_loss"]
 
 
+@pytest.mark.slow
 def test_a_blind_arm_trains_on_the_mean_picture(data, tmp_path):
     train(data, tmp_path / "run", "--blind", "--total-samples", "8")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["arm"] == "none-blind"
@@ -286,6 +291,7 @@ def test_a_blind_arm_trains_on_the_mean_picture(data, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -343,6 +349,7 @@ def measured(data, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_held_out_losses_are_logged_under_the_runs_modes_and_oracle(measured):
     lines = [line for line in metrics(measured) if "val_loss_off" in line]
     assert [line["samples"] for line in lines] == [8, 16]
@@ -399,6 +406,7 @@ def test_a_run_that_measures_on_two_ranks_logs_the_same(data, tmp_path):
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_eval_measures_the_held_out_episodes_offline(data, measured, straight):
     command = [sys.executable, ROOT / "eval.py", measured, "--offline", data]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
@@ -413,6 +421,7 @@ def test_eval_measures_the_held_out_episodes_offline(data, measured, straight):
     assert done.returncode == 1 and "was trained on all episodes of it" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_an_arms_checkpoint_and_refuses_another_site(data, straight, tmp_path):
     flags = ("--init", straight, "--total-samples", "8")
     train(data, tmp_path / "same", *MEMORY, *flags, "--lr", "0")
@@ -427,6 +436,7 @@ def test_a_run_goes_on_from_an_arms_checkpoint_and_refuses_another_site(data, st
         assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fusion", SITES)
 def test_every_site_trains_saves_and_resumes(data, fusion, tmp_path):
     flags = ("--fusion", fusion, "--memory", "shuffle", "--prefix-tokens", "2", "--future", "2")
@@ -440,6 +450,7 @@ def test_every_site_trains_saves_and_resumes(data, fusion, tmp_path):
     assert all((whole[name] == again[name]).all() for name in whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", [("ensemble", "--world-loss", "min"), ("dropout", "--prophet-dropout", "0.2")]
 )

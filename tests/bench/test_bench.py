@@ -38,6 +38,7 @@ def test_flops_of_encoding_are_those_counted_by_hand():
     assert pictures - features == tower_flops(batch=2)
 
 
+@pytest.mark.slow
 def test_flops_grow_with_batch_steps_and_live_tokens():
     one = bench.count_flops(case("chunk"))
     assert bench.count_flops(dataclasses.replace(case("chunk"), batch=4)) == 2 * one
@@ -108,6 +109,7 @@ def test_cases_can_be_chosen_by_name():
         bench.plan(bench.BenchConfig("step", "sites", only="nothing"))
 
 
+@pytest.mark.slow
 def test_readers_are_measured_alone_and_with_a_process(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "LEAST", 0.05)
     out = tmp_path / "bench.jsonl"

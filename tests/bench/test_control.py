@@ -137,6 +137,7 @@ def test_a_perfect_prophet_covers_and_one_that_knows_a_single_branch_does_not(he
     assert control.dead_share(control.imagined(bank, held), held) == 1 - 1 / BRANCHES
 
 
+@pytest.mark.slow
 def test_attention_follows_the_cue_and_scrambled_it_is_at_chance(reader, held):
     assert verdicts(reader, held) == [True, True]
     cued, _ = split(held)

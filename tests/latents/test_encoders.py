@@ -486,6 +486,7 @@ SHORT = {"total_samples": 24, "batch_size": 8, "log_every": 1, "freeze": "vision
 SHORT |= {"future": 3, "history": 2, "world_stride": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["siglip", "vjepa2"])
 def test_an_arm_trains_on_a_learned_cache_resumes_and_is_measured_offline(case, models, tmp_path, capsys):
     own = {name: shutil.copytree(folder, tmp_path / name) for name, folder in models.items()}
@@ -649,6 +650,7 @@ make_caches(TrainConfig(data=Path({data!r}), {fields}), 0, 1, torch.device("cpu"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["pca", "siglip"])
 def test_a_killed_run_goes_on_to_the_same_bytes(case, models, tmp_path, small_blocks, monkeypatch):
     whole, _ = cached(make_data(tmp_path / "whole"), CASES[case], models)

@@ -472,6 +472,7 @@ def test_runs_whose_pictures_change_or_are_averaged_take_no_features(fields, mes
 # ---- training -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "fields"),
     [("float32", {}), ("float32", MEMORY | {"val_every": 8, "val_share": 0.34}), ("bfloat16", {})],
@@ -584,6 +585,7 @@ def test_a_run_goes_on_from_its_checkpoint_with_its_features_only(folder, exact,
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_features_of_a_checkpoint_serve_the_runs_that_start_from_it(folder, exact, tmp_path):
     first = run(folder, tmp_path / "first", features=exact, **MEMORY)
     made = cache(folder, init=str(first), features=tmp_path / "f")

@@ -318,6 +318,7 @@ def test_uneven_pictures_have_a_cache_that_opens(tmp_path):
     assert torch.equal(made.z, again.z) and made.encoder.size == again.encoder.size == ((40, 24),)
 
 
+@pytest.mark.slow
 def test_a_camera_that_the_data_have_not_is_one_line():
     data = ROOT / "tests/lerobot_v3/L_image/dataset"
     command = [

@@ -51,6 +51,7 @@ def test_inspect_prints_an_hdf5_set(tmp_path, monkeypatch, capsys):
     assert str(code).startswith("error: no such data folder") and "\n" not in code
 
 
+@pytest.mark.slow
 def test_inspect_prints_a_lerobot_set_and_a_part_of_it(tmp_path):
     command = [sys.executable, ROOT / "data.py", "inspect", SETS / "L_video" / "dataset"]
     command += ["--task-ids", "1"]

@@ -80,6 +80,7 @@ def test_damage_is_said_in_the_same_line(tmp_path):
         running.close()
 
 
+@pytest.mark.slow
 def test_training_is_the_same_wherever_pictures_are(tmp_path, capsys):
     root = tmp_path / "set"
     shutil.copytree(SETS / "L_video" / "dataset", root)

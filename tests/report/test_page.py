@@ -86,6 +86,7 @@ def study(tmp_path_factory) -> tuple[Path, str, Reader]:
 # ---- the whole
 
 
+@pytest.mark.slow
 def test_the_page_is_balanced_its_ids_are_unique_and_its_links_lead_somewhere(study):
     root, text, read = study
     assert text.startswith("<!doctype html>")

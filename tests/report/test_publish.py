@@ -31,6 +31,7 @@ def study(root: Path) -> Path:
     return root / "data"
 
 
+@pytest.mark.slow
 def test_a_page_says_of_each_part_what_its_records_give(tmp_path):
     data, out = study(tmp_path), tmp_path / "out"
     out.mkdir()

@@ -355,6 +355,7 @@ def test_the_terminal_shows_tables_sentences_and_signals(tree):
     ]
 
 
+@pytest.mark.slow
 def test_looks_are_counted_once_for_the_same_episodes(tree):
     said = lambda: re.search(r"Looked at (\d)", report.write_report(load(tree), tree / "report"))  # noqa: E731
     assert said() is None and said() is None

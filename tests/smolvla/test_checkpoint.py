@@ -290,6 +290,7 @@ def split_weights(folder: Path, change: dict[str, str] | None = None) -> None:
     (folder / WEIGHTS).unlink()
 
 
+@pytest.mark.slow
 def test_weights_in_shards_are_those_in_one_file(folder):
     want = load_policy(folder)[0].state_dict()
     split_weights(folder)
@@ -434,6 +435,7 @@ def run_model(*argv: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_model_py_says_what_a_checkpoint_is(folder):
     for path in folder.glob("policy_*processor_step*.safetensors"):
         save_file({k: v for k, v in load_file(path).items() if not k.startswith("action.")}, path)
@@ -453,6 +455,7 @@ def test_model_py_says_what_a_checkpoint_is(folder):
     assert said["tokenizer"].startswith("272 of 320 ids")
 
 
+@pytest.mark.slow
 def test_model_py_ends_in_one_line_where_there_is_nothing_to_describe(tmp_path):
     done = run_model(tmp_path)
     assert done.returncode == 1

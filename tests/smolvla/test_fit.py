@@ -62,6 +62,7 @@ def test_a_folder_as_lerobot_publishes_it_is_taken_at_the_word_of_its_statistics
     assert description["steps"][-1]["config"]["features"]["observation.state"]["shape"] == [8]
 
 
+@pytest.mark.slow
 def test_model_py_describes_such_a_folder_and_says_what_is_odd(folder):
     publish(folder)
     done = run_model(folder)

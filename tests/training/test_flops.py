@@ -25,6 +25,7 @@ class Batches:
         return bench.batch_of(dataclasses.replace(self.case, batch=len(numbers)), self.arm, "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [*bench.SITES.values(), *bench.BANKS.values()], ids=str)
 def test_a_samples_flops_are_a_batchs_share_at_every_site(fields):
     case = bench.Case("some case", "step", "tiny", "float32", 4, 1, arm=fields)

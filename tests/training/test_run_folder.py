@@ -202,6 +202,7 @@ def test_keep_every_says_which_checkpoints_stay(data, tmp_path):
 # ---- disks --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_in_a_save_is_one_line_and_the_run_goes_on(data, straight, tmp_path):
     out = tmp_path / "run"
     most = (straight / "last" / "model.safetensors").stat().st_size * 2 // 3
@@ -273,6 +274,7 @@ def test_a_step_whose_gradient_is_not_finite_moves_nothing_and_is_counted(data, 
     assert json.loads((out / "last" / "state.json").read_text())["bad_steps"] == 1
 
 
+@pytest.mark.slow
 def test_too_many_bad_steps_in_a_row_end_the_run_in_one_line(data, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, 17, 26)
     out = tmp_path / "run"
@@ -314,6 +316,7 @@ def wait_for(path: Path, seconds: float = 60.0) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "heard"), [(signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGINT, False)]
 )
@@ -342,6 +345,7 @@ def test_asked_to_stop_a_run_saves_after_the_step_exits_with_0_and_goes_on(data,
 # ---- average ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_averaged_run_trains_alike_and_saves_both_kinds_of_weights(data, straight, tmp_path):
     out = run(data, tmp_path / "run", ema=0.9)
     raw, plain = load_file(out / "last" / "raw.safetensors"), weights(straight)
