@@ -313,7 +313,10 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     from safetensors.torch import save_file
 
     with beside(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        partial.chmod(mode)  # safetensors makes files that nobody else may read
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -499,6 +502,15 @@ def type_in(
     try:
         return read_command_line(config, description, first, args, prog)
     except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """End the program in one line over what a person gave wrong, and what the system does not allow."""
+    try:
+        yield
+    except (Refused, Unwritable, PermissionError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -18,7 +18,6 @@ SmolVLM2.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from files import Refused, type_in
+from files import Refused, told, type_in
 from fusion import Fusion, Memory, MemoryCache, WorldTokens, with_bias
 from smolvla.checkpoint import (
     VLM_PARTS,
@@ -593,7 +592,5 @@ def main(config: DescribeConfig) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with told():
         main(type_in(DescribeConfig, __doc__, ("checkpoint", "revision"), "model.py"))
-    except Refused as error:
-        sys.exit(f"error: {error}")

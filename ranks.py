@@ -308,7 +308,7 @@ def run_program(
         main(read_command_line(config, description, first))
     except refused as error:
         line = str(error)
-    except Unwritable as error:
+    except (Unwritable, PermissionError) as error:  # a folder, too, may be locked
         line = str(error)
     except (RuntimeError, MemoryError) as error:
         if not (isinstance(error, MEMORY) or "can't allocate memory" in str(error)):

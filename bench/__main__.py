@@ -7,12 +7,10 @@ python -m bench control                    # the positive and the negative contr
 import sys
 
 from bench import control, speed
-from files import Refused
+from files import told
 
 if __name__ == "__main__":
-    try:
+    with told():
         if sys.argv[1:2] == ["control"]:
             sys.exit(control.main(sys.argv[2:]))
         speed.main()
-    except Refused as error:
-        sys.exit(f"error: {error}")

@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw
 
-from files import Refused, type_in
+from files import Refused, told, type_in
 from readers import lerobot_meta, lerobot_pictures, lerobot_v3, libero_hdf5
 from readers.demos import Demos, StoredPictures, boundaries, picture_bytes, statistics, statistics_of
 from readers.load import find_data, layout, load
@@ -325,7 +325,7 @@ def unpack(demos: Demos) -> int:
 def main() -> None:
     """Run the command line; what is wrong with the data is said in one line each."""
     config = type_in(Config, __doc__, OFTEN, "data.py")
-    try:
+    with told():
         folder = find_data(config.data, config)
         if config.command == "check":
             raise SystemExit(report(folder, check(folder, config.decode, config, config.init)))
@@ -336,8 +336,6 @@ def main() -> None:
         print(describe(demos))
         contact_sheet(demos).save(config.out)
         print(f"sample frames: {config.out}")
-    except Refused as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 def report(folder: Path, found: Findings) -> int:

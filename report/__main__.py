@@ -26,7 +26,7 @@ from urllib.parse import quote
 
 import tyro
 
-from files import Refused, Unwritable, beside, naming, plain, replace_text, type_in
+from files import Refused, beside, naming, plain, replace_text, told, type_in
 from report import figures
 from report.findings import looks, partitions, sentences, signals
 from report.page import Bullets, Media, Plot, Section, Shot, Table, Text, markdown, markdown_table, page
@@ -357,17 +357,13 @@ def main() -> None:
         importlib.import_module(f"report.{sys.argv[1]}").main(sys.argv[2:])
         return
     config = type_in(Config, __doc__, ("runs", "out", "publish"), "python -m report")
-    try:
+    with told():
         if config.publish:
             print(publish(config.runs[0], config.publish))
             return
         runs, aside = load_runs(config.runs)
         title = " and ".join(plain(path.resolve().name) for path in config.runs)
         print(write_report(runs, config.out or config.runs[0] / "report", title, aside))
-    except Refused as error:
-        sys.exit(f"error: {error}")
-    except Unwritable as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

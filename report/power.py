@@ -26,7 +26,7 @@ import numpy as np
 import tyro
 from scipy.stats import chi2, norm, t
 
-from files import Refused, type_in
+from files import Refused, told, type_in
 from report.reading import load_runs
 from report.stats import ALPHA, LEAST_SEEDS, Contrast, Run, all_contrasts
 
@@ -333,15 +333,13 @@ def main(args: list[str] | None = None) -> None:
     if not config.runs:
         print(plan_text(config))
         return
-    try:
+    with told():
         runs, aside = load_runs(config.runs)
         evaluated = [run for run in runs if run.episodes]
         if not evaluated:
             raise Refused(
                 "no episodes in these runs; run eval.py on a checkpoint, or leave RUNS out for a plan"
             )
-    except Refused as error:
-        sys.exit(f"error: {error}")
     print("".join(f"{each}\n" for each in aside), end="", file=sys.stderr)
     for budget in sorted({run.budget for run in evaluated}, key=lambda b: (b is None, b or 0)):
         panel = [run for run in evaluated if run.budget == budget]

@@ -13,7 +13,6 @@ where its log has not grown for 10 times the usual interval; after 100 times and
 
 import math
 import re
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from files import NUMBER, Refused, type_in
+from files import NUMBER, Refused, told, type_in
 from report.reading import Aside, RunFolder, find_runs, fitting, load_run, read_config
 from report.stats import Tally, arm_modes, in_mode, tally, wilson
 
@@ -262,11 +261,12 @@ def main(args: list[str] | None = None) -> None:
         runs = look(config.runs, known)
         return detail(runs[0], console.width) if len(runs) == 1 else overview(runs, console.width)
 
-    try:
+    with told():
         shown = view()
-        if config.once or not console.is_terminal:
-            console.print(shown)
-            return
+    if config.once or not console.is_terminal:
+        console.print(shown)
+        return
+    try:
         with Live(shown, console=console, screen=True, auto_refresh=False) as live:
             while True:
                 time.sleep(config.every)
@@ -275,7 +275,5 @@ def main(args: list[str] | None = None) -> None:
                     live.update(shown, refresh=True)
                 except Refused as error:  # a config.json that is being written, say: the next look may do
                     live.update(Group(Text(f"error: {error}"), shown), refresh=True)
-    except Refused as error:
-        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         console.print(shown)

@@ -25,7 +25,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import tyro
 
-from files import NO_ARRAY, Refused, check_numbers, read_json, type_in
+from files import NO_ARRAY, Refused, check_numbers, read_json, told, type_in
 from simulator.env import CAMERAS, MUJOCO_VERSION, LiberoEnv, SimConfig, versions
 from simulator.pool import in_fresh_process
 from simulator.render import APT_LINE, check_gl, setup_gl
@@ -407,8 +407,6 @@ def explain_picture(difference: str, found: Replay) -> str:
 def main(args: list[str] | None = None) -> None:
     """Run the command line."""
     command = type_in(Command, __doc__, ("folders", "picture_tolerance"), "python -m simulator verify", args)
-    try:
+    with told():
         agree = verify(command.folders, command.picture_tolerance, command.texture_colorspace)
-    except Refused as error:
-        sys.exit(f"error: {error}")
     sys.exit(0 if agree else 1)

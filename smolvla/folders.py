@@ -172,9 +172,12 @@ def checksum(path: Path) -> int:
 @lru_cache(1024)
 def checksum_of(path: Path, *version: int) -> int:
     crc, part = 0, memoryview(bytearray(CHUNK))
-    with path.open("rb", buffering=0) as file:
-        while read := file.readinto(part):
-            crc = zlib.crc32(part[:read], crc)
+    try:
+        with path.open("rb", buffering=0) as file:
+            while read := file.readinto(part):
+                crc = zlib.crc32(part[:read], crc)
+    except OSError as error:
+        raise Refused(f"{path} cannot be read: {error.strerror}") from error
     return crc
 
 

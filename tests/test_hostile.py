@@ -38,6 +38,7 @@ from files import (
     misfit,
     only_writer,
     plain_name,
+    save_tensors,
     shape_of,
     write_json,
 )
@@ -54,7 +55,7 @@ from simulator.env import CAMERAS, SCENES, load_init_states, scenes
 from simulator.pool import Observation
 from simulator.record import DemoConfig
 from smolvla.checkpoint import read_cameras, save_policy
-from smolvla.folders import MANIFEST, OPTIMIZER, damage, newest_whole, point
+from smolvla.folders import MANIFEST, OPTIMIZER, checksum, damage, newest_whole, point
 from train import TrainConfig
 from training import run_folder
 from training.run_folder import Progress
@@ -650,6 +651,14 @@ def test_another_liberos_files_are_told_and_stand_in_the_protocol(tmp_path):
     shown = episodes.result(plan, {}, Episode(*plan.starts[0], mode="off"), None, "crashed")
     assert shown["scenes"] == plan.scenes  # a line says whose files judged it, another's or not
     assert {suite: scenes(suite) for suite in SCENES} == SCENES
+
+
+def test_a_checkpoint_that_may_not_be_read_is_named_and_ours_may_be_read_by_all(tmp_path):
+    with pytest.raises(Refused, match=r"^/proc/\d+/mem cannot be read: Input/output error$"):
+        checksum(Path("/proc/self/mem"))
+    (tmp_path / "plain").touch()
+    save_tensors({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 # ---- one writer -----------------------------------------------------------------------------------------
