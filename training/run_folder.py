@@ -115,7 +115,7 @@ def open_run(out: Path, record: Mapping, defaults: Mapping, free: Collection[str
 def environment() -> dict:
     """What the run ran on: versions, git hash, device, command line."""
     packages = ("torch", "numpy", "tokenizers", "safetensors", "h5py", "pyarrow", "av")
-    changes = git("status", "--porcelain")
+    changes = git("status", "--porcelain", "--", ":/", ":!/results")  # finished cells of a study are none
     return {
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
