@@ -9,7 +9,7 @@ many ways (bits, ends, types, nesting), one at a time, and each program that rea
     unseen      another result, of text or data that have no checksum: somebody could have written them so
     fault       a traceback, a hang, or another result without a word
 
-    python tests/fuzz.py --heavy 2         # all: a quarter of an hour on one core; the table is docs/damage.md's
+    python tests/fuzz.py --heavy 2         # all: 13 minutes of one core; the table is docs/damage.md's
     python tests/fuzz.py --only config     # files whose path contains this
 """
 
