@@ -2,7 +2,7 @@
 # The main job: demonstrations, arms trained on one sample budget, rollouts under memory modes, a report with intervals.
 #
 #   ./run_matrix.sh demo               # the whole experiment, small, on a laptop-class CPU
-#   ./run_matrix.sh smoke              # the same path with tiny numbers: 2 minutes, says nothing about success
+#   ./run_matrix.sh smoke              # the same path with tiny numbers: a minute, says nothing about success
 #   ./run_matrix.sh site               # the study's first part: where memory enters, and whether prediction matters
 #   ./run_matrix.sh bank               # its second: several futures of a task that two objects solve; either: less of it
 #   ./run_matrix.sh transfer           # its third: does the sign hold on tasks of other suites?

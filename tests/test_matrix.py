@@ -568,7 +568,7 @@ def test_the_smoke_run_ends_with_a_table_and_a_second_call_only_looks(tmp_path):
     assert "another protocol" in subprocess.run(stray, cwd=ROOT, capture_output=True, text=True).stdout
     episodes = {p: p.read_bytes() for p in out.glob("*/episodes.jsonl")}
     started = time.perf_counter()
-    again = script("smoke", **places)
+    again = script("smoke", ARMS="E2 E0 E1 E0b", **places)
     assert again.returncode == 0, again.stderr
     assert time.perf_counter() - started < 120
     assert all("done before: python eval.py" in log.read_text() for log in out.glob("E[01]*.log"))
