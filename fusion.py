@@ -419,7 +419,10 @@ class Fusion(nn.Module):
 
 
 def repeat(view: View, times: int) -> View:
-    """Repeat each sample of a site's view `times` times in a row."""
+    """Repeat each sample of a site's view, or of a tensor (B, ...), `times` times in a row.
+
+    By a stack, whose gradients are added one by one: repeat_interleave's sum is slow on a CPU in bfloat16.
+    """
     if view is None or isinstance(view, Tensor):
         return None if view is None else torch.stack([view] * times, dim=1).flatten(0, 1)
     return type(view)(*(repeat(x, times) for x in view))

@@ -30,7 +30,7 @@ import tyro
 from torch import Tensor
 
 from files import Refused, told, type_in
-from fusion import Fusion, Memory, MemoryCache, WorldTokens, with_bias
+from fusion import Fusion, Memory, MemoryCache, WorldTokens, repeat, with_bias
 from smolvla.checkpoint import (
     VLM_PARTS,
     Shapes,
@@ -58,7 +58,6 @@ from smolvla.layers import (
     join,
     lay_out,
     remake,
-    repeat,
     resize_with_pad,
     rope_table,
 )

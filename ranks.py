@@ -306,9 +306,7 @@ def run_program(
     line = None
     try:
         main(read_command_line(config, description, first))
-    except refused as error:
-        line = str(error)
-    except (Unwritable, PermissionError) as error:  # a folder, too, may be locked
+    except (refused, Unwritable, PermissionError) as error:
         line = str(error)
     except (RuntimeError, MemoryError) as error:
         if not (isinstance(error, MEMORY) or "can't allocate memory" in str(error)):

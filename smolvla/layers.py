@@ -66,14 +66,6 @@ def lay_out(mask: Tensor, share: int, dtype: torch.dtype) -> Tensor:
     return mask.to(dtype).repeat(1, 1, share, 1)
 
 
-def repeat(x: Tensor, times: int) -> Tensor:
-    """Repeat each row of (B, ...) `times` times in a row -> (B*times, ...).
-
-    By a stack, whose gradients are added one by one: repeat_interleave's sum is slow on a CPU in bfloat16.
-    """
-    return torch.stack([x] * times, dim=1).flatten(0, 1)
-
-
 def join(past: tuple[Tensor, Tensor] | None, own: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Put earlier tokens' keys and values, where there are any, before one's own, (B, G, S, d) each."""
     return own if past is None else tuple(torch.cat(pair, dim=2) for pair in zip(past, own, strict=True))
