@@ -70,7 +70,8 @@ class Prefix(NamedTuple):
     # Per expert layer keys and values, (B, G, P, d) each, projected where the layer cross-attends.
     kv: list[tuple[Tensor, Tensor]]
     masks: tuple[Mask, Mask]  # what actions see in self layers and in cross layers, laid out
-    offset: Tensor  # (B,) number of unpadded tokens: where the actions' positions start
+    # The actions' positions (`rope_table`): on from the unpadded tokens in self layers, from 0 in cross.
+    ropes: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
     def repeat(self, times: int) -> Prefix:
         """Repeat each sample `times` times in a row: several flow draws then share one prefix pass."""
@@ -78,7 +79,8 @@ class Prefix(NamedTuple):
             return self
         kv = [(repeat(k, times), repeat(v, times)) for k, v in self.kv]
         masks = tuple(remake(mask, lambda x: repeat(x, times)) for mask in self.masks)
-        return Prefix(kv, masks, repeat(self.offset, times))
+        own, shared = self.ropes
+        return Prefix(kv, masks, (tuple(repeat(x, times) for x in own), shared))
 
 
 def action_masks(mask: Tensor, chunk: int, world: WorldTokens | None) -> tuple[Mask, Mask]:
@@ -353,7 +355,10 @@ class SmolVLA(nn.Module):
         with self.computing(self.expert):
             kv = [layer.project(*pair) if layer.cross else pair for layer, pair in pairs]
         masks = action_masks(mask, self.config.chunk_size, world)
-        return Prefix(kv, tuple(remake(x, self.lay_out) for x in masks), mask.sum(1))
+        own = torch.arange(self.config.chunk_size, device=mask.device)
+        positions = (mask.sum(1, keepdim=True) + own, own[None])
+        ropes = tuple(rope_table(x, self.config.head_dim) for x in positions)
+        return Prefix(kv, tuple(remake(x, self.lay_out) for x in masks), ropes)
 
     def lay_out(self, mask: Tensor) -> Tensor:
         """Make a mask what all layers of one pass add to their logits."""
@@ -392,16 +397,9 @@ class SmolVLA(nn.Module):
         if self.fusion is not None:
             h = self.fusion("actions_in", h, memory)
         h = h.to(self.expert.norm.weight.dtype)
-        own = torch.arange(h.shape[1], device=h.device)
-        mask_self, mask_cross = prefix.masks
-        rope_self = rope_table(prefix.offset[:, None] + own, self.config.head_dim)
-        rope_cross = rope_table(own[None], self.config.head_dim)  # restarts at 0 in cross layers
         with self.computing(self.expert):
             for i, (layer, past) in enumerate(zip(self.expert.layers, prefix.kv, strict=True)):
-                if layer.cross:
-                    h, _ = layer(h, rope_cross, mask_cross, past)
-                else:
-                    h, _ = layer(h, rope_self, mask_self, past)
+                h, _ = layer(h, prefix.ropes[layer.cross], prefix.masks[layer.cross], past)
                 if self.fusion is not None:
                     h = self.fusion("layer", h, memory, i)
             h = self.expert.norm(h).float()
