@@ -213,8 +213,9 @@ def _check_cameras(cameras: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def light_start() -> Iterator[None]:
-    """Start child processes with one numeric thread and without loading the caller's script (and torch)."""
+    """Start child processes that use one thread, and without loading the caller's script (and torch)."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    threads["LP_NUM_THREADS"] = os.environ.get("LP_NUM_THREADS", "0")  # Mesa: no thread but the caller's
     before = {name: os.environ.get(name) for name in threads}
     main = sys.modules["__main__"]
     os.environ.update(threads)
