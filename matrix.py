@@ -38,7 +38,7 @@ from smolvla.config import PRETRAINED, RECIPES
 WHOLE, TASK = "[1-9][0-9]{0,14}", "[0-9]{1,4}(-[0-9]{1,4})?"
 NUMBERS = {  # variable: what each of its words must look like, an example; a list where that has several
     "TOTAL_SAMPLES": (WHOLE, "'40000 120000'"),
-    "EVAL_AT": (WHOLE, "'16000 32000'"),
+    "EVAL_AT": (WHOLE, "'10000 20000'"),
     "SEEDS": ("[0-9]{1,9}", "'0 1 2'"),
     "TASKS": (f"{TASK}(,{TASK})*", "'0 3 5-7'"),
     "EPISODES": (WHOLE, "'40 20'"),
@@ -91,7 +91,8 @@ def read_arms(table: str, more_modes: list[str]) -> dict[str, Arm]:
         if len(fields) != 4 or len(fields[0]) != 1 or not fields[2]:
             raise Refused(f"the table's line {line!r} is not: name | flags | memory modes | compared with")
         [name], flags, modes, controls = fields
-        arms[name] = Arm(name, flags, modes + (more_modes if modes[0] == "pred" else []), controls)
+        modes = [*dict.fromkeys(modes + (more_modes if modes[0] == "pred" else []))]
+        arms[name] = Arm(name, flags, modes, controls)
     for arm in arms.values():
         for control in set(arm.controls) - set(arms):
             raise Refused(f"arm {control!r}, which {arm.name} is compared with, is not in the table")

@@ -25,7 +25,7 @@ case " $* " in *" -h "* | *" --help "*) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" ||
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # ---- arms: name | flags of train.py | memory modes rolled out, the arm's own first | arms that it is compared with
 ARM_TABLE='
-E2   | LATE pred                              | pred                  | E0 E1s E2n E2c E2h E1
+E2   | LATE pred                              | pred off zero shuffle | E0 E1s E2n E2c E2h E1
 E0   | --fusion none                          | off                   | E0b
 E1   | LATE zero                              | zero                  | E0
 E0b  | --fusion none --blind                  | off                   |
@@ -57,7 +57,7 @@ preset=${1:-demo} && : "${SUITES:=${SUITE:-}}"
 RECORDED=yes SAVE_EVERY='' LOG_EVERY=80 PRESET_TRAIN_FLAGS='' PRESET_EVAL_FLAGS=''
 MORE_MODES='off zero shuffle stale' # of arms whose own mode is pred, besides what the table says
 case $preset in
-demo) : "${TOTAL_SAMPLES:=40000}" "${EPISODES:=40}" "${DATA:=data/demo}" && SAVE_EVERY=10000 ;;
+demo) : "${TOTAL_SAMPLES:=40000}" "${EPISODES:=40}" "${DATA:=data/demo}" && SAVE_EVERY=10000 MORE_MODES='off zero' ;;
 smoke) : "${TOTAL_SAMPLES:=96}" "${EPISODES:=1}" "${DATA:=data/smoke}" "${DEMOS:=2}" && LOG_EVERY=2 PRESET_EVAL_FLAGS='--max-steps 24' ;;
 site | bank | transfer | either)
     [ -z "${DATA:-}" ] || RECORDED=''
