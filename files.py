@@ -287,7 +287,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK:
+        if error.errno not in DISK or isinstance(error, Unwritable):
             raise
         raise Unwritable(error.errno, error.strerror, str(path)) from error
 

@@ -584,14 +584,9 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line."""
     config = type_in(DemoConfig, __doc__, OFTEN, "python -m simulator record", args)
     try:
-        run(config)
-    except OSError as error:
-        if error.errno not in files.DISK:
-            raise
-        sys.exit(f"error: {error.strerror}: free some and run the same command again to go on")
+        with files.told(), files.naming(config.out):
+            run(config)
     except BrokenProcessPool:
         sys.exit("error: a worker process died (killed, maybe out of memory): lower --workers and run again")
-    except Refused as error:
-        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped: run the same command again to go on")
