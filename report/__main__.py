@@ -34,9 +34,12 @@ from report.reading import Aside, Rollout, RunFolder, filmed, imagined, load_run
 from report.stats import LEAST_SEEDS, Contrast, all_contrasts, by_arm, tally
 from report.tables import (
     COLUMNS,
+    PRIMARY,
     contrast_blocks,
     glance_table,
     growth_table,
+    loss_table,
+    modes_table,
     offline_lines,
     offline_table,
     partition_table,
@@ -52,6 +55,7 @@ from report.tables import (
 
 SUBCOMMANDS = ("power", "watch")  # each a module beside this one, with main(argv)
 TOLD = ("Success", "Paired comparisons", "What these tables can say", "Expected signals")  # at the terminal
+PIVOTED = {"Success": modes_table, "Held-out action loss": loss_table}  # shorter on a study's page
 PUBLISHED = ("Expected signals", "What these tables can say", "Success", "Paired comparisons")
 PUBLISHED += ("Over training samples", "Dose and response", "Held-out action loss", "Memory")  # in this order
 IMAGINED, FILMED = 2, 4  # pictures and videos shown of an arm
@@ -65,7 +69,8 @@ class Config:
     """Folder for the page, tables and figures; default: `report` inside the first folder of `runs`."""
     publish: Path | None = None
     """Folder for a study's page, README.md, and a folder a part: the folders inside the one of `runs` that is
-    named are the parts. What stands in its learned.md is added, in its own words."""
+    named are the parts. Added are what stands in its learned.md, in its own words, and a part's
+    imagined.png."""
 
     def __post_init__(self) -> None:
         if not self.runs:
@@ -325,14 +330,17 @@ def publish(data: Path, out: Path) -> str:
     for part in parts:
         folder, (runs, aside) = out / part.name, load_runs((part,))
         for title, found in write_tables(runs, folder, part.name, aside)[0].items():
-            by_title = {section.title: section for section in found}
-            blocks = [(name, by_title[name].blocks) for name in PUBLISHED if name in by_title]
+            panel, by_title = panels_of(runs)[title], {section.title: section for section in found}
+            blocks = [(name, on_page(by_title[name], panel)) for name in PUBLISHED if name in by_title]
             sections.append(Section(f"{plain(part.name)}: {title}", [Text(part_says(part, runs, aside))]))
             sections += [
-                Section(name, [moved(block, part.name) for block in some], 3) for name, some in blocks
+                Section(name, [moved(block, part.name) for block in some], 3) for name, some in blocks if some
             ]
-        for picture in folder.glob("*.png"):  # the page shows the SVG beside it
-            picture.unlink()
+        for figure in folder.glob("*.svg"):  # which the page shows
+            figure.with_suffix(".png").unlink(missing_ok=True)
+        if (folder / "imagined.png").is_file():
+            strips = Plot(f"{quote(part.name)}/imagined", IMAGINED_SAYS)
+            sections.append(Section("Imagined futures", [strips], 3))
     learned = out / "learned.md"
     sections += [Section("What we learned", [Text(learned.read_text().strip())])] if learned.is_file() else []
     replace_text(out / "README.md", markdown("Results", sections, out))
@@ -344,6 +352,16 @@ def part_says(part: Path, runs: list[RunFolder], aside: Sequence[Aside]) -> str:
     left = f" Set aside: {'; '.join(a.name for a in aside)}." if aside else ""
     name = quote(part.name)
     return f"Seeds: {seeds}.{left} All of it: [table.md]({name}/table.md), [results.csv]({name}/results.csv)."
+
+
+def on_page(section: Section, panel: list[RunFolder]) -> list:
+    """Return what a study's page has of a section, to be read in minutes; table.md has all."""
+    if section.title in PIVOTED:
+        plots = [block for block in section.blocks if isinstance(block, Plot)]
+        return [*plots, PIVOTED[section.title](panel)]
+    if section.title == "Paired comparisons":
+        return [block for block in section.blocks if isinstance(block, Table) and block.title == PRIMARY]
+    return section.blocks
 
 
 def moved(block: object, folder: str) -> object:

@@ -216,8 +216,10 @@ def signals(panel: list[RunFolder], contrasts: list[Contrast]) -> list[Finding]:
     for arm in treated:
         for mode in ("zero", "random"):
             if rows := [c for c in contrasts if c.arm == arm and c.role == mode and c.within]:
-                number = f"own minus {mode}: {spread([100 * c.difference for c in rows], '+.0f')} points, "
-                number += f"shown in {sum(c.shown for c in rows)} of {len(rows)} checkpoints"
+                each = [100 * difference for c in rows for difference in c.differences]
+                number = f"own minus {mode}: {spread(each, '+.0f')} points"
+                if apart := [c.shown for c in rows if c.of_one]:
+                    number += f", shown in {sum(apart)} of {len(apart)} checkpoints"
                 found.append(Finding(arm, f"{mode} at rollout lowers success", number, answered(rows)))
     flat = {run.seed: run for run in arms.get(ALIKE, [])}
     for arm, runs in treated.items():

@@ -1,9 +1,9 @@
 """The report's statistics: intervals, tests over seeds and within a checkpoint, the contrasts tested.
 
-Between arms seeds are the unit: the estimate is the mean of per-seed paired differences, p and interval are
-those of a t test over seeds. Fewer than 3 seeds, or seeds that do not differ at all, give no verdict. Within
-one checkpoint (its own memory mode against another, on the same weights) exact McNemar is the test. Both pair
-episodes by (suite, task, init state) within a seed; a pair with a crash, or that a seed lacks, is left out.
+Seeds are the unit, of two arms and of an arm's two memory modes: the estimate is the mean of per-seed paired
+differences, p and interval are those of a t test over seeds. Fewer than 3 seeds, or seeds that do not differ
+at all, give no verdict on arms; two modes of fewer are tested in each checkpoint, by exact McNemar. Episodes
+pair by (suite, task, init state) within a seed; a pair with a crash, or that a seed lacks, is left out.
 
 Contrasts are named before any result is seen, in families that Holm corrects each by itself: `primary` (what
 the study asks), `checks` (whether the manipulations did anything) and `signals`. To the named ones come those
@@ -224,7 +224,7 @@ def format_p(p: float | None) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Contrast:
-    """A against B: two arms over seeds, or (`within`) two memory modes of one checkpoint."""
+    """A against B over seeds: two arms, or (`within`) an arm's own memory mode and another."""
 
     family: str
     a: str
@@ -260,8 +260,13 @@ class Contrast:
         return int((a & b).sum()), int((a & ~b).sum()), int((b & ~a).sum()), int((~a & ~b).sum())
 
     @property
+    def of_one(self) -> bool:
+        """Whether it is of one checkpoint under two modes: what differs is how episodes went, not weights."""
+        return self.within and len(self.seeds) == 1
+
+    @property
     def test(self) -> Test:
-        if not self.within:
+        if not self.of_one:
             p, (low, high), excluded = over_seeds(self.differences)
             return Test(p, (np.maximum(low, -1), np.minimum(high, 1)), np.minimum(excluded, 1))
         cells = self.cells(0)
@@ -284,7 +289,7 @@ class Contrast:
         return "not shown" if not self.shown else "higher" if self.difference > 0 else "lower"
 
     def __str__(self) -> str:
-        seed = f" (seed {self.seeds[0]})" if self.within else ""
+        seed = f" (seed {self.seeds[0]})" if self.of_one else ""
         said = f"{self.a} against {self.b}{seed}: {100 * self.difference:+.0f} points"
         if not self.told:
             few = len(self.seeds) < LEAST_SEEDS
@@ -338,11 +343,12 @@ def outcomes(panel: list[Run], arm: str, mode: str) -> dict[int, dict[tuple, boo
 
 
 def compare(panel: list[Run], named: Named) -> Iterator[Contrast]:
-    """Yield a named contrast as runs can answer it: one over the seeds of two arms, or one a checkpoint."""
+    """Yield a named contrast as runs can answer it: over seeds, or of modes with few of them one a seed."""
     a, b = (outcomes(panel, *side) for side in (named[1:3], named[3:5]))
     within, seeds = named.arm_a == named.arm_b, sorted(a.keys() & b.keys())
     names = [f"{named.arm_a} {mode}" for mode in (named.mode_a, named.mode_b)] if within else named[1:5:2]
-    for group in [[seed] for seed in seeds] if within else [seeds] if seeds else []:
+    apart = within and len(seeds) < LEAST_SEEDS
+    for group in [[seed] for seed in seeds] if apart else [seeds] if seeds else []:
         keys = sorted(set.intersection(*({*a[seed]} & {*b[seed]} for seed in group)))
         won = np.array([[[side[seed][key] for key in keys] for seed in group] for side in (a, b)], bool)
         if keys:
@@ -364,4 +370,4 @@ def all_contrasts(panel: list[Run]) -> list[Contrast]:
 
 
 def is_test(contrast: Contrast) -> bool:
-    return contrast.within or len(contrast.seeds) >= LEAST_SEEDS
+    return contrast.of_one or len(contrast.seeds) >= LEAST_SEEDS

@@ -29,6 +29,7 @@ from report.stats import (
     format_p,
     in_mode,
     newcombe,
+    over_seeds,
     tally,
     wilson,
 )
@@ -94,6 +95,21 @@ def success_table(panel: list[RunFolder]) -> Table:
     hz = f"{rates.pop()} a second" if len(rates) == 1 and None not in rates else "as the protocol times them"
     header = (*header, "steps to success", "crashes", "parameters", "trained", "GFLOP a sample")
     return Table(header, rows, SUCCESS_NOTES.format(hz=hz))
+
+
+def modes_table(panel: list[RunFolder]) -> Table:
+    """Return success by arm and memory mode, a row an arm: what a page has room for."""
+    own = {arm: runs[0].own for arm, runs in by_arm(panel).items()}
+    modes = dict.fromkeys(m for arm, runs in by_arm(panel).items() for m in arm_modes(runs) if m != own[arm])
+    rows = []
+    for arm, runs in by_arm(panel).items():
+        others = (count(tally(in_mode(runs, mode))) if mode != own[arm] else "own" for mode in modes)
+        seeds = " ".join(points(tally(in_mode([run], own[arm])).rate) for run in runs)
+        rows.append((arm, runs[0].what, count(tally(in_mode(runs, own[arm]))), seeds, *others))
+    notes = (
+        f"{CELLS} All seeds pooled. **own**: the memory an arm was trained with; others: at rollout alone."
+    )
+    return Table(("arm", "what it is", "own", "own, % per seed", *modes), rows, notes)
 
 
 def average(parts: list[Tally]) -> str:
@@ -173,7 +189,8 @@ def growth_table(panel: list[RunFolder]) -> Table | None:
 # comparisons and held-out losses
 
 
-CONTRASTS = {"primary": "Primary contrasts", "checks": "Manipulation checks"}
+PRIMARY = "Primary contrasts"
+CONTRASTS = {"primary": PRIMARY, "checks": "Manipulation checks"}
 CONTRAST_NOTES = f"""\
 **pairs a seed** share suite, task and init state; pairs with a crash, or that a seed lacks, are left out. \
 **A - B**: the mean over seeds of the paired differences, with the t interval of these; **p**: t test over \
@@ -190,7 +207,7 @@ def contrast_table(contrasts: list[Contrast], names: dict[str, str]) -> Table:
         test, each = c.test, " ".join(f"{100 * d:+.0f}" for d in c.differences)
         excluded = "-" if np.isnan(test.excluded) else points(float(test.excluded))
         seeds = " ".join(map(str, c.seeds))
-        row = (c.a, names.get(c.b, c.b), f"seed {seeds}" if c.within else seeds, c.n, each)
+        row = (c.a, names.get(c.b, c.b), f"seed {seeds}" if c.of_one else seeds, c.n, each)
         rows.append((*row, estimate(c), format_p(test.p), format_p(c.p_holm), c.verdict, excluded))
     header = ("A", "B", "seeds", "pairs a seed", "A - B per seed", "A - B in points (95 %)", "p", "Holm p")
     return Table((*header, "verdict", "excluded beyond"), rows)
@@ -225,7 +242,7 @@ def contrast_blocks(panel: list[RunFolder], contrasts: list[Contrast]) -> list:
 def signal_table(signals: list[Finding]) -> Table:
     notes = (
         "What the experiment would show if it went as hoped. Success: **yes** or **no** by the verdicts of "
-        "its contrasts (zero and random: exact McNemar in each checkpoint, Holm over these). Gates: by "
+        "its contrasts, Holm over those of zero and random. Gates: by "
         "ctx_norm/act_norm above 1 % in the last tenth of each run's log. The rest: a t test over seeds, "
         "uncorrected. **spike**: (share of the most attended hypothesis - 1/N)/(1 - 1/N)."
     )
@@ -257,24 +274,56 @@ def offline_lines(panel: list[RunFolder]) -> list[tuple[RunFolder, dict]]:
     return list(found.values())
 
 
+LOSS_NOTES = (
+    "Action loss: mean squared error of the velocity, the same frames, noise and times under each mode. "
+    "oracle: the true futures, which no rollout has. A smaller loss is not success; rollouts have the last "
+    "word."
+)
+
+
+def loss_table(panel: list[RunFolder]) -> Table:
+    """Return mean held-out losses by arm and memory mode, a row an arm: what a page has room for."""
+    losses = defaultdict(list)
+    for run, line in offline_lines(panel):
+        for mode, found in line["modes"].items():
+            losses[run.arm, mode].append(found["loss"])
+    arms, modes = (sorted({key[i] for key in losses}) for i in (0, 1))
+    cells = lambda arm: (f"{np.mean(losses[arm, m]):.4f}" if (arm, m) in losses else "-" for m in modes)  # noqa: E731
+    notes = f"{LOSS_NOTES} All seeds pooled."
+    return Table(("arm", *modes), [(arm, *cells(arm)) for arm in arms], notes)
+
+
 def offline_table(measured: list[tuple[RunFolder, dict]]) -> Table:
-    rows = []
+    """Return an arm's losses by memory mode, over its seeds."""
+    groups, rows = defaultdict(list), []
     for run, line in measured:
-        for mode, found in sorted(line["modes"].items(), key=lambda item: item[1]["loss"]):
-            low, high = found["interval"]
-            cells = [f"{found['loss']:.4f} ({low:.4f} to {high:.4f})", "-"]
-            if mode != "off" and "from_off" in found:
-                low, high = found["from_off_interval"]
-                cells[1] = f"{found['from_off']:+.4f} ({low:+.4f} to {high:+.4f})"
+        key = (run.arm, Path(line["data"]).name, len(line["episodes"]))
+        for mode, found in line["modes"].items():
             name = f"{mode} (never met in training)" if run.unmet(mode) else mode
-            rows.append((run.arm, run.seed, Path(line["data"]).name, len(line["episodes"]), name, *cells))
+            groups[key, name, mode].append((run.seed, found))
+    for ((arm, data, episodes), name, mode), group in groups.items():
+        found = [one for _, one in group]
+        cells = [held_out_cell(found, "loss", "interval", ".4f"), "-"]
+        if mode != "off" and all("from_off" in one for one in found):
+            cells[1] = held_out_cell(found, "from_off", "from_off_interval", "+.4f")
+        seeds = " ".join(str(seed) for seed, _ in group)
+        rows.append(
+            ((arm, np.mean([one["loss"] for one in found])), (arm, seeds, data, episodes, name, *cells))
+        )
     notes = (
-        "Action loss: mean squared error of the velocity, the same frames, noise and times under each mode. "
-        "Intervals: 95 % of the bootstrap over episodes. oracle: the true futures, which no rollout has. "
-        "A smaller loss is not success; rollouts have the last word."
+        f"{LOSS_NOTES} Intervals, 95 %: of one seed the bootstrap's over episodes, from {LEAST_SEEDS} on the "
+        "t interval over seeds."
     )
-    header = ("arm", "seed", "data", "episodes", "memory", "action loss (95 %)", "minus that of off (95 %)")
+    header = ("arm", "seeds", "data", "episodes", "memory", "action loss (95 %)", "minus that of off (95 %)")
+    rows = [row for _, row in sorted(rows, key=lambda pair: pair[0])]
     return Table(header, rows, notes, "Held-out action loss by memory mode")
+
+
+def held_out_cell(found: list[dict], what: str, interval: str, form: str) -> str:
+    """Return the mean of seeds' losses with its interval, where there is one."""
+    values = np.array([one[what] for one in found])
+    low, high = found[0][interval] if len(found) == 1 else over_seeds(values).interval
+    return f"{values.mean():{form}}" + ("" if math.isnan(low) else f" ({low:{form}} to {high:{form}})")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -52,7 +52,8 @@ def judged(root: Path) -> tuple[dict, dict]:
 def write_controls(root: Path, **changes: list[int]) -> None:
     """Write E2 at about 35 of 40 and its controls at about 10, but for those in `changes`."""
     low = [11, 10, 10, 9, 12]
-    own = {"pred": [35, 36, 35, 34, 36], "shuffle": [12] * 5, "zero": [8] * 5, "random": [34] * 5}
+    own = {"pred": [35, 36, 35, 34, 36], "shuffle": [12] * 5, "zero": [8] * 5}
+    own["random"] = [34, 37, 35, 36, 33]
     write(root, "E2", own, lambda_world=0.2)
     write(root, "E0", {"off": changes.get("E0", low)}, fusion=["none"])
     write(root, "E2n", {"pred": changes.get("E2n", low)}, lambda_world=0)
@@ -101,8 +102,8 @@ def test_signals_of_success_have_their_number_and_answer(tmp_path):
     _, found = judged(tmp_path)
     assert found["E2", "above E0"].answer == "yes" and found["E2", "above E0"].number.startswith("+62 (")
     zero, random = (found["E2", f"{mode} at rollout lowers success"] for mode in ("zero", "random"))
-    assert zero.answer == "yes" and "shown in 5 of 5 checkpoints" in zero.number
-    assert random.answer == "cannot be told" and "shown in 0 of 5" in random.number
+    assert zero.answer == "yes" and zero.number == "own minus zero: +68 (+65 to +70) points"
+    assert random.answer == "cannot be told" and random.number == "own minus random: +0 (-5 to +8) points"
 
 
 def gate_log(opens: float, site: str = "late") -> list[dict]:
