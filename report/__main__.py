@@ -30,7 +30,7 @@ from files import Refused, beside, naming, plain, replace_text, told, type_in
 from report import figures
 from report.findings import looks, partitions, sentences, signals
 from report.page import Bullets, Media, Plot, Section, Shot, Table, Text, markdown, markdown_table, page
-from report.reading import Aside, Rollout, RunFolder, filmed, imagined, load_runs
+from report.reading import Aside, Rollout, RunFolder, filmed, held_out, imagined, load_runs
 from report.stats import LEAST_SEEDS, Contrast, all_contrasts, by_arm, tally
 from report.tables import (
     COLUMNS,
@@ -40,7 +40,6 @@ from report.tables import (
     growth_table,
     loss_table,
     modes_table,
-    offline_lines,
     offline_table,
     partition_table,
     reproduction,
@@ -55,7 +54,6 @@ from report.tables import (
 
 SUBCOMMANDS = ("power", "watch")  # each a module beside this one, with main(argv)
 TOLD = ("Success", "Paired comparisons", "What these tables can say", "Expected signals")  # at the terminal
-PIVOTED = {"Success": modes_table, "Held-out action loss": loss_table}  # shorter on a study's page
 PUBLISHED = ("Expected signals", "What these tables can say", "Success", "Paired comparisons")
 PUBLISHED += ("Over training samples", "Dose and response", "Held-out action loss", "Memory")  # in this order
 IMAGINED, FILMED = 2, 4  # pictures and videos shown of an arm
@@ -178,6 +176,8 @@ LEAD = (
 CAPTIONS = {
     "success": "Success and its 95 % Wilson interval, seeds and suites pooled. Filled: the arm's own memory "
     "mode; open: an intervention at rollout. Small dots: single seeds. Right: solved/ran.",
+    "own": "Success under each arm's own memory mode and its 95 % Wilson interval, seeds and suites pooled. "
+    "Small dots: single seeds. Right: solved/ran.",
     "dose": "Success with the gates' strength times S at rollout (`eval.py --gate-scale`); 1: the policy as "
     "trained. Band: 95 % Wilson interval, seeds pooled.",
     "suites": "Success by suite under each arm's own memory mode; 95 % Wilson intervals; small dots: seeds.",
@@ -187,8 +187,8 @@ CAPTIONS = {
     "is faint. The world loss is on top of the action loss in arms that have one.",
     "held_out": "Action loss on held-out episodes by the memory mode they are read with, a line a run; noise "
     "and times are the same under each mode, so differences within a pane are paired. oracle: true futures.",
-    "offline": "Paired difference of held-out action loss from mode off (`eval.py --offline`), 95 % of a "
-    "bootstrap over episodes.",
+    "offline": "Paired difference of held-out action loss from mode off (`eval.py --offline`). Small dots: "
+    "seeds; 95 %: over these, or of one seed over episodes.",
     "gates": "How far each fusion site opened: 0 is closed, 1 or -1 fully open; a line a run.",
     "world": "How well the prophet imagines: cosine between imagined and true change of the latent, 1 is "
     "perfect. Baselines know nothing of the episode (mean change) or only its last step (linear "
@@ -238,12 +238,12 @@ def success_sections(
 
 def training_sections(panel: list[RunFolder], palette: dict, out: Path) -> list[Section]:
     """Return what was logged and measured without rollouts, and what can be looked at."""
-    measured, sheets = offline_lines(panel), gallery(panel, imagined, IMAGINED, "imagined/")
-    held_out = draw("held_out", panel, palette, out) + draw("offline", panel, palette, out, measured)
+    measured, sheets = held_out(panel), gallery(panel, imagined, IMAGINED, "imagined/")
+    losses = draw("held_out", panel, palette, out) + draw("offline", panel, palette, out, measured)
     memory = [draw(name, panel, palette, out) for name in ("gates", "world", "attention", "bank")]
     blocks = {
         "Training loss": draw("curves", panel, palette, out),
-        "Held-out action loss": [*held_out, *([offline_table(measured)] if measured else [])],
+        "Held-out action loss": [*losses, *([offline_table(measured)] if measured else [])],
         "Memory": list(chain.from_iterable(memory)),
         "Imagined futures": [Text(IMAGINED_SAYS), *sheets] if sheets else [],
         "Rollouts": gallery(panel, filmed, FILMED, "videos/"),
@@ -331,7 +331,9 @@ def publish(data: Path, out: Path) -> str:
         folder, (runs, aside) = out / part.name, load_runs((part,))
         for title, found in write_tables(runs, folder, part.name, aside)[0].items():
             panel, by_title = panels_of(runs)[title], {section.title: section for section in found}
-            blocks = [(name, on_page(by_title[name], panel)) for name in PUBLISHED if name in by_title]
+            blocks = [
+                (name, on_page(by_title[name], panel, folder)) for name in PUBLISHED if name in by_title
+            ]
             sections.append(Section(f"{plain(part.name)}: {title}", [Text(part_says(part, runs, aside))]))
             sections += [
                 Section(name, [moved(block, part.name) for block in some], 3) for name, some in blocks if some
@@ -354,11 +356,12 @@ def part_says(part: Path, runs: list[RunFolder], aside: Sequence[Aside]) -> str:
     return f"Seeds: {seeds}.{left} All of it: [table.md]({name}/table.md), [results.csv]({name}/results.csv)."
 
 
-def on_page(section: Section, panel: list[RunFolder]) -> list:
+def on_page(section: Section, panel: list[RunFolder], folder: Path) -> list:
     """Return what a study's page has of a section, to be read in minutes; table.md has all."""
-    if section.title in PIVOTED:
-        plots = [block for block in section.blocks if isinstance(block, Plot)]
-        return [*plots, PIVOTED[section.title](panel)]
+    if section.title == "Success":
+        return [*draw("own", panel, figures.looks(by_arm(panel)), folder), modes_table(panel)]
+    if section.title == "Held-out action loss":
+        return [loss_table(panel)]
     if section.title == "Paired comparisons":
         return [block for block in section.blocks if isinstance(block, Table) and block.title == PRIMARY]
     return section.blocks

@@ -23,7 +23,7 @@ import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from files import beside
-from report.reading import RunFolder, checkpoints_of
+from report.reading import HeldOut, RunFolder, checkpoints_of
 from report.stats import Tally, arm_modes, by_arm, in_mode, tally, wilson
 
 # Okabe and Ito's palette without its yellow and its black, which vanish on white and on black.
@@ -284,6 +284,12 @@ def success_figure(panel: list[RunFolder], palette: dict[str, Look], path: Path,
     return forest({title: marks}, path, "success (%), 95 % Wilson interval")
 
 
+def own_figure(panel: list[RunFolder], palette: dict[str, Look], path: Path) -> bool:
+    """Draw success with Wilson intervals under each arm's own memory mode alone."""
+    marks = success_marks(by_arm(panel), palette, None, own_only=True)
+    return forest({"own memory mode": marks}, path, "success (%), 95 % Wilson interval")
+
+
 def suites_figure(panel: list[RunFolder], palette: dict[str, Look], path: Path) -> bool:
     """Draw success by suite, each arm under its own memory mode; nothing where there is one suite."""
     suites = sorted({e["suite"] for run in panel for e in run.episodes})
@@ -359,24 +365,19 @@ def held_out_figure(panel: list[RunFolder], _: dict[str, Look], path: Path) -> b
     return panes_figure(panes, path, columns=2)
 
 
-def offline_figure(
-    panel: list[RunFolder], _: dict[str, Look], path: Path, measured: list[tuple[RunFolder, dict]]
-) -> bool:
-    """Draw each mode's held-out action loss beside that of `off`; measured: runs, lines of offline.jsonl."""
-    marks = []
-    palette = mode_looks(mode for _, line in measured for mode in line["modes"])
-    several = len({line["fingerprint"] for _, line in measured}) > 1
-    for run, line in measured:
-        label = f"{shorten(run.arm)} s{run.seed}" + (f" {Path(line['data']).name}" if several else "")
-        paired = {mode: found for mode, found in line["modes"].items() if "from_off" in found}
-        for mode in sorted(paired.keys() - {"off"}, key=lambda mode: paired[mode]["from_off"]):
-            value, interval = paired[mode]["from_off"], tuple(paired[mode]["from_off_interval"])
-            text, colour = f"{value:+.4f}", palette[mode].colour
-            marks.append(Mark(f"{label}  {mode}", colour, value, interval, text=text, group=label))
-    if not marks:
-        return False
-    xlabel = "action loss minus that of off; 95 % over episodes"
-    return forest({"left of 0: better than without memory": marks}, path, xlabel, percent=False)
+def offline_figure(panel: list[RunFolder], _: dict[str, Look], path: Path, measured: list[HeldOut]) -> bool:
+    """Draw each mode's held-out action loss beside that of `off`, one row an arm and mode, a dot a seed."""
+    palette = mode_looks(m.mode for m in measured)
+    several, marks = len({m.data for m in measured}) > 1, []
+    for m in measured:
+        if len(m.from_off):
+            label = shorten(m.run.arm) + (f" {m.data}" if several else "")
+            value, colour = m.from_off.mean(), palette[m.mode].colour
+            look = {"seeds": tuple(m.from_off), "text": f"{value:+.4f}", "group": label}
+            marks.append(Mark(f"{label}  {m.mode}", colour, value, m.interval("from_off"), **look))
+    xlabel = "action loss minus that of off; 95 %"
+    title = "left of 0: better than without memory"
+    return bool(marks) and forest({title: marks}, path, xlabel, percent=False)
 
 
 # --------------------------------------------------------------------------------------------------

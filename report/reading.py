@@ -21,8 +21,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from files import NUMBER, Refused, json_lines, misfit, plain, read_json
-from report.stats import Run, pair_key
+from report.stats import Run, over_seeds, pair_key
 
 CONFIG = {
     **{"arm": str, "seed": int, "total_samples": int | None},
@@ -389,6 +391,55 @@ def of_episodes(run: RunFolder, kept: set[int]) -> RunFolder:
 
 def all_episodes(run: RunFolder) -> list[dict]:
     return [*run.episodes, *(e for c in run.earlier for e in c.episodes)]
+
+
+# --------------------------------------------------------------------------------------------------
+# held-out losses
+
+
+class HeldOut(NamedTuple):
+    """An arm's held-out action loss under a memory mode, a value a seed, each (S,)."""
+
+    run: RunFolder  # of its first seed
+    data: str
+    episodes: int
+    mode: str
+    seeds: tuple[int, ...]
+    losses: np.ndarray
+    from_off: (
+        np.ndarray
+    )  # minus that of `off`, on the same frames, noise and times; (0,) where it was not measured
+    bootstrap: dict[str, tuple[float, float]]  # over episodes, of the first seed
+
+    def interval(self, name: str) -> tuple[float, float]:
+        """Return the 95 % interval of the mean: of one seed over episodes, of 3 and more over seeds."""
+        if len(self.seeds) == 1:
+            return self.bootstrap[name]
+        low, high = over_seeds(getattr(self, name)).interval
+        return float(low), float(high)
+
+
+def held_out(panel: list[RunFolder]) -> list[HeldOut]:
+    """Return the last measurements of the reported checkpoints, by arm and data set, small losses first."""
+    groups: dict[tuple, list] = {}
+    for run in sorted(panel, key=lambda run: (run.arm, run.seed)):
+        lines = {x["fingerprint"]: x for x in run.offline if run.checkpoint in ("", x["checkpoint"])}
+        for line in lines.values():
+            where = (run.arm, Path(line["data"]).name, len(line["episodes"]))
+            for mode, found in line["modes"].items():
+                groups.setdefault((*where, mode), []).append((run, found))
+    measured = []
+    for (_, data, episodes, mode), group in groups.items():
+        runs, found = zip(*group, strict=True)
+        paired = mode != "off" and all("from_off" in one for one in found)
+        bootstrap = {"losses": found[0]["interval"], "from_off": found[0].get("from_off_interval")}
+        losses, from_off = (
+            np.array([one[key] for one in some])
+            for key, some in (("loss", found), ("from_off", found if paired else ()))
+        )
+        seeds = tuple(run.seed for run in runs)
+        measured.append(HeldOut(runs[0], data, episodes, mode, seeds, losses, from_off, bootstrap))
+    return sorted(measured, key=lambda m: (m.run.arm, m.data, m.losses.mean()))
 
 
 # --------------------------------------------------------------------------------------------------

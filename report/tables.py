@@ -12,14 +12,13 @@ Source of the interval of an average over suites: Zou and Donner 2008 (Statistic
 import json
 import math
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 
 from files import plain
 from report.findings import Finding, estimate
 from report.page import Record, Table, Text
-from report.reading import RunFolder, checkpoints_of, protocol_hash, protocol_of, ranges
+from report.reading import HeldOut, RunFolder, checkpoints_of, held_out, protocol_hash, protocol_of, ranges
 from report.stats import (
     LEAST_SEEDS,
     Contrast,
@@ -29,7 +28,6 @@ from report.stats import (
     format_p,
     in_mode,
     newcombe,
-    over_seeds,
     tally,
     wilson,
 )
@@ -264,16 +262,6 @@ def partition_table(found: list[tuple]) -> Table:
     return Table(("of", "seeds", "starts", "seed", "start", "rest"), rows, notes)
 
 
-def offline_lines(panel: list[RunFolder]) -> list[tuple[RunFolder, dict]]:
-    """Return each run's last measurement of its reported checkpoint on each data set."""
-    found = {}
-    for run in panel:
-        for line in run.offline:
-            if run.checkpoint in ("", line["checkpoint"]):
-                found[run.name, line["fingerprint"]] = (run, line)
-    return list(found.values())
-
-
 LOSS_NOTES = (
     "Action loss: mean squared error of the velocity, the same frames, noise and times under each mode. "
     "oracle: the true futures, which no rollout has. A smaller loss is not success; rollouts have the last "
@@ -283,47 +271,35 @@ LOSS_NOTES = (
 
 def loss_table(panel: list[RunFolder]) -> Table:
     """Return mean held-out losses by arm and memory mode, a row an arm: what a page has room for."""
-    losses = defaultdict(list)
-    for run, line in offline_lines(panel):
-        for mode, found in line["modes"].items():
-            losses[run.arm, mode].append(found["loss"])
-    arms, modes = (sorted({key[i] for key in losses}) for i in (0, 1))
-    cells = lambda arm: (f"{np.mean(losses[arm, m]):.4f}" if (arm, m) in losses else "-" for m in modes)  # noqa: E731
-    notes = f"{LOSS_NOTES} All seeds pooled."
-    return Table(("arm", *modes), [(arm, *cells(arm)) for arm in arms], notes)
+    rows: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    for m in held_out(panel):
+        rows[m.run.arm, m.data][m.mode] = f"{m.losses.mean():.4f}"
+    modes = sorted({mode for row in rows.values() for mode in row})
+    table = [(*names, *(row.get(mode, "-") for mode in modes)) for names, row in rows.items()]
+    return Table(("arm", "data", *modes), table, f"{LOSS_NOTES} The mean of all seeds.")
 
 
-def offline_table(measured: list[tuple[RunFolder, dict]]) -> Table:
+def offline_table(measured: list[HeldOut]) -> Table:
     """Return an arm's losses by memory mode, over its seeds."""
-    groups, rows = defaultdict(list), []
-    for run, line in measured:
-        key = (run.arm, Path(line["data"]).name, len(line["episodes"]))
-        for mode, found in line["modes"].items():
-            name = f"{mode} (never met in training)" if run.unmet(mode) else mode
-            groups[key, name, mode].append((run.seed, found))
-    for ((arm, data, episodes), name, mode), group in groups.items():
-        found = [one for _, one in group]
-        cells = [held_out_cell(found, "loss", "interval", ".4f"), "-"]
-        if mode != "off" and all("from_off" in one for one in found):
-            cells[1] = held_out_cell(found, "from_off", "from_off_interval", "+.4f")
-        seeds = " ".join(str(seed) for seed, _ in group)
-        rows.append(
-            ((arm, np.mean([one["loss"] for one in found])), (arm, seeds, data, episodes, name, *cells))
-        )
+    rows = []
+    for m in measured:
+        name = f"{m.mode} (never met in training)" if m.run.unmet(m.mode) else m.mode
+        paired = loss_said(m, "from_off", "+.4f") if len(m.from_off) else "-"
+        row = (m.run.arm, " ".join(map(str, m.seeds)), m.data, m.episodes, name)
+        rows.append((*row, loss_said(m, "losses", ".4f"), paired))
     notes = (
         f"{LOSS_NOTES} Intervals, 95 %: of one seed the bootstrap's over episodes, from {LEAST_SEEDS} on the "
         "t interval over seeds."
     )
     header = ("arm", "seeds", "data", "episodes", "memory", "action loss (95 %)", "minus that of off (95 %)")
-    rows = [row for _, row in sorted(rows, key=lambda pair: pair[0])]
     return Table(header, rows, notes, "Held-out action loss by memory mode")
 
 
-def held_out_cell(found: list[dict], what: str, interval: str, form: str) -> str:
+def loss_said(m: HeldOut, name: str, form: str) -> str:
     """Return the mean of seeds' losses with its interval, where there is one."""
-    values = np.array([one[what] for one in found])
-    low, high = found[0][interval] if len(found) == 1 else over_seeds(values).interval
-    return f"{values.mean():{form}}" + ("" if math.isnan(low) else f" ({low:{form}} to {high:{form}})")
+    low, high = m.interval(name)
+    interval = "" if math.isnan(low) else f" ({low:{form}} to {high:{form}})"
+    return f"{getattr(m, name).mean():{form}}{interval}"
 
 
 # --------------------------------------------------------------------------------------------------

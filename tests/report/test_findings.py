@@ -1,11 +1,13 @@
 """Sentences, signals and variances of made-up runs whose answers are known."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
-from study import write_lines
+from scipy.stats import ttest_1samp
+from study import offline_line, write_lines
 
 from report import findings, reading, stats, tables
 
@@ -104,6 +106,27 @@ def test_signals_of_success_have_their_number_and_answer(tmp_path):
     zero, random = (found["E2", f"{mode} at rollout lowers success"] for mode in ("zero", "random"))
     assert zero.answer == "yes" and zero.number == "own minus zero: +68 (+65 to +70) points"
     assert random.answer == "cannot be told" and random.number == "own minus random: +0 (-5 to +8) points"
+
+
+def test_held_out_losses_are_means_over_seeds_and_of_one_seed_have_the_bootstraps_interval(tmp_path):
+    write(tmp_path, "E2", {"pred": [1, 2, 3]})
+    for seed, more in enumerate((0, 0.01, 0.03)):
+        line = offline_line() | {"checkpoint": "step_10"}
+        line["modes"]["pred"]["loss"] += more
+        write_lines(tmp_path / f"E2-s{seed}" / "offline.jsonl", [line])
+    runs, _ = reading.load_runs([tmp_path])
+    found = {m.mode: m for m in reading.held_out(runs)}
+    losses = 0.33 + np.array([0, 0.01, 0.03])
+    interval = ttest_1samp(losses, 0).confidence_interval(0.95)
+    assert found["pred"].seeds == (0, 1, 2) and found["pred"].losses == pytest.approx(losses)
+    assert found["pred"].interval("losses") == pytest.approx(tuple(interval))
+    assert not len(found["off"].from_off)
+    [row] = [row for row in tables.offline_table([*found.values()]).rows if row[4] == "pred"]
+    assert row[5] == f"{losses.mean():.4f} ({interval.low:.4f} to {interval.high:.4f})"
+    assert tables.loss_table(runs).rows == [("E2", "demo", "0.3700", "0.3400", "0.3433", "0.3800")]
+    alone = {m.mode: m for m in reading.held_out(runs[:1])}
+    assert tuple(alone["pred"].interval("from_off")) == pytest.approx((-0.06, -0.02))
+    assert math.isnan({m.mode: m for m in reading.held_out(runs[:2])}["pred"].interval("losses")[0])
 
 
 def gate_log(opens: float, site: str = "late") -> list[dict]:
