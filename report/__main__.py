@@ -200,9 +200,9 @@ CAPTIONS = {
     "wins, their mean pairwise distance, and what the best gains over the mean, beyond what noise would.",
 }
 WIDE = ("success", "suites", "offline")  # figures that need the page's width
-IMAGINED_SAYS = (
-    "Contact sheets of single episodes: the past that the prophet saw, each imagined future with its share "
-    "of attention, and what then happened, turned into pictures through the latents' own inverse."
+STRIP_SAYS = (
+    "the past that the prophet saw, each imagined future with its share of attention, and what then "
+    "happened, turned into pictures through the latents' own inverse."
 )
 
 
@@ -245,7 +245,9 @@ def training_sections(panel: list[RunFolder], palette: dict, out: Path) -> list[
         "Training loss": draw("curves", panel, palette, out),
         "Held-out action loss": [*losses, *([offline_table(measured)] if measured else [])],
         "Memory": list(chain.from_iterable(memory)),
-        "Imagined futures": [Text(IMAGINED_SAYS), *sheets] if sheets else [],
+        "Imagined futures": [Text(f"Contact sheets of single episodes: {STRIP_SAYS}"), *sheets]
+        if sheets
+        else [],
         "Rollouts": gallery(panel, filmed, FILMED, "videos/"),
     }
     return [Section(title, found, 3) for title, found in blocks.items() if found]
@@ -341,7 +343,7 @@ def publish(data: Path, out: Path) -> str:
         for figure in folder.glob("*.svg"):  # which the page shows
             figure.with_suffix(".png").unlink(missing_ok=True)
         if (folder / "imagined.png").is_file():
-            strips = Plot(f"{quote(part.name)}/imagined", IMAGINED_SAYS)
+            strips = Plot(f"{quote(part.name)}/imagined", f"A decision of one episode: {STRIP_SAYS}")
             sections.append(Section("Imagined futures", [strips], 3))
     learned = out / "learned.md"
     sections += [Section("What we learned", [Text(learned.read_text().strip())])] if learned.is_file() else []
