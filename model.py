@@ -369,10 +369,12 @@ class SmolVLA(nn.Module):
 
         It can where tower, connector or trunk train, and where memory enters these tokens or is seen by them.
         """
+        if not torch.is_grad_enabled():
+            return False
         reached = memory is not None and self.fusion.reaches_prefix(memory)
         parts = (self.vision, self.connector, self.text)
         live = any(p.requires_grad for part in parts for p in part.parameters())
-        return torch.is_grad_enabled() and not reached and not live
+        return not reached and not live
 
     # ---- suffix ---------------------------------------------------------------------------------------
 
