@@ -11,9 +11,9 @@ source setup.sh || exit 1
 failed=()
 ruff check . || failed+=("ruff check")
 ruff format --check . || failed+=("ruff format")
-# Three at a time, since many tests wait for processes; a file's in one process, since they share what they make; one
-# thread each. In the folders' order: by their number of tests, files with few and long ones would come last, on one core.
-OMP_NUM_THREADS=1 python -m pytest -m '' -n 3 --dist loadfile --no-loadscope-reorder --durations=15 || failed+=("pytest")
+# Two at a time, a file's tests in one process, since they share what they make; one thread each. In the folders' order:
+# by their number of tests, files with few and long ones would come last, on one core.
+OMP_NUM_THREADS=1 python -m pytest -m '' -n 2 --dist loadfile --no-loadscope-reorder --durations=15 || failed+=("pytest")
 
 if [ ${#failed[@]} -gt 0 ]; then
     echo "tests/all.sh: failed: $(IFS=,; echo "${failed[*]}")" >&2

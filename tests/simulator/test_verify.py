@@ -28,6 +28,12 @@ OLD, NEW = picture("3.3.2"), picture("3.3.7")  # bright and dark floor
 WRIST = np.asarray(Image.open(CASES / "libero_goal_task1_init0" / "step10_image2.png").convert("RGB"))
 
 
+def verified(*folders: Path) -> subprocess.CompletedProcess:
+    """Run the program on these recordings, or on its own."""
+    command = [sys.executable, "-m", "simulator", "verify", *map(str, folders)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
 def noisy(known: np.ndarray, spread: float) -> np.ndarray:
     """As another renderer's rounding would have it."""
     noise = np.random.default_rng(0).normal(0, spread, known.shape)
@@ -176,8 +182,7 @@ def test_a_recording_is_found_by_itself_and_among_others():
 def test_the_script_finds_its_replay_in_a_child_process_and_names_a_broken_recording_in_one_line(tmp_path):
     (tmp_path / "case").mkdir()
     (tmp_path / "case" / "meta.json").write_text("{}")
-    command = [sys.executable, "-m", "simulator", "verify", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = verified(tmp_path)
     assert done.returncode == 1
     assert done.stderr == (
         f"error: {tmp_path}/case is no complete recording: neither run.npz nor step00_image.png is there: "
@@ -189,9 +194,9 @@ def test_the_script_finds_its_replay_in_a_child_process_and_names_a_broken_recor
 
 
 @pytest.mark.slow
-def test_recordings_replay_and_a_perturbed_or_darker_one_does_not(tmp_path, capsys):
-    assert verify.verify(verify.Command().folders), capsys.readouterr().out
-    assert "drawn by: " in capsys.readouterr().out
+def test_recordings_replay_and_a_perturbed_or_darker_one_does_not(tmp_path):
+    done = verified()
+    assert done.returncode == 0 and "drawn by: " in done.stdout, done.stdout
     shutil.copytree(CASES / "libero_goal_task1_init0", tmp_path / "case")
     path = tmp_path / "case" / "run.npz"
     with np.load(path) as arrays:
@@ -199,8 +204,9 @@ def test_recordings_replay_and_a_perturbed_or_darker_one_does_not(tmp_path, caps
     changed["actions"] = changed["actions"].copy()
     changed["actions"][3, 0] += 0.5
     np.savez(path, **changed)
-    assert not verify.verify([tmp_path, RENDER / "mujoco-3.3.7_object0"])
-    out = capsys.readouterr().out
+    done = verified(tmp_path, RENDER / "mujoco-3.3.7_object0")
+    assert done.returncode == 1
+    out = done.stdout
     assert "move differently" in out
     assert "DIFFERS: darker recording" in out and "A recording has darker floors (MuJoCo 3.3.7)" in out
 
