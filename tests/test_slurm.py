@@ -133,15 +133,16 @@ def test_an_array_of_cells_runs_one_is_killed_and_requeued_and_the_report_follow
     wait_until(lambda: (first / "metrics.jsonl").exists(), 180, Path(f"{log}.1"))
     assert not (first / "finished.txt").exists()  # it trains
     ask(env, "scontrol", "requeue", f"{array}_1")
-    wait_until(
-        lambda: "Restarts=1" in ask(env, "scontrol", "show", "job", f"{array}_1"), 60, Path(f"{log}.1")
-    )
+    shown = lambda job: ask(env, "scontrol", "show", "job", job)  # noqa: E731
+    wait_until(lambda: "Restarts=1" in shown(f"{array}_1"), 60, Path(f"{log}.1"))
     wait_until(lambda: "stopped by SIGTERM" in Path(f"{log}.1").read_text(), 60, Path(f"{log}.1"))
+    # Not before SLURM is done with the killed one: it would take that one's end for the new one's.
+    wait_until(lambda: "JobState=PENDING Reason=BeginTime" in shown(f"{array}_1"), 60, Path(f"{log}.1"))
     ask(env, "scontrol", "update", f"JobId={array}_1", "StartTime=now")  # SLURM would wait two minutes
 
     def all_completed() -> bool:  # a queue may look empty while a requeued job is on its way back
         jobs = (f"{array}_1", f"{array}_2", report)
-        return all("JobState=COMPLETED" in ask(env, "scontrol", "show", "job", job) for job in jobs)
+        return all("JobState=COMPLETED" in shown(job) for job in jobs)
 
     wait_until(all_completed, 500, Path(f"{log}.1"))
     assert Path(f"{log}.1").read_text().count(f"begin: {cells[0]}") == 2
