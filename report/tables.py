@@ -97,13 +97,13 @@ def success_table(panel: list[RunFolder]) -> Table:
 
 def modes_table(panel: list[RunFolder]) -> Table:
     """Return success by arm and memory mode, a row an arm: what a page has room for."""
-    own = {arm: runs[0].own for arm, runs in by_arm(panel).items()}
-    modes = dict.fromkeys(m for arm, runs in by_arm(panel).items() for m in arm_modes(runs) if m != own[arm])
-    rows = []
-    for arm, runs in by_arm(panel).items():
-        others = (count(tally(in_mode(runs, mode))) if mode != own[arm] else "own" for mode in modes)
-        seeds = " ".join(points(tally(in_mode([run], own[arm])).rate) for run in runs)
-        rows.append((arm, runs[0].what, count(tally(in_mode(runs, own[arm]))), seeds, *others))
+    arms, rows = by_arm(panel), []
+    modes = dict.fromkeys(m for runs in arms.values() for m in arm_modes(runs) if m != runs[0].own)
+    for arm, runs in arms.items():
+        own = runs[0].own
+        others = (count(tally(in_mode(runs, mode))) if mode != own else "own" for mode in modes)
+        seeds = " ".join(points(tally(in_mode([run], own)).rate) for run in runs)
+        rows.append((arm, runs[0].what, count(tally(in_mode(runs, own))), seeds, *others))
     notes = (
         f"{CELLS} All seeds pooled. **own**: the memory an arm was trained with; others: at rollout alone."
     )

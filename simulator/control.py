@@ -4,7 +4,7 @@ robosuite runs MuJoCo's whole forward pass three times a physics step: for itsel
 `mj_step`. What positions and velocities decide (kinematics, collisions, the mass matrix) is the same in all
 three and is computed once. What differs is kept: the constraint solver goes on from its own last answer, so
 it runs three times here too. Success is asked for once a step, not twice, and what robosuite notes of the
-arm's past, which nobody reads, is left out. Torques are its own controller's.
+arm's past, which nobody reads, is left out. Torques are its own controller's and gripper's.
 
     pytest -m '' tests/simulator/test_control_step.py     # against robosuite's own step
     python -m bench sim --only control               # how much faster
@@ -47,7 +47,6 @@ class ControlStep:
         raw, model, data, controller = self.raw, self.model, self.data, self.controller
         assert not raw.done, "this episode is over: reset the environment"
         raw.timestep += 1
-        closing = np.array([-1.0, 1.0]) * self.gripper.speed * np.sign(action[6:])  # a substep
         for substep in range(self.substeps):
             mujoco.mj_forwardSkip(model, data, NO_STAGE, SENSORS)
             if controller.new_update:  # not in the first, which goes by the reset's state
@@ -56,9 +55,7 @@ class ControlStep:
             if substep == 0:
                 controller.set_goal(action[:6])
             data.ctrl[self.arm] = np.minimum(np.maximum(controller.run_controller(), self.low), self.high)
-            fingers = np.minimum(np.maximum(self.gripper.current_action + closing, -1.0), 1.0)
-            self.gripper.current_action = fingers
-            data.ctrl[self.fingers] = self.middle + self.half * fingers
+            data.ctrl[self.fingers] = self.middle + self.half * self.gripper.format_action(action[6:])
             mujoco.mj_step2(model, data)
             self.seen.update(raw.model_timestep, raw._obs_cache)
         raw.cur_time += raw.control_timestep
